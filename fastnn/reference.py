@@ -1,12 +1,12 @@
 """Every fastnn operator in plain, differentiable PyTorch.
 
-This module defines what the kernels compute. It is the oracle of the tests (run in float64), the baseline of the
-benchmarks, and the formula used where a kernel cannot be: inside ``create_graph=True`` backward passes and torch.func
-transforms. The functions have the names, signatures and defaults of :mod:`fastnn.functional`, work on every dtype and
-device that torch supports, and can be differentiated any number of times.
+This module defines what the kernels compute. It is the oracle of the tests (run in float64), the baseline of
+the benchmarks, and the formula used where a kernel cannot be: inside ``create_graph=True`` backward passes
+and torch.func transforms. The functions have the names, signatures and defaults of :mod:`fastnn.functional`,
+work on every dtype and device that torch supports, and can be differentiated any number of times.
 
-The optimizer steps are single-tensor and functional: they take the old values and return the new ones, so a test can
-run them in float64 beside a fused float32 update.
+The optimizer steps are single-tensor and functional: they take the old values and return the new ones, so a
+test can run them in float64 beside a fused float32 update.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def _pool_arguments(max_pool: Pool) -> tuple[Any, Any, Any]:
     raise ValueError(f"max_pool: expected None, an int or (kernel_size, stride, padding), got {max_pool!r}")
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
     """``output[..., o] = act(sum_i input[..., i] * weight[o, i] + bias[o])``.
 
     Shapes: input ``(..., in_features)``, weight ``(out_features, in_features)``, bias ``(out_features,)``,
@@ -79,8 +81,9 @@ def conv2d(
 ) -> Tensor:
     """``output = pool(act(conv(input, weight) + bias))``, the convolution being a cross-correlation.
 
-    ``conv[n, o, y, x] = sum_{c, i, j} input[n, g + c, y*stride + i*dilation - padding, x*... ] * weight[o, c, i, j]``
-    where ``g`` is the first input channel of ``o``'s group and the input is zero outside the image.
+    ``conv[n, o, y, x] = sum_{c, i, j} input[n, g + c, row, column] * weight[o, c, i, j]`` where ``row =
+    y*stride + i*dilation - padding``, ``column`` is built from ``x`` and ``j`` as ``row`` is from ``y`` and
+    ``i``, ``g`` is the first input channel of ``o``'s group and the input is zero outside the image.
 
     Shapes: input ``(batch, in_channels, height, width)`` or without batch, weight ``(out_channels,
     in_channels / groups, kernel_height, kernel_width)``, bias ``(out_channels,)``.
@@ -101,10 +104,12 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """``output[n, c, y, x] = max_{i, j} input[n, c, y*stride + i*dilation - padding, x*...]``, -inf outside the image.
+    """``output[n, c, y, x] = max_{i, j} input[n, c, y*stride + i*dilation - padding, column]``.
 
-    NaN is larger than every number; among equal values the first in row-major order wins, and it alone receives the
-    gradient. With ``return_indices`` the result is ``(output, indices)``, an index being ``row * width + column``.
+    The column is built from ``x`` and ``j`` as the row is from ``y`` and ``i``; outside the image lies -inf.
+    NaN is larger than every number; among equal values the first in row-major order wins, and it alone
+    receives the gradient. With ``return_indices`` the result is ``(output, indices)``, an index being ``row *
+    width + column``.
     """
     return F.max_pool2d(
         input, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode, return_indices=return_indices
@@ -116,7 +121,9 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu(input, inplace)
 
 
-def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+def softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
     """``output_i = exp(input_i - max) / sum_j exp(input_j - max)`` along ``dim``."""
     return F.softmax(input, dim, _stacklevel + 1, dtype)
 
@@ -140,11 +147,13 @@ def cross_entropy(
 ) -> Tensor:
     """``loss = -sum_c q_c * weight_c * log_softmax(input)_c`` per sample, then reduced.
 
-    ``q = (1 - label_smoothing) * target + label_smoothing / classes``, the target being one-hot when it holds class
-    indices. ``"mean"`` divides by ``sum weight[target]`` over the samples that are not ignored when the target holds
-    indices, and by the number of samples when it holds probabilities.
+    ``q = (1 - label_smoothing) * target + label_smoothing / classes``, the target being one-hot when it holds
+    class indices. ``"mean"`` divides by ``sum weight[target]`` over the samples that are not ignored when the
+    target holds indices, and by the number of samples when it holds probabilities.
     """
-    return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    return F.cross_entropy(
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    )
 
 
 def nll_loss(
@@ -168,7 +177,8 @@ def mse_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
-    """``loss = weight * (input - target)^2`` elementwise; ``"mean"`` divides by ``sum weight`` (the count without)."""
+    """``loss = weight * (input - target)^2`` elementwise; ``"mean"`` divides by ``sum weight`` (the count
+    without)."""
     return F.mse_loss(input, target, size_average, reduce, reduction, weight)
 
 
@@ -202,8 +212,9 @@ def sgd_step(
 ) -> SGDState:
     """One step of torch.optim.SGD.
 
-    ``d = ±grad + weight_decay * parameter``; the buffer starts as ``d`` and becomes ``momentum * buffer +
-    (1 - dampening) * d``; then ``parameter -= lr * (d + momentum * buffer)`` with Nesterov and ``lr * buffer`` without.
+    ``d = ±grad + weight_decay * parameter``; the buffer starts as ``d`` and becomes ``momentum * buffer + (1
+    - dampening) * d``; then ``parameter -= lr * (d + momentum * buffer)`` with Nesterov and ``lr * buffer``
+    without.
     """
     direction = -grad if maximize else grad
     direction = direction + weight_decay * parameter
@@ -258,9 +269,9 @@ def adam_step(
 ) -> AdamState:
     """One step of torch.optim.Adam; ``step`` counts from 1.
 
-    ``d = ±grad + weight_decay * parameter``; ``m = beta1 m + (1 - beta1) d``; ``v = beta2 v + (1 - beta2) d^2``;
-    ``parameter -= lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)``. With amsgrad the largest ``v``
-    so far stands in for ``v``.
+    ``d = ±grad + weight_decay * parameter``; ``m = beta1 m + (1 - beta1) d``; ``v = beta2 v + (1 - beta2)
+    d^2``; ``parameter -= lr * (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)``. With amsgrad the
+    largest ``v`` so far stands in for ``v``.
     """
     direction = (-grad if maximize else grad) + weight_decay * parameter
     return _adam(parameter, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, betas, eps, amsgrad)
@@ -281,8 +292,8 @@ def adamw_step(
     amsgrad: bool = False,
     maximize: bool = False,
 ) -> AdamState:
-    """One step of torch.optim.AdamW: Adam, but the decay ``parameter *= 1 - lr * weight_decay`` comes first and
-    stays out of the moments."""
+    """One step of torch.optim.AdamW: Adam, but the decay ``parameter *= 1 - lr * weight_decay`` comes first
+    and stays out of the moments."""
     parameter = parameter * (1 - lr * weight_decay)
     direction = -grad if maximize else grad
     return _adam(parameter, direction, exp_avg, exp_avg_sq, max_exp_avg_sq, step, lr, betas, eps, amsgrad)

@@ -1,0 +1,49 @@
+"""Writing a file so that nobody ever sees half of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; what was written there becomes ``path`` when the block ends.
+
+    The data reaches the disk before the rename, so after a crash ``path`` holds either its old content or the
+    whole new one. When the block raises, the temporary file is removed and ``path`` stays as it was. The
+    temporary name keeps the suffix, because some writers choose the format by it.
+
+    Raises:
+        FileNotFoundError: the folder of ``path`` does not exist.
+        IsADirectoryError: ``path`` is a folder.
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    # A link keeps being a link: its target is replaced.
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "cannot write here, no such folder", str(target.parent))
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected the name of a file to write, got a folder", str(path))
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, target)
+        if os.name == "posix":
+            _flush_to_disk(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush_to_disk(path: Path) -> None:
+    # Windows flushes through writable descriptors only, POSIX opens folders for reading only.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -114,7 +114,8 @@ def assert_close_bound(
     raise AssertionError(
         f"{name}: {int((ratio > 1).sum())} of {ratio.numel()} elements are out of bounds; worst at {place}: "
         f"got {float(actual[place]):.9g}, expected {float(expected64[place]):.9g}, "
-        f"error {float(error[place]):.3g} is {float(ratio[place]):.3g} times its bound {float(limits[place]):.3g}"
+        f"error {float(error[place]):.3g} is "
+        f"{float(ratio[place]):.3g} times its bound {float(limits[place]):.3g}"
     )
 
 

@@ -1,0 +1,183 @@
+"""linear: every ISA, dtype and layout against the float64 reference, and the errors of wrong shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    DTYPES,
+    FILLS,
+    LAYOUTS,
+    LINEAR_CASES,
+    LinearCase,
+    Wrong,
+    by_id,
+    find,
+    generator,
+    lay_out,
+    random,
+)
+from dispatch_log import fell_back, ran_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close_bound, assert_identical, rounding_bound
+from torch import Tensor
+
+import fastnn
+from fastnn import functional, reference
+
+
+def check(case: LinearCase, fill: str, dtype: torch.dtype, layout: str = "contiguous") -> None:
+    """Forward and backward of one case: integers bit for bit, random numbers within the rounding bound."""
+    rng = generator("linear", case.id, fill)
+    relu = case.kwargs.get("activation") == "relu"
+    out_features, in_features = case.weight
+    weight_layout = "contiguous" if layout == "expanded" else layout
+    x = lay_out(FILLS[fill](case.input, dtype, rng), layout).requires_grad_()
+    w = lay_out(FILLS[fill](case.weight, dtype, rng), weight_layout).requires_grad_()
+    b = FILLS[fill]((out_features,), dtype, rng).requires_grad_() if case.bias else None
+    leaves = [t for t in (x, w, b) if t is not None]
+    some = x.numel() > 0
+
+    with ran_kernels(*(["linear_forward"] if some else []), dtype=dtype):
+        y = functional.linear(x, w, b, **case.kwargs)
+
+    leaves64 = [t.detach().double().requires_grad_() for t in leaves]
+    x64, w64, b64 = (*leaves64, None)[:3]
+    y64 = reference.linear(x64, w64, b64, **case.kwargs)
+    pre = F.linear(x64, w64, b64).detach()
+    grad = FILLS[fill](tuple(y.shape), dtype, rng)
+    rows = y.numel() // out_features
+
+    if fill == "random":
+        absolute = [t.detach().abs() for t in leaves64]
+        bound = rounding_bound(in_features + 1, dtype, F.linear(*absolute))
+        assert_close_bound(y, y64, bound, "output")
+        # Whether a ReLU so near to zero is open may differ: no gradient goes there.
+        grad = torch.where(pre.abs() <= bound, 0, grad) if relu else grad
+    else:
+        assert_identical(y, y64, "output")
+
+    grad_layout = layout if layout in ("sliced", "transposed") and grad.dim() > 1 else "contiguous"
+    with ran_kernels(*(["linear_backward"] if some else []), dtype=dtype):
+        grads = torch.autograd.grad(y, leaves, lay_out(grad, grad_layout))
+    grads64 = torch.autograd.grad(y64, leaves64, grad.double())
+
+    passed = (grad.double() * (pre > 0) if relu else grad.double()).abs().reshape(rows, out_features)
+    x_rows = x64.detach().abs().reshape(rows, in_features)
+    bounds = (
+        rounding_bound(out_features + 1, dtype, passed @ w64.detach().abs()).reshape(case.input),
+        rounding_bound(rows + 1, dtype, passed.T @ x_rows),
+        rounding_bound(rows + 1, dtype, passed.sum(0)),
+    )
+    names = ("grad_input", "grad_weight", "grad_bias")
+    for name, actual, expected, limit in zip(names, grads, grads64, bounds, strict=False):
+        assert actual.dtype == dtype
+        if fill == "random":
+            assert_close_bound(actual, expected, limit, name)
+        else:
+            assert_identical(actual, expected, name)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("case", by_id(LINEAR_CASES))
+def test_matches_reference(case: LinearCase, fill: str, isa: str, dtype: torch.dtype) -> None:
+    check(case, fill, dtype)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
+@pytest.mark.parametrize("case", find(LINEAR_CASES, "4x8_to_3", "relu", "3d_2x3x17_to_5", "one_row"))
+def test_layouts(case: LinearCase, layout: str, isa: str, dtype: torch.dtype) -> None:
+    check(case, "integers", dtype, layout)
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"),
+    [
+        pytest.param(case, wrong, id=f"{case.id}-{wrong.argument}-{wrong.shape}")
+        for case in LINEAR_CASES
+        for wrong in case.wrong
+    ],
+)
+def test_wrong_shapes(case: LinearCase, wrong: Wrong) -> None:
+    arguments = {
+        "input": torch.zeros(case.input),
+        "weight": torch.zeros(case.weight),
+        "bias": torch.zeros(case.weight[0]),
+    }
+    arguments[wrong.argument] = torch.zeros(wrong.shape)
+    with pytest.raises((ValueError, RuntimeError), match=wrong.words):
+        functional.linear(**arguments)
+
+
+def test_unknown_activation() -> None:
+    with pytest.raises(ValueError, match=r"activation: expected .*relu.*got 'gelu'"):
+        functional.linear(torch.zeros(2, 3), torch.zeros(4, 3), activation="gelu")
+
+
+def test_mixed_dtypes_raise() -> None:
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=r"(?i)float|double|dtype"):
+        functional.linear(torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.int64], ids=str)
+def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
+    rng = generator("linear", dtype)
+    x, w, b = (random(s, torch.float64, rng).mul(4).to(dtype) for s in ((5, 8), (3, 8), (3,)))
+    with fell_back():
+        y = functional.linear(x, w, b)
+    assert y.dtype == dtype
+    assert torch.equal(y, F.linear(x, w, b))
+
+
+def test_nan_and_infinity_pass_through_relu() -> None:
+    x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [-float("inf"), 1.0], [0.0, 0.0]])
+    w = torch.eye(2)
+    expected = reference.linear(x, w, activation="relu")
+    assert_identical(functional.linear(x, w, activation="relu"), expected)
+
+
+def nan_gradient(function: object, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+    leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+    return torch.autograd.grad(function(*leaves, activation="relu").sum(), leaves)
+
+
+def test_gradient_at_nan_and_at_zero_is_torchs() -> None:
+    x = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [1.0, -1.0]])
+    w = torch.tensor([[1.0, 2.0], [-1.0, 1.0]])
+    expected = nan_gradient(reference.linear, x, w)
+    for actual, wanted in zip(nan_gradient(functional.linear, x, w), expected, strict=True):
+        assert_identical(actual, wanted)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    leading=st.lists(st.integers(0, 5), max_size=3),
+    in_features=st.integers(1, 70),
+    out_features=st.integers(1, 70),
+    bias=st.booleans(),
+    relu=st.booleans(),
+    fill=st.sampled_from(sorted(FILLS)),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_any_geometry(
+    leading: list[int],
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    relu: bool,
+    fill: str,
+    dtype: torch.dtype,
+    isa: str,
+) -> None:
+    kwargs = {"activation": "relu"} if relu else {}
+    shape = (*leading, in_features)
+    case = LinearCase(f"{shape}_{out_features}", shape, (out_features, in_features), bias, kwargs)
+    before = fastnn.get_isa()
+    fastnn.set_isa(isa)
+    try:
+        check(case, fill, dtype)
+    finally:
+        fastnn.set_isa(before)

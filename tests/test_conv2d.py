@@ -1,0 +1,345 @@
+"""conv2d with its fused ReLU and max-pool: every ISA, dtype and layout against the float64 reference."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    CONV2D_CASES,
+    DTYPES,
+    FILLS,
+    LAYOUTS,
+    Conv2dCase,
+    Wrong,
+    by_id,
+    find,
+    generator,
+    lay_out,
+    random,
+)
+from dispatch_log import fell_back, kernels_of, ran_kernels
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close_bound, assert_identical, rounding_bound, winograd_bound
+from torch import Tensor
+
+import fastnn
+from fastnn import functional, reference
+
+
+class Sizes(NamedTuple):
+    """Reduction lengths of the three products."""
+
+    forward: int
+    grad_input: int
+    grad_weight: int
+
+
+def reductions(case: Conv2dCase, conv_output: Tensor) -> Sizes:
+    out_channels, group_channels, kernel_height, kernel_width = case.weight
+    taps = kernel_height * kernel_width
+    # Overlapping pool windows first add their gradients up at one pixel of the convolution.
+    overlap = case.pool[0][0] * case.pool[0][1] if case.pool else 0
+    groups = case.kwargs.get("groups", 1)
+    return Sizes(
+        group_channels * taps,
+        out_channels // groups * taps + overlap,
+        conv_output.numel() // out_channels + overlap,
+    )
+
+
+def is_winograd(records: list, operator: str) -> bool:
+    return any("winograd" in kernel for kernel in kernels_of(records, operator))
+
+
+def numeric_padding(case: Conv2dCase) -> tuple[int, int]:
+    """Only for stride-1 3x3 kernels without dilation, the ones that Winograd serves."""
+    padding = case.kwargs.get("padding", 0)
+    if padding == "same":
+        return 1, 1
+    if padding == "valid":
+        return 0, 0
+    return (padding, padding) if isinstance(padding, int) else padding
+
+
+def pool_values(case: Conv2dCase, values: Tensor) -> Tensor:
+    return F.max_pool2d(values, *case.pool) if case.pool else values
+
+
+def ambiguous(case: Conv2dCase, pre: Tensor, bound: Tensor) -> Tensor:
+    """Outputs whose ReLU or pool winner a rounding within the bound could change."""
+    pooled, limit = pool_values(case, pre), pool_values(case, bound)
+    relu = case.kwargs.get("activation") == "relu"
+    unsure = pooled.abs() <= limit if relu else torch.zeros_like(pooled, dtype=torch.bool)
+    if case.pool and case.pool[0] != (1, 1) and pooled.numel():
+        kernel, stride, (vertical, horizontal) = case.pool
+        planes = pre.reshape(-1, 1, *pre.shape[-2:])
+        planes = F.pad(planes, (horizontal, horizontal, vertical, vertical), value=-torch.inf)
+        windows = F.unfold(planes, kernel, stride=stride)
+        first, second = windows.topk(2, dim=1).values.unbind(1)
+        close = (first - second).reshape(pooled.shape) <= 2 * limit
+        unsure |= close & (pooled >= -limit) if relu else close
+    return unsure
+
+
+def check(case: Conv2dCase, fill: str, dtype: torch.dtype, layout: str = "contiguous") -> None:
+    """Forward and backward of one case: integers bit for bit, random numbers within the rounding bound."""
+    rng = generator("conv2d", case.id, fill)
+    x = lay_out(FILLS[fill](case.input, dtype, rng), layout).requires_grad_()
+    weight_layout = "contiguous" if layout == "expanded" else layout
+    w = lay_out(FILLS[fill](case.weight, dtype, rng), weight_layout).requires_grad_()
+    b = FILLS[fill](case.weight[:1], dtype, rng).requires_grad_() if case.bias else None
+    leaves = [t for t in (x, w, b) if t is not None]
+    some = x.numel() > 0
+
+    with ran_kernels(*(["conv2d_forward"] if some else []), dtype=dtype) as forward_records:
+        y = functional.conv2d(x, w, b, **case.kwargs)
+
+    leaves64 = [t.detach().double().requires_grad_() for t in leaves]
+    pre64 = F.conv2d(*leaves64, **case.convolution)
+    activated = F.relu(pre64) if case.kwargs.get("activation") else pre64
+    y64 = pool_values(case, activated)
+    absolute = [t.detach().abs().requires_grad_() for t in leaves64]
+    pre_magnitude = F.conv2d(*absolute, **case.convolution)
+    sizes = reductions(case, pre64)
+    grad = FILLS[fill](tuple(y.shape), dtype, rng)
+
+    if fill == "random":
+        if is_winograd(forward_records, "conv2d_forward"):
+            bound = winograd_bound(x.detach(), w.detach(), dtype, numeric_padding(case))
+            bound = bound + rounding_bound(1, dtype, pre_magnitude.detach())
+        else:
+            bound = rounding_bound(sizes.forward + 1, dtype, pre_magnitude.detach())
+        assert_close_bound(y, y64, pool_values(case, bound), "output")
+        grad = torch.where(ambiguous(case, pre64.detach(), bound), 0, grad)
+    else:
+        assert_identical(y, y64, "output")
+
+    operators = ("conv2d_grad_input", "conv2d_grad_weight") if some else ()
+    grad_layout = layout if layout in ("channels_last", "sliced", "transposed") else "contiguous"
+    with ran_kernels(*operators, dtype=dtype) as backward_records:
+        grads = torch.autograd.grad(y, leaves, lay_out(grad, grad_layout))
+    (passed,) = torch.autograd.grad(y64, pre64, grad.double().abs(), retain_graph=True)
+    grads64 = torch.autograd.grad(y64, leaves64, grad.double())
+    magnitudes = torch.autograd.grad(pre_magnitude, absolute, passed)
+
+    names = ("grad_input", "grad_weight", "grad_bias")
+    lengths = (sizes.grad_input, sizes.grad_weight, sizes.grad_weight)
+    for name, actual, expected, magnitude, length in zip(
+        names, grads, grads64, magnitudes, lengths, strict=False
+    ):
+        assert actual.dtype == dtype
+        if fill == "integers":
+            assert_identical(actual, expected, name)
+            continue
+        bound = rounding_bound(length + 1, dtype, magnitude)
+        if name == "grad_input" and is_winograd(backward_records, "conv2d_grad_input"):
+            # The input gradient is the convolution of the output's with the turned and transposed filters.
+            turned = w.detach().flip(2, 3).transpose(0, 1)
+            vertical, horizontal = numeric_padding(case)
+            bound = winograd_bound(passed, turned, dtype, (2 - vertical, 2 - horizontal)) + bound
+        assert_close_bound(actual, expected, bound, name)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("case", by_id(CONV2D_CASES))
+def test_matches_reference(case: Conv2dCase, fill: str, isa: str, dtype: torch.dtype) -> None:
+    check(case, fill, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "case",
+    find(
+        CONV2D_CASES,
+        "3x3_pad1",
+        "1x1",
+        "asymmetric",
+        "groups2",
+        "depthwise_multiplier2",
+        "first_layer",
+        "relu_pool2_odd",
+        "relu_pool3_stride2_pad1",
+        "unbatched",
+    ),
+)
+def test_layouts(case: Conv2dCase, layout: str, isa: str, dtype: torch.dtype) -> None:
+    if layout == "channels_last" and len(case.input) == 3:
+        pytest.skip("channels_last is a layout of four dimensions")
+    check(case, "integers", dtype, layout)
+
+
+@pytest.mark.parametrize(
+    "case", find(CONV2D_CASES, "3x3_pad1", "1x1", "groups2", "relu_pool2_odd", "depthwise")
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_output_has_the_memory_format_of_the_input(
+    case: Conv2dCase, memory_format: torch.memory_format
+) -> None:
+    x = torch.ones(case.input).contiguous(memory_format=memory_format).requires_grad_()
+    w = torch.ones(case.weight).requires_grad_()
+    y = functional.conv2d(x, w, **case.kwargs)
+    expected = reference.conv2d(x, w, **case.kwargs)
+    assert y.stride() == expected.stride()
+    grads = torch.autograd.grad(y.sum(), (x, w))
+    assert grads[0].is_contiguous(memory_format=memory_format)
+
+
+def test_fused_equals_separate_operators() -> None:
+    rng = generator("fused")
+    x, w, b = (
+        random((2, 5, 9, 8), torch.float32, rng),
+        random((7, 5, 3, 3), torch.float32, rng),
+        torch.ones(7),
+    )
+    fused = functional.conv2d(x, w, b, activation="relu", max_pool=(3, 2, 1))
+    separate = functional.max_pool2d(functional.relu(functional.conv2d(x, w, b)), 3, 2, 1)
+    magnitude = F.max_pool2d(F.conv2d(x.double().abs(), w.double().abs(), b.double()), 3, 2, 1)
+    reach = winograd_bound(x, w, torch.float32, (0, 0))
+    bound = rounding_bound(46, torch.float32, magnitude) + F.max_pool2d(reach, 3, 2, 1)
+    assert_close_bound(fused, separate.double(), 2 * bound)
+
+
+@pytest.mark.parametrize("max_pool", [2, (2, 2, 0), ((2, 2), (2, 2), (0, 0)), [2, 2, 0]], ids=str)
+def test_forms_of_max_pool(max_pool: object) -> None:
+    x, w = torch.arange(64.0).reshape(1, 1, 8, 8), torch.ones(1, 1, 3, 3)
+    expected = reference.conv2d(x, w, max_pool=2)
+    assert torch.equal(functional.conv2d(x, w, max_pool=max_pool), expected)
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_ties_go_to_the_first_element(activation: str | None, isa: str) -> None:
+    x = torch.ones(1, 1, 5, 5, requires_grad=True)
+    w = torch.ones(1, 1, 2, 2)
+    grads = []
+    for function in (functional.conv2d, reference.conv2d):
+        y = function(x, w, activation=activation, max_pool=2)
+        grads.append(torch.autograd.grad(y.sum(), x)[0])
+    assert_identical(grads[0], grads[1])
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"activation": "relu"}, {"activation": "relu", "max_pool": 2}], ids=str
+)
+def test_nan_reaches_exactly_where_torch_puts_it(kwargs: dict, isa: str) -> None:
+    rng = generator("nan")
+    x = random((1, 3, 9, 9), torch.float32, rng)
+    x[0, 1, 4, 4] = float("nan")
+    w = random((5, 3, 3, 3), torch.float32, rng)
+    y, expected = functional.conv2d(x, w, **kwargs), reference.conv2d(x, w, **kwargs)
+    missed = expected.isnan() & ~y.isnan()
+    assert not missed.any()
+    # A Winograd tile may spread a NaN over its own outputs, never further than one pixel.
+    reach = F.max_pool2d(expected.isnan().float(), 3, 1, 1) > 0
+    assert not (y.isnan() & ~reach).any()
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"),
+    [
+        pytest.param(case, wrong, id=f"{case.id}-{wrong.argument}-{wrong.shape}")
+        for case in CONV2D_CASES
+        for wrong in case.wrong
+    ],
+)
+def test_wrong_shapes(case: Conv2dCase, wrong: Wrong) -> None:
+    arguments = {
+        "input": torch.zeros(case.input),
+        "weight": torch.zeros(case.weight),
+        "bias": torch.zeros(case.weight[0]),
+    }
+    arguments[wrong.argument] = torch.zeros(wrong.shape)
+    with pytest.raises((ValueError, RuntimeError), match=wrong.words):
+        functional.conv2d(**arguments, **case.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"stride": 0}, r"(?i)stride"),
+        ({"stride": -1}, r"(?i)stride"),
+        ({"padding": -1}, r"(?i)padding"),
+        ({"dilation": 0}, r"(?i)dilation"),
+        ({"groups": 2}, r"(?i)groups|weight"),
+        ({"groups": 0}, r"(?i)groups"),
+        ({"padding": "full"}, r"(?i)padding"),
+        ({"padding": "same", "stride": 2}, r"(?i)same"),
+        ({"activation": "tanh"}, r"activation: expected .*relu.*got 'tanh'"),
+        ({"max_pool": (2, 2)}, r"max_pool: expected .*got \(2, 2\)"),
+        ({"max_pool": 0}, r"(?i)max_pool|kernel"),
+        ({"max_pool": 9}, r"(?i)max_pool|output size|small"),
+        ({"max_pool": (2, 2, 2)}, r"(?i)pad"),
+    ],
+    ids=str,
+)
+def test_wrong_parameters(kwargs: dict, words: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        functional.conv2d(torch.zeros(1, 3, 7, 7), torch.zeros(4, 3, 3, 3), **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64], ids=str)
+def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
+    rng = generator("conv2d", dtype)
+    x, w, b = (random(s, torch.float64, rng).to(dtype) for s in ((2, 3, 6, 6), (4, 3, 3, 3), (4,)))
+    with fell_back():
+        y = functional.conv2d(x, w, b, 1, 1)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, F.conv2d(x, w, b, 1, 1))
+
+
+pairs = st.tuples
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_geometry(data: st.DataObject) -> None:
+    draw = data.draw
+    kernel = draw(pairs(st.integers(1, 5), st.integers(1, 5)))
+    stride = draw(pairs(st.integers(1, 3), st.integers(1, 3)))
+    dilation = draw(pairs(st.integers(1, 3), st.integers(1, 3)))
+    padding = draw(st.sampled_from(["valid", "same"]) | pairs(st.integers(0, 4), st.integers(0, 4)))
+    size = draw(pairs(st.integers(1, 14), st.integers(1, 14)))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 5]))
+    in_channels = groups * draw(st.integers(1, 20 // groups))
+    out_channels = groups * draw(st.integers(1, 36 // groups))
+    batch = draw(st.integers(0, 3))
+    if padding == "same":
+        stride = (1, 1)
+    around = (0, 0) if padding == "valid" else padding
+    extents = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    if padding == "same":
+        conv_size = list(size)
+    else:
+        conv_size = [
+            (n + 2 * p - e) // s + 1 for n, p, e, s in zip(size, around, extents, stride, strict=True)
+        ]
+        assume(all(n + 2 * p >= e for n, p, e in zip(size, around, extents, strict=True)))
+    kwargs: dict = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    if draw(st.booleans()):
+        kwargs["activation"] = "relu"
+    if draw(st.booleans()):
+        pool_kernel = draw(pairs(st.integers(1, 3), st.integers(1, 3)))
+        pool_stride = draw(st.just(pool_kernel) | pairs(st.integers(1, 3), st.integers(1, 3)))
+        pool_padding = tuple(draw(st.integers(0, k // 2)) for k in pool_kernel)
+        fits = zip(conv_size, pool_kernel, pool_padding, strict=True)
+        assume(all(n + 2 * p >= k for n, k, p in fits))
+        kwargs["max_pool"] = (pool_kernel, pool_stride, pool_padding)
+    case = Conv2dCase(
+        "fuzz",
+        (batch, in_channels, *size),
+        (out_channels, in_channels // groups, *kernel),
+        draw(st.booleans()),
+        kwargs,
+    )
+    fill = draw(st.sampled_from(sorted(FILLS)))
+    dtype = draw(st.sampled_from(DTYPES))
+    layout = draw(st.sampled_from(LAYOUTS)) if fill == "integers" else "contiguous"
+    before = fastnn.get_isa()
+    fastnn.set_isa(draw(st.sampled_from(fastnn.available_isas())))
+    try:
+        check(case, fill, dtype, layout)
+    finally:
+        fastnn.set_isa(before)

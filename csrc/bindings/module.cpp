@@ -1,0 +1,8 @@
+// fastnn._C: the list of what it offers. Every operator registers itself in its own file.
+#include "bindings/module.h"
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "Kernels of fastnn. Outputs are allocated by the caller and filled here.";
+  fastnn::bind_runtime(module);
+  fastnn::bind_linear(module);
+}

@@ -1,0 +1,14 @@
+// One registration function per file of this folder.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace fastnn {
+
+namespace py = pybind11;
+
+void bind_runtime(py::module_& module);
+void bind_linear(py::module_& module);
+
+}  // namespace fastnn

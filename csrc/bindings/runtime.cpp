@@ -1,0 +1,82 @@
+// Set-up, ISA choice, build facts and the dispatch trace.
+#include "bindings/module.h"
+#include "bindings/tensor.h"
+#include "cpu/kernel_table.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/trace.h"
+#ifdef FASTNN_CUDA_ARCHITECTURES
+#include "cuda/device.h"
+#endif
+
+namespace fastnn {
+namespace {
+
+std::string joined_isas(bool supported_only) {
+  std::string names;
+  for (int i = 0; i < cpu::isa_count(); ++i) {
+    if (supported_only && !cpu::isa_supported(i)) continue;
+    names += (names.empty() ? "" : ", ") + std::string(cpu::isa_name(i));
+  }
+  return names;
+}
+
+py::list isa_list(bool supported_only) {
+  py::list names;
+  for (int i = 0; i < cpu::isa_count(); ++i)
+    if (!supported_only || cpu::isa_supported(i)) names.append(cpu::isa_name(i));
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  if (!cpu::set_isa(name.c_str()))
+    fail_value("isa", "one of " + joined_isas(true) + " (compiled: " + joined_isas(false) + "; this CPU runs the former)",
+               "'" + name + "'");
+}
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["version"] = FASTNN_VERSION;
+  facts["compiler"] = __VERSION__;
+  facts["isas_compiled"] = isa_list(false);
+  facts["openmp"] = cpu::openmp_library();
+#ifdef FASTNN_CUDA_ARCHITECTURES
+  facts["cuda"] = true;
+  facts["cuda_architectures"] = FASTNN_CUDA_ARCHITECTURES;
+  facts["cuda_devices"] = cuda::device_count();
+#else
+  facts["cuda"] = false;
+  facts["cuda_architectures"] = "";
+  facts["cuda_devices"] = 0;
+#endif
+  return facts;
+}
+
+py::list trace_stop() {
+  py::list records;
+  cpu::trace_stop(
+      [](const cpu::TraceRecord& record, void* list) {
+        static_cast<py::list*>(list)->append(py::make_tuple(record.operation, record.variant, record.isa, record.dtype));
+      },
+      &records);
+  return records;
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& module) {
+  module.def("initialise", &initialise_tensors, py::arg("tensor_type"), py::arg("get_num_threads"));
+  module.def("set_isa", &set_isa, py::arg("name"));
+  module.def("get_isa", [] { return cpu::active_table().isa; });
+  module.def("available_isas", [] { return isa_list(true); });
+  module.def("build_facts", &build_facts);
+  module.def("num_threads", [] {
+    adopt_torch_threads();
+    return cpu::max_threads();
+  });
+  module.def("scratch_bytes", &cpu::scratch_thread_bytes);
+  module.def("trace_start", &cpu::trace_start);
+  module.def("trace_stop", &trace_stop);
+}
+
+}  // namespace fastnn

@@ -1,0 +1,176 @@
+#include "bindings/tensor.h"
+
+namespace py = pybind11;
+
+namespace fastnn {
+namespace {
+
+const DLPackExchangeAPI* exchange_api = nullptr;
+PyTypeObject* torch_tensor_type = nullptr;
+PyObject* torch_get_num_threads = nullptr;
+
+// Whether memory runs through the dimensions in `order`, innermost last.
+bool runs_through(const DLTensor& view, const int* order, int count) {
+  int64_t expected = 1;
+  for (int i = count - 1; i >= 0; --i) {
+    const int d = order[i];
+    if (view.shape[d] != 1 && view.strides[d] != expected) return false;
+    expected *= view.shape[d];
+  }
+  return true;
+}
+
+}  // namespace
+
+void initialise_tensors(py::handle tensor_type, py::handle get_num_threads) {
+  if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__"))
+    throw py::import_error("fastnn needs torch >= 2.10: this torch has no torch.Tensor.__dlpack_c_exchange_api__");
+  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
+  auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  DLPackExchangeAPIHeader* header = &api->header;
+  while (header && header->version.major != 1) header = header->prev_api;
+  if (!header) throw py::import_error("fastnn needs a torch that offers version 1 of DLPack's C exchange API");
+  exchange_api = reinterpret_cast<DLPackExchangeAPI*>(header);
+  torch_tensor_type = reinterpret_cast<PyTypeObject*>(py::reinterpret_borrow<py::object>(tensor_type).release().ptr());
+  torch_get_num_threads = py::reinterpret_borrow<py::object>(get_num_threads).release().ptr();
+}
+
+void adopt_torch_threads() {
+  thread_local bool adopted = false;
+  if (adopted || !torch_get_num_threads) return;
+  py::reinterpret_borrow<py::object>(torch_get_num_threads)();
+  adopted = true;
+}
+
+Tensor Tensor::from_python(py::handle object) {
+  if (!torch_tensor_type) throw py::import_error("fastnn._C is not initialised: import fastnn, not fastnn._C");
+  if (!PyObject_TypeCheck(object.ptr(), torch_tensor_type))
+    throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(object.ptr())->tp_name);
+  Tensor tensor;
+  if (exchange_api->dltensor_from_py_object_no_sync(object.ptr(), &tensor.view_) != 0) throw py::error_already_set();
+  if (!tensor.view_.data && tensor.numel() > 0)
+    throw std::runtime_error("expected a tensor with memory, got one without (a fake, meta or functional tensor, a "
+                             "wrapper subclass, or one whose storage was freed)");
+  return tensor;
+}
+
+int64_t Tensor::numel() const {
+  int64_t count = 1;
+  for (int d = 0; d < view_.ndim; ++d) count *= view_.shape[d];
+  return count;
+}
+
+DType Tensor::dtype() const {
+  const DLDataType type = view_.dtype;
+  if (type.lanes != 1) return DType::other;
+  if (type.code == 2 && type.bits == 32) return DType::float32;
+  if (type.code == 2 && type.bits == 64) return DType::float64;
+  if (type.code == 1 && type.bits == 8) return DType::uint8;
+  if (type.code == 0 && type.bits == 64) return DType::int64;
+  return DType::other;
+}
+
+bool Tensor::is_contiguous() const {
+  int64_t expected = 1;
+  for (int d = view_.ndim - 1; d >= 0; --d) {
+    if (view_.shape[d] != 1 && view_.strides[d] != expected) return false;
+    expected *= view_.shape[d];
+  }
+  return true;
+}
+
+bool Tensor::is_channels_last() const {
+  static const int order[] = {0, 2, 3, 1};
+  return view_.ndim == 4 && runs_through(view_, order, 4);
+}
+
+std::string Tensor::shape_string() const {
+  std::string text = "(";
+  for (int d = 0; d < view_.ndim; ++d) text += (d ? ", " : "") + std::to_string(view_.shape[d]);
+  return text + (view_.ndim == 1 ? ",)" : ")");
+}
+
+std::string Tensor::dtype_string() const {
+  static const char* const kinds[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  const DLDataType type = view_.dtype;
+  if (type.code == 6) return "bool";
+  return (type.code < 7 ? kinds[type.code] : "dtype") + std::to_string(type.bits);
+}
+
+std::string Tensor::device_string() const {
+  const std::string index = std::to_string(view_.device.device_id);
+  if (is_cpu()) return "cpu";
+  return (is_cuda() ? "cuda:" : "device type " + std::to_string(view_.device.device_type) + ":") + index;
+}
+
+const char* dtype_name(DType dtype) {
+  switch (dtype) {
+    case DType::float32: return "float32";
+    case DType::float64: return "float64";
+    case DType::uint8: return "uint8";
+    case DType::int64: return "int64";
+    default: return "other";
+  }
+}
+
+void fail_value(const char* name, const std::string& expected, const std::string& got) {
+  throw py::value_error(std::string(name) + ": expected " + expected + ", got " + got);
+}
+
+void fail_type(const char* name, const std::string& expected, const std::string& got) {
+  throw py::type_error(std::string(name) + ": expected " + expected + ", got " + got);
+}
+
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<Size> expected) {
+  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
+  int64_t d = 0;
+  for (const Size& size : expected) {
+    if (same && !size.name && tensor.size(d) != size.number) same = false;
+    ++d;
+  }
+  if (same) return;
+  std::string text = "shape (";
+  for (const Size& size : expected) {
+    if (&size != expected.begin()) text += ", ";
+    text += size.name ? size.name : std::to_string(size.number);
+  }
+  fail_value(name, text + (expected.size() == 1 ? ",)" : ")"), tensor.shape_string());
+}
+
+void check_contiguous(const char* name, const Tensor& tensor) {
+  if (tensor.numel() > 0 && !tensor.is_contiguous())
+    fail_value(name, "a contiguous tensor", "one of shape " + tensor.shape_string() + " with other strides");
+}
+
+void check_channels_last(const char* name, const Tensor& tensor) {
+  if (tensor.dim() != 4 || (tensor.numel() > 0 && !tensor.is_channels_last()))
+    fail_value(name, "a (batch, channels, height, width) tensor in channels_last order",
+               "one of shape " + tensor.shape_string() + " in another order");
+}
+
+void check_dtype(const char* name, const Tensor& tensor, DType expected) {
+  if (tensor.dtype() != expected) fail_type(name, dtype_name(expected), tensor.dtype_string());
+}
+
+void check_same_kind(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  if (tensor.dtype() != other.dtype() || tensor.dtype() == DType::other)
+    fail_type(name, other.dtype_string() + " as " + other_name, tensor.dtype_string());
+  if (tensor.device_string() != other.device_string())
+    fail_value(name, "a tensor on " + other.device_string() + " as " + other_name, "one on " + tensor.device_string());
+}
+
+void check_cpu(const char* name, const Tensor& tensor) {
+  if (!tensor.is_cpu()) fail_value(name, "a tensor on cpu", "one on " + tensor.device_string());
+}
+
+}  // namespace fastnn
+
+namespace pybind11::detail {
+
+bool type_caster<fastnn::Tensor>::load(handle source, bool) {
+  value = fastnn::Tensor::from_python(source);
+  return true;
+}
+
+}  // namespace pybind11::detail

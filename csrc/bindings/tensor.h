@@ -1,0 +1,110 @@
+// Tensor arguments of the module, read through DLPack's C exchange API, and the checks that every binding makes.
+//
+// This folder is the only place that knows Python. A binding checks its arguments once, by name - what was
+// expected and what came - then releases the GIL and calls the kernel table.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "bindings/dlpack.h"
+
+namespace fastnn {
+
+enum class DType { float32, float64, uint8, int64, other };
+
+// A view of a torch.Tensor's memory, valid during the call that took it.
+class Tensor {
+ public:
+  // Throws TypeError where `object` is no torch.Tensor, RuntimeError where it has no memory that can be read.
+  static Tensor from_python(pybind11::handle object);
+
+  int64_t dim() const { return view_.ndim; }
+  int64_t size(int64_t d) const { return view_.shape[d]; }
+  // 1 x ... x 1 tensors carry arbitrary strides: see is_contiguous() for how to ask about layout.
+  int64_t stride(int64_t d) const { return view_.strides[d]; }
+  int64_t numel() const;
+  bool is_cpu() const { return view_.device.device_type == 1; }
+  bool is_cuda() const { return view_.device.device_type == 2; }
+  int device_index() const { return view_.device.device_id; }
+  DType dtype() const;
+  bool is_contiguous() const;     // row-major; dimensions of size 1 do not count
+  bool is_channels_last() const;  // (n, c, h, w) stored as n, h, w, c
+
+  template <class T>
+  T* data() const {
+    return reinterpret_cast<T*>(static_cast<char*>(view_.data) + view_.byte_offset);
+  }
+
+  std::string shape_string() const;   // "(32, 1, 28, 28)"
+  std::string dtype_string() const;   // "float32"
+  std::string device_string() const;  // "cpu", "cuda:0"
+
+ private:
+  DLTensor view_;
+};
+
+// Takes torch.Tensor.__dlpack_c_exchange_api__ from torch, once, at import.
+void initialise_tensors(pybind11::handle tensor_type, pybind11::handle get_num_threads);
+
+// torch keeps its thread count per Python thread and sets it up on first use: called by every binding, so that
+// torch.set_num_threads() governs our loops in threads that torch has not seen yet.
+void adopt_torch_threads();
+
+// Checks. Each throws ValueError or TypeError as "weight: expected shape (out_features, 8), got (4, 7)".
+[[noreturn]] void fail_value(const char* name, const std::string& expected, const std::string& got);
+[[noreturn]] void fail_type(const char* name, const std::string& expected, const std::string& got);
+
+// One size of an expected shape: a number, or a name for a size that may be anything.
+struct Size {
+  int64_t number;
+  const char* name;
+  Size(int64_t size) : number(size), name(nullptr) {}
+  Size(const char* any) : number(-1), name(any) {}
+};
+void check_shape(const char* name, const Tensor& tensor, std::initializer_list<Size> expected);
+void check_contiguous(const char* name, const Tensor& tensor);
+void check_channels_last(const char* name, const Tensor& tensor);
+void check_dtype(const char* name, const Tensor& tensor, DType expected);
+void check_same_kind(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
+void check_cpu(const char* name, const Tensor& tensor);
+
+const char* dtype_name(DType dtype);
+
+// body(T{}) with T = float or double after the dtype of `tensor`; TypeError for others.
+template <class Body>
+void dispatch_floating(const char* name, const Tensor& tensor, const Body& body) {
+  switch (tensor.dtype()) {
+    case DType::float32: return body(float{});
+    case DType::float64: return body(double{});
+    default: fail_type(name, "a float32 or float64 tensor", tensor.dtype_string());
+  }
+}
+
+// Runs a kernel without the GIL.
+template <class Kernel>
+void without_gil(const Kernel& kernel) {
+  const pybind11::gil_scoped_release release;
+  kernel();
+}
+
+template <class T>
+T* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->data<T>() : nullptr;
+}
+
+}  // namespace fastnn
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<fastnn::Tensor> {
+  PYBIND11_TYPE_CASTER(fastnn::Tensor, const_name("torch.Tensor"));
+  bool load(handle source, bool);
+};
+
+}  // namespace pybind11::detail

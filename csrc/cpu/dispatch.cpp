@@ -1,0 +1,57 @@
+// Picks the kernel table at import: the best ISA that this CPU runs, or FASTNN_ISA.
+#include <atomic>
+#include <cstring>
+
+#include "cpu/kernel_table.h"
+
+namespace fastnn::cpu {
+
+extern const KernelTable kernel_table_baseline;
+#ifdef FASTNN_X86_ISAS
+extern const KernelTable kernel_table_avx2;
+extern const KernelTable kernel_table_avx512;
+#endif
+
+namespace {
+
+struct Isa {
+  const KernelTable* table;
+  bool (*supported)();
+};
+
+const Isa isas[] = {
+    {&kernel_table_baseline, [] { return true; }},
+#ifdef FASTNN_X86_ISAS
+    {&kernel_table_avx2, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
+    {&kernel_table_avx512, [] { return __builtin_cpu_supports("x86-64-v4") != 0; }},
+#endif
+};
+
+const KernelTable* best_table() {
+  const KernelTable* best = isas[0].table;
+  for (const Isa& isa : isas)
+    if (isa.supported()) best = isa.table;
+  return best;
+}
+
+std::atomic<const KernelTable*> active{best_table()};
+
+}  // namespace
+
+const KernelTable& active_table() { return *active.load(std::memory_order_relaxed); }
+
+int isa_count() { return static_cast<int>(sizeof(isas) / sizeof(isas[0])); }
+const char* isa_name(int index) { return isas[index].table->isa; }
+bool isa_supported(int index) { return isas[index].supported(); }
+
+bool set_isa(const char* name) {
+  for (const Isa& isa : isas) {
+    if (std::strcmp(isa.table->isa, name) == 0 && isa.supported()) {
+      active = isa.table;
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace fastnn::cpu

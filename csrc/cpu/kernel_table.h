@@ -1,0 +1,40 @@
+// The inventory of CPU kernels: one row per operator stage, filled once per ISA by cpu/kernels/table.inl.h.
+#pragma once
+
+#include "ops/linear.h"
+
+namespace fastnn::cpu {
+
+template <class T>
+struct Kernels {
+  void (*linear_forward)(const LinearShape&, const LinearForward<T>&);
+  void (*linear_backward)(const LinearShape&, const LinearBackward<T>&);
+};
+
+struct KernelTable {
+  const char* isa;
+  Kernels<float> float32;
+  Kernels<double> float64;
+};
+
+// The table in use: the best that this CPU runs, or the one forced by FASTNN_ISA or set_isa().
+const KernelTable& active_table();
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+inline const Kernels<float>& kernels<float>() {
+  return active_table().float32;
+}
+template <>
+inline const Kernels<double>& kernels<double>() {
+  return active_table().float64;
+}
+
+// The compiled tables, plainest first.
+int isa_count();
+const char* isa_name(int index);
+bool isa_supported(int index);   // by this CPU
+bool set_isa(const char* name);  // false where the name is unknown or this CPU cannot run it
+
+}  // namespace fastnn::cpu

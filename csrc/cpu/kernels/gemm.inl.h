@@ -1,0 +1,116 @@
+// Dense matrix products C = A B on the register tile of tile.inl.h: the three products of linear.
+//
+// B is cut into panels of kTileColumns columns; a panel is read straight from B where its rows are long enough,
+// or packed (k-major, zero-padded to whole vectors):
+//
+//        B (k x n)                      packed
+//   +------+------+---+        +------+  +------+  +---+00+
+//   |panel0|panel1|p2 |   ->   |panel0|  |panel1|  |p2 |00|   each k x kTileColumns
+//   +------+------+---+        +------+  +------+  +---+00+
+#pragma once
+
+#include "cpu/kernels/tile.inl.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd/transpose.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// Element (i, j) is data[i * row_stride + j * column_stride].
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t row_stride, column_stride;
+};
+
+// From this many rows on, packing B costs less than reading it with large strides: one copy serves m/8 tiles.
+constexpr int64_t kPackRows = 48;
+// Depth of one pass: a panel of 512 x 32 floats is 64 KiB, which stays in L2 beside the rows of A.
+constexpr int64_t kDepthBlock = 512;
+// Rows of C in one task.
+constexpr int64_t kRowBlock = 64;
+
+template <class T>
+void pack_panel(const Matrix<T>& b, int64_t depth, int64_t column, int64_t columns, T* panel) {
+  constexpr int64_t width = kTileColumns<T>;
+  if (b.column_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* row = b.data + k * b.row_stride + column;
+      for (int64_t j = 0; j < width; j += kLanes<T>) {
+        const int64_t left = columns - j;
+        store(panel + k * width + j, left >= kLanes<T> ? load(row + j) : left > 0 ? load_first(row + j, left) : Vec<T>{});
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < width; j += kLanes<T>) {
+      const int64_t left = columns - j < 0 ? 0 : columns - j < kLanes<T> ? columns - j : kLanes<T>;
+      transpose_panel(b.data + (column + j) * b.column_stride, b.column_stride, left, depth, panel + j, width);
+    }
+  }
+}
+
+// C (m x n, dense rows) = act(A (m x k) B (k x n) + bias); bias (n) may be null.
+// Needs b.column_stride == 1 or b.row_stride == 1.
+template <class T>
+void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, const T* bias, bool with_relu, T* c) {
+  constexpr int64_t width = kTileColumns<T>;
+  const int64_t panels = (n + width - 1) / width;
+  const bool pack = b.column_stride != 1 || m >= kPackRows;
+  const int64_t first_packed = pack ? 0 : n / width;  // a last, partial panel is always packed
+  const Scratch<T> packed((panels - first_packed) * k * width);
+  parallel_for(panels - first_packed, [&](int64_t i) {
+    const int64_t column = (first_packed + i) * width;
+    pack_panel(b, k, column, n - column, packed + i * k * width);
+  });
+  const int64_t row_blocks = (m + kRowBlock - 1) / kRowBlock;
+  parallel_for(row_blocks * panels, [&](int64_t task) {
+    const int64_t panel = task % panels, column = panel * width;
+    const int64_t row_begin = task / panels * kRowBlock;
+    const int64_t row_end = row_begin + kRowBlock < m ? row_begin + kRowBlock : m;
+    const bool is_packed = panel >= first_packed;
+    const T* b_panel = is_packed ? packed + (panel - first_packed) * k * width : b.data + column;
+    const int64_t b_stride = is_packed ? width : b.row_stride;
+    const int64_t columns = n - column < width ? n - column : width;
+    for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += kDepthBlock) {
+      const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
+      const bool last = k0 + kDepthBlock >= k;
+      for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+        with_rows(row_end - row < kTileRows ? row_end - row : kTileRows, [&](auto constant) {
+          constexpr int rows = decltype(constant)::value;
+          Vec<T> acc[rows][kTileVectors];
+          const T* a_rows[rows];
+          FASTNN_UNROLL
+          for (int r = 0; r < rows; ++r) {
+            a_rows[r] = a.data + (row + r) * a.row_stride + k0 * a.column_stride;
+            FASTNN_UNROLL
+            for (int v = 0; v < kTileVectors; ++v) {
+              const int64_t first = v * kLanes<T>;
+              const int64_t left = columns - first < 0 ? 0 : columns - first < kLanes<T> ? columns - first : kLanes<T>;
+              acc[r][v] = k0 > 0   ? load_upto(c + (row + r) * n + column + first, left)
+                          : bias ? load_upto(bias + column + first, left)
+                                 : Vec<T>{};
+            }
+          }
+          if (a.column_stride == 1)
+            multiply_add<T, rows, kTileVectors>(depth, a_rows, 1, b_panel + k0 * b_stride, b_stride, acc);
+          else
+            multiply_add<T, rows, kTileVectors>(depth, a_rows, a.column_stride, b_panel + k0 * b_stride, b_stride, acc);
+          FASTNN_UNROLL
+          for (int r = 0; r < rows; ++r) {
+            FASTNN_UNROLL
+            for (int v = 0; v < kTileVectors; ++v) {
+              const int64_t first = v * kLanes<T>;
+              const int64_t left = columns - first < kLanes<T> ? columns - first : kLanes<T>;
+              if (left > 0)
+                store_upto(c + (row + r) * n + column + first, last && with_relu ? relu(acc[r][v]) : acc[r][v], left);
+            }
+          }
+        });
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

@@ -1,0 +1,48 @@
+// The kernel table of one ISA. Included once by each file of cpu/isa/, which defines FASTNN_ISA.
+//
+// Everything but the table itself is in an anonymous namespace and no std:: template is used: a weak symbol
+// compiled for AVX-512 here could otherwise be the copy that the linker keeps for baseline code.
+#pragma once
+
+#include "cpu/kernel_table.h"
+#include "cpu/trace.h"
+
+#define FASTNN_STRING_(name) #name
+#define FASTNN_STRING(name) FASTNN_STRING_(name)
+#define FASTNN_CONCAT_(a, b) a##b
+#define FASTNN_CONCAT(a, b) FASTNN_CONCAT_(a, b)
+
+namespace fastnn::cpu {
+namespace {
+
+template <class T>
+inline void trace(const char* operation, const char* variant) {
+  trace_kernel(operation, variant, FASTNN_STRING(FASTNN_ISA), sizeof(T) == 4 ? "float32" : "float64");
+}
+
+}  // namespace
+}  // namespace fastnn::cpu
+
+#include "cpu/kernels/linear.inl.h"
+
+namespace fastnn::cpu {
+namespace {
+
+template <class T>
+constexpr Kernels<T> kernels_of_isa() {
+  return {
+      .linear_forward = linear_forward<T>,
+      .linear_backward = linear_backward<T>,
+  };
+}
+
+}  // namespace
+
+extern const KernelTable FASTNN_CONCAT(kernel_table_, FASTNN_ISA);
+const KernelTable FASTNN_CONCAT(kernel_table_, FASTNN_ISA) = {
+    FASTNN_STRING(FASTNN_ISA),
+    kernels_of_isa<float>(),
+    kernels_of_isa<double>(),
+};
+
+}  // namespace fastnn::cpu

@@ -1,0 +1,70 @@
+// The register tile that every dense kernel is built from: kTileRows rows by kTileVectors vectors.
+//
+//                b: depth x (vectors * lanes), one row per k
+//                +---------+---------+
+//                | b[k][0] | b[k][1] |
+//                +---------+---------+
+//   a[r][k] ---> | acc     | acc     |  acc[r][v] += a[r][k] * b[k][v]
+//                +---------+---------+
+//
+// a[r][k] is one number, broadcast; b[k][v] is a vector. Per k: 2 vector loads, 8 broadcasts, 16 FMAs.
+#pragma once
+
+#include "cpu/simd/vector.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// 8 rows: 16 accumulators + 2 vectors of b + 1 broadcast of 32 registers, and 16 independent FMAs hide the
+// latency of 4 cycles on 2 ports. 5 rows: 10 + 2 + 1 of 16 registers, with room for a product where there is
+// no FMA. A sixth row would spill in the pointer-row form, whose row pointers take the general registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 5;
+#endif
+constexpr int kTileVectors = 2;
+template <class T>
+constexpr int kTileColumns = kTileVectors * kLanes<T>;
+
+// acc[r][v] += sum over k < depth of a[r][k * a_step] * b[k * b_stride + v * lanes]
+template <class T, int rows, int vectors>
+FASTNN_INLINE void multiply_add(int64_t depth, const T* const (&a)[rows], int64_t a_step, const T* b,
+                                int64_t b_stride, Vec<T> (&acc)[rows][vectors]) {
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
+    Vec<T> weights[vectors];
+    FASTNN_UNROLL
+    for (int v = 0; v < vectors; ++v) weights[v] = load(b + v * kLanes<T>);
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T> x = broadcast(a[r][k * a_step]);
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) acc[r][v] += x * weights[v];
+    }
+  }
+}
+
+template <int number>
+struct Constant {
+  static constexpr int value = number;
+};
+
+// body(Constant<rows>{}) for a row count in [1, kTileRows] known only at run time.
+template <class Body>
+FASTNN_INLINE void with_rows(int64_t rows, const Body& body) {
+  static_assert(kTileRows == 5 || kTileRows == 8, "one case for each row count");
+  switch (rows) {
+    case 1: return body(Constant<1>{});
+    case 2: return body(Constant<2>{});
+    case 3: return body(Constant<3>{});
+    case 4: return body(Constant<4>{});
+    case 5: return body(Constant<5>{});
+    case 6: if constexpr (kTileRows >= 6) return body(Constant<6>{}); [[fallthrough]];
+    case 7: if constexpr (kTileRows >= 7) return body(Constant<7>{}); [[fallthrough]];
+    case 8: if constexpr (kTileRows >= 8) return body(Constant<8>{}); [[fallthrough]];
+    default: __builtin_unreachable();
+  }
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

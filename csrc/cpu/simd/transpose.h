@@ -1,0 +1,61 @@
+// Transposition of square register blocks: how weights become kernel panels and gradients become weights.
+#pragma once
+
+#include "cpu/simd/vector.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// a0 b0 a1 b1 ... from the first (half 0) or second (half 1) half of a and b.
+template <class T, int half, int... Index>
+FASTNN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, Indices<Index...>) {
+  return __builtin_shufflevector(a, b, (half * kLanes<T> / 2 + Index / 2 + (Index % 2) * kLanes<T>)...);
+}
+
+// rows[i][j] becomes rows[j][i]. log2(lanes) perfect shuffles: each pairs row i with row i + lanes/2.
+template <class T>
+FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int n = kLanes<T>;
+  FASTNN_UNROLL
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> next[n];
+    FASTNN_UNROLL
+    for (int i = 0; i < n / 2; ++i) {
+      next[2 * i] = interleave<T, 0>(rows[i], rows[i + n / 2], LaneIndices<T>{});
+      next[2 * i + 1] = interleave<T, 1>(rows[i], rows[i + n / 2], LaneIndices<T>{});
+    }
+    FASTNN_UNROLL
+    for (int i = 0; i < n; ++i) rows[i] = next[i];
+  }
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c] for r < rows <= lanes, c < columns; to's rows beyond
+// `rows` up to a whole vector become 0.
+template <class T>
+inline void transpose_panel(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
+                            int64_t to_stride) {
+  constexpr int n = kLanes<T>;
+  for (int64_t c = 0; c < columns; c += n) {
+    const int64_t width = columns - c < n ? columns - c : n;
+    Vec<T> block[n];
+    if (rows == n && width == n) {
+      FASTNN_UNROLL
+      for (int r = 0; r < n; ++r) block[r] = load(from + r * from_stride + c);
+    } else {
+      FASTNN_UNROLL
+      for (int r = 0; r < n; ++r) block[r] = r < rows ? load_upto(from + r * from_stride + c, width) : Vec<T>{};
+    }
+    transpose<T>(block);
+    if (width == n) {
+      FASTNN_UNROLL
+      for (int r = 0; r < n; ++r) store(to + (c + r) * to_stride, block[r]);
+    } else {
+      FASTNN_UNROLL
+      for (int r = 0; r < n; ++r)
+        if (r < width) store(to + (c + r) * to_stride, block[r]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

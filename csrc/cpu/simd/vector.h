@@ -1,0 +1,153 @@
+// Vec<T>: one SIMD register of T for the ISA this file is compiled for, with arithmetic and comparison
+// operators from the compiler's vector extension. Intrinsics appear only where the extension has no word:
+// partial loads and square roots.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define FASTNN_INLINE inline __attribute__((always_inline))
+#define FASTNN_UNROLL _Pragma("GCC unroll 64")
+
+namespace fastnn::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;  // SSE2 on x86-64, NEON on aarch64
+#endif
+
+template <class T>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  typedef float Vec __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 4)));
+  typedef uint8_t UnalignedBytes __attribute__((vector_size(kVectorBytes / 4), aligned(1), may_alias));
+};
+template <>
+struct VecTypes<double> {
+  typedef double Vec __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 8)));
+  typedef uint8_t UnalignedBytes __attribute__((vector_size(kVectorBytes / 8), aligned(1), may_alias));
+};
+
+template <class T>
+using Vec = typename VecTypes<T>::Vec;
+template <class T>
+using Mask = typename VecTypes<T>::Mask;  // all ones or all zeros per lane: what comparisons give
+
+template <class T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+FASTNN_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecTypes<T>::Unaligned*>(p);
+}
+template <class T>
+FASTNN_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecTypes<T>::Unaligned*>(p) = v;
+}
+template <class T>
+FASTNN_INLINE Vec<T> broadcast(T s) {
+  return s - Vec<T>{};
+}
+
+#if defined(__AVX512F__)
+FASTNN_INLINE Vec<float> load_first(const float* p, int64_t n) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+FASTNN_INLINE Vec<double> load_first(const double* p, int64_t n) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+}
+FASTNN_INLINE void store_first(float* p, Vec<float> v, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+}
+FASTNN_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+}
+FASTNN_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
+FASTNN_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
+#else
+// The first n < kLanes elements, the other lanes 0.
+template <class T>
+FASTNN_INLINE Vec<T> load_first(const T* p, int64_t n) {
+  Vec<T> v{};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+template <class T>
+FASTNN_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+#if defined(__AVX2__)
+FASTNN_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
+FASTNN_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
+#else
+template <class V>
+FASTNN_INLINE V square_root(V v) {
+  for (unsigned i = 0; i < sizeof(v) / sizeof(v[0]); ++i)
+    v[i] = sizeof(v[0]) == 4 ? __builtin_sqrtf(static_cast<float>(v[i])) : __builtin_sqrt(v[i]);
+  return v;
+}
+#endif
+#endif
+
+// n in [0, kLanes]
+template <class T>
+FASTNN_INLINE Vec<T> load_upto(const T* p, int64_t n) {
+  return n == kLanes<T> ? load(p) : load_first(p, n);
+}
+template <class T>
+FASTNN_INLINE void store_upto(T* p, Vec<T> v, int64_t n) {
+  if (n == kLanes<T>)
+    store(p, v);
+  else
+    store_first(p, v, n);
+}
+
+template <int... Index>
+struct Indices {};
+template <int Count, int... Index>
+struct MakeIndices : MakeIndices<Count - 1, Count - 1, Index...> {};
+template <int... Index>
+struct MakeIndices<0, Index...> {
+  using type = Indices<Index...>;
+};
+template <class T>
+using LaneIndices = typename MakeIndices<kLanes<T>>::type;
+
+// Lane i becomes v[i] + v[i ^ distance].
+template <class T, int distance, int... Index>
+FASTNN_INLINE Vec<T> add_lanes_apart(Vec<T> v, Indices<Index...>) {
+  return v + __builtin_shufflevector(v, v, (Index ^ distance)...);
+}
+
+// The sum of all lanes, in pairs: the same order on every call.
+template <class T, int distance = kLanes<T> / 2>
+FASTNN_INLINE T horizontal_sum(Vec<T> v) {
+  const Vec<T> sums = add_lanes_apart<T, distance>(v, LaneIndices<T>{});
+  if constexpr (distance > 1)
+    return horizontal_sum<T, distance / 2>(sums);
+  else
+    return sums[0];
+}
+
+// Zero where v < 0; NaN stays NaN, as in torch.
+template <class V>
+FASTNN_INLINE V relu(V v) {
+  return v < V{} ? V{} : v;
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

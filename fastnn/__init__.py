@@ -1,0 +1,18 @@
+"""Hand-written CPU and CUDA kernels for small convolutional and dense networks, as drop-in PyTorch layers."""
+
+from fastnn import runtime  # first: it initialises the extension module  # isort: skip
+from fastnn import functional, nn
+
+from fastnn.runtime import available_isas, build_info, explain_dispatch, get_isa, set_isa
+
+__version__: str = runtime.build_info()["version"]
+
+__all__ = [
+    "available_isas",
+    "build_info",
+    "explain_dispatch",
+    "functional",
+    "get_isa",
+    "nn",
+    "set_isa",
+]

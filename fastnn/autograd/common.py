@@ -1,0 +1,134 @@
+"""What every operator shares: the choice between kernel, op and torch, op registration, double backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+from fastnn.runtime import note_fallback
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_KERNEL_DTYPES = frozenset((torch.float32, torch.float64))
+
+_is_compiling = torch.compiler.is_compiling
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._get_tracing_state
+
+
+def route(operator: str, *tensors: Tensor | None) -> str:
+    """Which way a call goes: ``"kernel"``, ``"op"`` or ``"torch"``; `tensors` are its floating-point arguments."""
+    first = tensors[0]
+    plain = True
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TYPES:
+            plain = False
+            if not isinstance(tensor, Tensor):
+                if isinstance(tensor, torch.fx.Proxy):
+                    return "op"
+                raise TypeError(f"{operator}: expected torch.Tensor arguments, got {type(tensor).__name__}")
+            if not isinstance(tensor, FakeTensor):
+                return _fall_back(operator, f"tensor subclass {type(tensor).__name__}")
+    if _is_autocast_enabled() and torch.is_autocast_enabled(first.device.type):
+        return _fall_back(operator, "autocast")
+    dtype = first.dtype
+    if dtype not in _KERNEL_DTYPES:
+        return _fall_back(operator, f"dtype {dtype}")
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype is not dtype:
+            return _fall_back(operator, f"dtypes {dtype} and {tensor.dtype}")
+        if tensor.layout is not torch.strided:
+            return _fall_back(operator, f"layout {tensor.layout}")
+        if not tensor.is_cpu:
+            if tensor.is_meta:
+                plain = False
+            else:
+                return _fall_back(operator, f"device {tensor.device}")
+    if _is_compiling() or not plain:
+        return "op"
+    if _are_functorch_transforms_active():
+        return _fall_back(operator, "torch.func transform")
+    if _is_tracing() is not None:
+        return _fall_back(operator, "torch.jit tracing")
+    if forward_ad._current_level >= 0:
+        return _fall_back(operator, "forward-mode differentiation")
+    return "kernel"
+
+
+def _fall_back(operator: str, reason: str) -> str:
+    if not _is_compiling():
+        note_fallback(operator, reason)
+    return "torch"
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record this call."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The same values in row-major order, with the negative bit applied."""
+    if tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.resolve_neg().contiguous()
+
+
+_library = torch.library.Library("fastnn", "DEF")
+
+
+def define_op(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Any:
+    """Registers ``torch.ops.fastnn.<name>`` for CPU tensors and returns its overload."""
+    name = schema[: schema.index("(")]
+    _library.define(schema)
+    _library.impl(name, implementation, "CPU")
+    torch.library.register_fake(f"fastnn::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"fastnn::{name}", backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.fastnn, name).default
+
+
+def empty_like_if(needed: bool, like: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a backward op's fake returns: a gradient of this shape, or the empty tensor that stands for none."""
+    return like.new_empty(shape if needed else (0,))
+
+
+def wanted(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """A backward op's results as autograd takes them: None where no gradient was needed."""
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+
+
+def differentiable_backward(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    grad_output: Tensor,
+) -> list[Tensor | None]:
+    """Gradients of `function` (plain PyTorch) that can be differentiated again: backward under create_graph=True.
+
+    The function is evaluated anew on aliases of its inputs, so that each gradient is the partial derivative even
+    where one input was computed from another.
+    """
+    aliases = [x.view_as(x) if need and x is not None else x for x, need in zip(inputs, needed, strict=True)]
+    sources = [x for x, need in zip(aliases, needed, strict=True) if need and x is not None]
+    with torch.enable_grad():
+        output = function(*aliases)
+    grads = iter(torch.autograd.grad(output, sources, grad_output, create_graph=True))
+    return [next(grads) if need and x is not None else None for x, need in zip(inputs, needed, strict=True)]

@@ -1,0 +1,98 @@
+"""The extension module's set-up: which instruction set runs, what was built, which kernel served a call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastnn import _C
+
+_C.initialise(torch.Tensor, torch.get_num_threads)
+if os.environ.get("FASTNN_ISA"):
+    try:
+        _C.set_isa(os.environ["FASTNN_ISA"])
+    except ValueError as error:
+        raise ImportError(f"FASTNN_ISA: {error}") from None
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that were compiled in and that this CPU runs, plainest first: ``["baseline", "avx2"]``."""
+    return _C.available_isas()
+
+
+def get_isa() -> str:
+    """The instruction set in use: the last of :func:`available_isas`, unless forced."""
+    return _C.get_isa()
+
+
+def set_isa(name: str) -> None:
+    """Forces an instruction set for the whole process; the environment variable ``FASTNN_ISA`` does it at import.
+
+    Raises:
+        ValueError: where ``name`` was not compiled in or this CPU cannot run it; the message lists those it can.
+    """
+    _C.set_isa(name)
+
+
+def build_info() -> dict[str, Any]:
+    """Facts of this build and machine.
+
+    Returns:
+        A dict with ``version``, ``compiler``, ``isa`` (in use), ``isas_available``, ``isas_compiled``, ``openmp``
+        (path of the runtime), ``threads``, ``cuda`` (compiled in), ``cuda_architectures``, ``cuda_devices``.
+    """
+    facts: dict[str, Any] = _C.build_facts()
+    facts["isa"] = _C.get_isa()
+    facts["isas_available"] = _C.available_isas()
+    facts["threads"] = _C.num_threads()
+    return facts
+
+
+@dataclass(frozen=True)
+class DispatchRecord:
+    """One operator call: what served it."""
+
+    operator: str
+    kernel: str  # the kernel's variant, or "torch" where torch's operator served the call
+    isa: str
+    dtype: str
+    device: str
+    reason: str  # why torch served it; empty for kernels
+
+
+_log: list[DispatchRecord] | None = None
+
+
+@contextmanager
+def explain_dispatch() -> Iterator[list[DispatchRecord]]:
+    """Records which kernel, or torch's operator, served each call made in the block.
+
+    The list is filled when the block ends: torch's records first, then the kernels' in the order they ran.
+
+    Example:
+        >>> with fastnn.explain_dispatch() as log:
+        ...     model(images)
+        >>> for record in log: print(record)
+    """
+    global _log
+    if _log is not None:
+        raise RuntimeError("explain_dispatch: expected no enclosing explain_dispatch block, got one")
+    records: list[DispatchRecord] = []
+    _log = records
+    _C.trace_start()
+    try:
+        yield records
+    finally:
+        _log = None
+        records.extend(DispatchRecord(*record, device="cpu", reason="") for record in _C.trace_stop())
+
+
+def note_fallback(operator: str, reason: str) -> None:
+    """Records that torch's operator serves this call."""
+    if _log is not None:
+        _log.append(DispatchRecord(operator, "torch", "", "", "", reason))

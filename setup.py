@@ -1,0 +1,34 @@
+"""Builds fastnn._C by running CMake; every compiler flag is in CMakeLists.txt."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildWithCMake(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        source = Path(__file__).parent.resolve()
+        build = source / "build" / f"cmake-{sys.implementation.cache_tag}"
+        library = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        options = {
+            "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": library,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "FASTNN_VERSION": self.distribution.get_version(),
+            "FASTNN_CUDA": os.environ.get("FASTNN_CUDA", "AUTO"),
+        }
+        configure = ["cmake", "-S", source, "-B", build, "-G", "Ninja", "--fresh"]
+        configure += [f"-D{name}={value}" for name, value in options.items()]
+        configure += os.environ.get("CMAKE_ARGS", "").split()
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", build], check=True)
+
+
+setup(ext_modules=[Extension("fastnn._C", sources=[])], cmdclass={"build_ext": BuildWithCMake})

@@ -1,0 +1,162 @@
+"""max_pool2d: values, indices and gradients are exact, so all of it must match bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, FILLS, LAYOUTS, POOL_CASES, PoolCase, by_id, find, generator, lay_out
+from dispatch_log import fell_back, ran_kernels
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close_bound, assert_identical, rounding_bound
+
+import fastnn
+from fastnn import functional, reference
+
+
+def check(case: PoolCase, fill: str, dtype: torch.dtype, layout: str = "contiguous") -> None:
+    rng = generator("max_pool2d", case.id, fill)
+    x = lay_out(FILLS[fill](case.input, dtype, rng), layout).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    some = x.numel() > 0
+    with ran_kernels(*(["max_pool2d_forward"] if some else []), dtype=dtype):
+        y, indices = functional.max_pool2d(x, **case.kwargs, return_indices=True)
+    alone = functional.max_pool2d(x, **case.kwargs)
+    y64, indices64 = F.max_pool2d(x64, **case.kwargs, return_indices=True)
+    assert_identical(y, y64, "output")
+    assert_identical(alone, y64, "output without indices")
+    assert indices.dtype == torch.int64
+    assert not indices.requires_grad
+    assert torch.equal(indices, indices64)
+
+    grad = FILLS[fill](tuple(y.shape), dtype, rng)
+    with ran_kernels(*(["max_pool2d_backward"] if some else []), dtype=dtype):
+        (grad_input,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+    (grad_alone,) = torch.autograd.grad(alone, x, grad)
+    (grad64,) = torch.autograd.grad(y64, x64, grad.double(), retain_graph=True)
+    assert_identical(grad_alone, grad_input, "gradient without indices")
+    if fill == "integers":
+        assert_identical(grad_input, grad64, "grad_input")
+    else:
+        # Overlapping windows add their gradients up.
+        kernel = case.kwargs["kernel_size"]
+        overlap = kernel**2 if isinstance(kernel, int) else kernel[0] * kernel[1]
+        (magnitude,) = torch.autograd.grad(y64, x64, grad.double().abs())
+        assert_close_bound(grad_input, grad64, rounding_bound(overlap, dtype, magnitude), "grad_input")
+
+
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("case", by_id(POOL_CASES))
+def test_matches_reference(case: PoolCase, fill: str, isa: str, dtype: torch.dtype) -> None:
+    check(case, fill, dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", find(POOL_CASES, "2_odd", "3_stride2_pad1", "ceil_pad", "channels70"))
+def test_layouts(case: PoolCase, layout: str, isa: str, dtype: torch.dtype) -> None:
+    check(case, "integers", dtype, layout)
+
+
+@pytest.mark.parametrize("case", find(POOL_CASES, "2", "3_stride2_pad1"))
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_output_has_the_memory_format_of_the_input(
+    case: PoolCase, memory_format: torch.memory_format
+) -> None:
+    x = torch.ones(case.input).contiguous(memory_format=memory_format)
+    assert functional.max_pool2d(x, **case.kwargs).stride() == F.max_pool2d(x, **case.kwargs).stride()
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+def test_special_values_and_ties(special: float, isa: str, dtype: torch.dtype) -> None:
+    rng = generator("special", special)
+    values = FILLS["integers"]((2, 3, 9, 9), dtype, rng)
+    values = torch.where(torch.rand(values.shape, generator=rng) < 0.3, special, values)
+    values[0, 0] = special
+    outcomes = []
+    for function in (functional.max_pool2d, reference.max_pool2d):
+        x = values.clone().requires_grad_()
+        y, indices = function(x, 3, 2, 1, return_indices=True)
+        outcomes.append((y, indices, *torch.autograd.grad(y, x, torch.ones_like(y))))
+    for actual, expected in zip(*outcomes, strict=True):
+        assert_identical(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kwargs", "words"),
+    [
+        ((2, 3), {"kernel_size": 2}, r"(?i)input|3D|dim"),
+        ((1, 3, 4, 4), {"kernel_size": 5}, r"(?i)output size|small|kernel"),
+        ((1, 3, 4, 4), {"kernel_size": 0}, r"(?i)kernel|stride"),
+        ((1, 3, 4, 4), {"kernel_size": 2, "stride": 0}, r"(?i)stride"),
+        ((1, 3, 4, 4), {"kernel_size": 2, "padding": 2}, r"(?i)pad"),
+        ((1, 3, 4, 4), {"kernel_size": 2, "padding": -1}, r"(?i)pad"),
+        ((1, 3, 4, 4), {"kernel_size": 2, "dilation": 0}, r"(?i)dilation"),
+        ((1, 0, 4, 4), {"kernel_size": 2}, r"(?i)zero|non-empty|empty|dim"),
+    ],
+    ids=str,
+)
+def test_wrong_parameters(shape: tuple[int, ...], kwargs: dict, words: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        functional.max_pool2d(torch.zeros(shape), **kwargs)
+
+
+def test_other_dtypes_are_torchs() -> None:
+    x = torch.arange(48.0).reshape(1, 1, 6, 8).to(torch.bfloat16)
+    with fell_back():
+        y = functional.max_pool2d(x, 2)
+    assert torch.equal(y, F.max_pool2d(x, 2))
+
+
+def test_window_that_sees_padding_alone(isa: str, dtype: torch.dtype) -> None:
+    """Both taps of the dilated window lie left and right of the single pixel (torch writes out of bounds
+    here)."""
+    x = torch.ones(1, 1, 1, 1, dtype=dtype, requires_grad=True)
+    y = functional.max_pool2d(x, 2, stride=1, padding=1, dilation=2)
+    assert y.item() == -float("inf")
+    assert torch.autograd.grad(y, x, torch.ones_like(y))[0].item() == 0
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)),
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    half=st.tuples(st.booleans(), st.booleans()),
+    ceil_mode=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_any_geometry(
+    shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    stride: tuple[int, int] | None,
+    dilation: tuple[int, int],
+    half: tuple[bool, bool],
+    ceil_mode: bool,
+    layout: str,
+    dtype: torch.dtype,
+    isa: str,
+) -> None:
+    padding = tuple(k // 2 if wanted else 0 for k, wanted in zip(kernel, half, strict=True))
+    fits = zip(shape[2:], padding, dilation, kernel, strict=True)
+    assume(all(n + 2 * p >= d * (k - 1) + 1 for n, p, d, k in fits))
+    # Dilation can put every tap of a window into the padding; torch's backward then writes outside its
+    # buffer.
+    lone = zip(shape[2:], padding, dilation, kernel, strict=True)
+    assume(all(p == 0 or any(0 <= d * i - p < n for i in range(k)) for n, p, d, k in lone))
+    kwargs = {
+        "kernel_size": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "ceil_mode": ceil_mode,
+    }
+    before = fastnn.get_isa()
+    fastnn.set_isa(isa)
+    try:
+        check(PoolCase("fuzz", shape, kwargs), "integers", dtype, layout)
+    finally:
+        fastnn.set_isa(before)

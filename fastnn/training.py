@@ -1,0 +1,616 @@
+"""Training a classifier on images in memory: batches, one step, the epoch loop, early stopping, checkpoints.
+
+`train` is the loop; `make_step` chooses what runs a step. A step takes a batch and returns the mean loss and
+the number of right answers as tensors, so nothing waits for a number between steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastnn import nn
+from fastnn._progress import make_progress
+from fastnn._tensor_files import (
+    ModelFileError,
+    open_tensor_file,
+    pack,
+    require_safetensors,
+    unpack,
+    write_tensor_file,
+)
+
+__all__ = ["EarlyStopping", "History", "ModelFileError", "TrainingError", "make_step", "train"]
+
+# What one epoch left behind: epoch, loss, accuracy, seconds, images_per_second, val_loss, val_accuracy.
+Record = dict[str, float]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Scheduler = torch.optim.lr_scheduler.LRScheduler
+
+# Steps between two looks at the losses. A look reads one number back, which on a GPU waits for all steps so
+# far.
+STEPS_PER_CHECK = 64
+
+# torch documents these schedulers to be stepped after every batch, all others after every epoch.
+BATCH_SCHEDULERS = (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR)
+
+
+class TrainingError(RuntimeError):
+    """The loss or the parameters became NaN or infinite. `epoch` and `step` count from 1."""
+
+    def __init__(self, message: str, epoch: int, step: int) -> None:
+        super().__init__(message)
+        self.epoch = epoch
+        self.step = step
+
+
+@dataclass
+class History:
+    """The epochs of one training run, oldest first, and the seed that fixed its data order.
+
+    Each epoch is a dict of `epoch` (from 1), `loss` and `accuracy` (means over the epoch's training images,
+    each as its step saw it), `seconds` and `images_per_second` (of the training steps; validation is not
+    counted), and with validation data `val_loss` and `val_accuracy`.
+    """
+
+    epochs: list[Record] = field(default_factory=list)
+    seed: int | None = None
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self.epochs)
+
+    def __len__(self) -> int:
+        return len(self.epochs)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.epochs[index]
+
+    def to_json(self) -> str:
+        return json.dumps({"seed": self.seed, "epochs": self.epochs}, indent=2)
+
+
+class SoftmaxMSELoss(torch.nn.Module):
+    """Mean squared error between the softmax of logits (n, classes) and the one-hot targets (n,).
+
+    Equivalent to: `mse_loss(softmax(logits, 1), one_hot(targets, classes))`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.softmax = nn.Softmax(dim=1)
+        self.mse = nn.MSELoss()
+
+    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        probabilities = self.softmax(logits)
+        one_hot = torch.nn.functional.one_hot(targets, logits.shape[1]).to(probabilities.dtype)
+        loss: torch.Tensor = self.mse(probabilities, one_hot)
+        return loss
+
+
+LOSSES: dict[str, Callable[[], torch.nn.Module]] = {
+    "cross_entropy": nn.CrossEntropyLoss,
+    "mse": SoftmaxMSELoss,
+}
+
+
+def make_loss(loss: str | Loss) -> Loss:
+    """The loss of that name, or a callable of (logits, targets) as it is."""
+    if isinstance(loss, str) and loss in LOSSES:
+        return LOSSES[loss]()
+    if callable(loss):
+        return loss
+    raise ValueError(f"loss: expected one of {sorted(LOSSES)} or a callable, got {loss!r}")
+
+
+class Batches:
+    """Images (n, …) with targets (n,) in memory, handed out in batches as `dtype` on `device`.
+
+    The images stay as they came; a batch is converted when it is gathered, uint8 scaled to 0..1. The tensors
+    handed out are overwritten by the next batch.
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        batch_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.images = images
+        self.targets = targets
+        self.batch_size = batch_size
+        self.dtype = dtype
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(len(self) / self.batch_size)
+
+    def in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        targets = self.targets.to(self.device)
+        for start in range(0, len(self), self.batch_size):
+            stop = start + self.batch_size
+            yield self._convert(self.images[start:stop]), targets[start:stop]
+
+    def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every image once, in an order that depends on (seed, epoch) alone."""
+        order = epoch_order(len(self), seed, epoch)
+        targets = self.targets[order.to(self.targets.device)].to(self.device)
+        order = order.to(self.images.device)
+        rows = self.images.new_empty((min(self.batch_size, len(self)), *self.images.shape[1:]))
+        for start in range(0, len(self), self.batch_size):
+            index = order[start : start + self.batch_size]
+            gathered = torch.index_select(self.images, 0, index, out=rows[: index.shape[0]])
+            yield self._convert(gathered), targets[start : start + self.batch_size]
+
+    def _convert(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.to(self.device)
+        return images.to(self.dtype).div_(255) if images.dtype == torch.uint8 else images.to(self.dtype)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
+    # Mixed rather than added: seed 0 in epoch 1 and seed 1 in epoch 0 must not share an order.
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> np.uint64(1)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(int(mixed)))
+
+
+class Step(Protocol):
+    """One training step: forward, loss, backward, update.
+
+    Takes a batch and its targets, returns the mean loss and the number of right answers, both 0-dimensional
+    and on the model's device. The learning rate is read from the optimizer at every call. Parameters and
+    optimizer state are replaced from outside only before the first call and after the last.
+    """
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class AutogradStep:
+    """A step for every model, loss and optimizer, through autograd."""
+
+    def __init__(self, model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.loss = loss
+        self.optimizer = optimizer
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        logits = self.model(images)
+        loss = self.loss(logits, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach(), (logits.detach().argmax(1) == targets).sum()
+
+
+def make_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> Step:
+    """The fastest step that serves this model, loss and optimizer."""
+    return AutogradStep(model, loss, optimizer)
+
+
+@torch.inference_mode()
+def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss) -> tuple[float, float]:
+    """Mean loss and accuracy in eval mode; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    try:
+        loss_sum = torch.zeros((), dtype=torch.float64, device=batches.device)
+        correct = torch.zeros((), dtype=torch.int64, device=batches.device)
+        for images, targets in batches.in_order():
+            logits = model(images)
+            loss_sum += loss(logits, targets) * len(targets)
+            correct += (logits.argmax(1) == targets).sum()
+    finally:
+        model.train(was_training)
+    return loss_sum.item() / len(batches), correct.item() / len(batches)
+
+
+class EarlyStopping:
+    """Stops when `val_loss` (`loss` without validation data) has not fallen for `patience` epochs.
+
+    The parameters of the best epoch are restored at the end of the training. Only a fall of more than
+    `min_delta` counts; a NaN counts as no fall.
+    """
+
+    def __init__(self, patience: int, min_delta: float = 0.0) -> None:
+        self.patience = whole_number(patience, "early_stopping", 1)
+        self.min_delta = min_delta
+        self.reset()
+
+    def reset(self) -> None:
+        self.best = math.inf
+        self.waited = 0
+        self.best_parameters: dict[str, torch.Tensor] | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self.waited >= self.patience
+
+    def update(self, record: Record, parameters: dict[str, torch.Tensor]) -> None:
+        """Notes the epoch's result; `parameters` are kept, not copied."""
+        value = record.get("val_loss", record["loss"])
+        if value < self.best - self.min_delta or self.best_parameters is None:
+            self.best = value
+            self.waited = 0
+            self.best_parameters = parameters
+        else:
+            self.waited += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "waited": self.waited, "best_parameters": self.best_parameters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.waited = float(state["best"]), int(state["waited"])
+        self.best_parameters = state["best_parameters"]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that the next epoch depends on, as it was at the end of `epoch` (0: before the first)."""
+
+    epoch: int
+    model: dict[str, torch.Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any] | None
+    early_stopping: dict[str, Any] | None
+
+
+@dataclass
+class _Run:
+    """The objects that training changes, to be copied and put back together."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler | None
+    early_stopping: EarlyStopping | None
+    history: History
+
+    def snapshot(self, epoch: int, parameters: dict[str, torch.Tensor] | None = None) -> Snapshot:
+        return Snapshot(
+            epoch,
+            _copy_parameters(self.model) if parameters is None else parameters,
+            copy.deepcopy(self.optimizer.state_dict()),
+            copy.deepcopy(self.scheduler.state_dict()) if self.scheduler else None,
+            self.early_stopping.state_dict() if self.early_stopping else None,
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self.model.load_state_dict(snapshot.model)
+        # Copied: the optimizer keeps the tensors it is given and goes on to change them.
+        self.optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))
+        if self.scheduler is not None and snapshot.scheduler is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(snapshot.scheduler))
+        if self.early_stopping is not None and snapshot.early_stopping is not None:
+            self.early_stopping.load_state_dict(snapshot.early_stopping)
+        del self.history.epochs[snapshot.epoch :]
+
+
+def _copy_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def train(
+    model: torch.nn.Module,
+    batches: Batches,
+    *,
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+    loss: str | Loss = "cross_entropy",
+    validation: Batches | None = None,
+    callbacks: Sequence[Any] = (),
+    early_stopping: int | EarlyStopping | None = None,
+    scheduler: Scheduler | Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+    shuffle: bool = True,
+    seed: int | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    history: History | None = None,
+) -> History:
+    """Trains `model` up to `epochs` epochs and returns the history, which also grows in `history`.
+
+    `CNNClassifier.fit` documents the arguments. `settings` are further values that a resumed run must share
+    with the run that wrote the checkpoint.
+    """
+    history = History() if history is None else history
+    if isinstance(early_stopping, int):
+        early_stopping = EarlyStopping(early_stopping)
+    elif early_stopping is not None:
+        early_stopping.reset()
+    hooks = [_hook(callback) for callback in callbacks]
+    loss_function = make_loss(loss)
+    run = _Run(model, optimizer, _make_scheduler(scheduler, optimizer), early_stopping, history)
+    file = None
+    if checkpoint is not None:
+        settings = {
+            "images": len(batches),
+            "batch_size": batches.batch_size,
+            "shuffle": shuffle,
+            "loss": loss if isinstance(loss, str) else _name(loss),
+            "optimizer": type(optimizer).__name__,
+            "scheduler": type(run.scheduler).__name__,
+            "early_stopping": early_stopping.patience if early_stopping else None,
+            **(settings or {}),
+        }
+        file = Checkpoint(checkpoint, settings)
+    history.seed = _seed(seed)
+    complete = run.snapshot(0)
+    if resume:
+        if file is None:
+            raise ValueError("resume: expected a checkpoint to resume from, got checkpoint=None")
+        complete = file.read(complete, history, seed)
+        try:
+            run.restore(complete)
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise ModelFileError(
+                f"{file.path}: the state does not fit the model or optimizer ({error})"
+            ) from error
+
+    step = make_step(model, loss_function, optimizer)
+    bar = make_progress(progress)
+    was_training = model.training
+    stopped = early_stopping is not None and early_stopping.stopped
+    try:
+        while complete.epoch < epochs and not stopped:
+            epoch = complete.epoch + 1
+            bar.start_epoch(epoch, epochs, len(batches))
+            model.train()
+            ordered = batches.shuffled(history.seed, epoch) if shuffle else batches.in_order()
+            batch_scheduler = run.scheduler if isinstance(run.scheduler, BATCH_SCHEDULERS) else None
+            record = _train_epoch(step, ordered, batches, epoch, batch_scheduler, bar.advance)
+            parameters = _copy_parameters(model)
+            _check_parameters(parameters, epoch, batches.steps)
+            if validation is not None:
+                record["val_loss"], record["val_accuracy"] = evaluate(model, validation, loss_function)
+            if run.scheduler is not None and batch_scheduler is None:
+                _step_scheduler(run.scheduler, record)
+            if early_stopping is not None:
+                early_stopping.update(record, parameters)
+                stopped = early_stopping.stopped
+            history.epochs.append(record)
+            complete = run.snapshot(epoch, parameters)
+            if file is not None:
+                file.write(complete, history)
+            bar.end_epoch(record)
+            for hook in hooks:
+                answer = hook(model, dict(record))
+                stopped = stopped or (isinstance(answer, (bool, np.bool_)) and bool(answer))
+    except TrainingError as error:
+        run.restore(complete)
+        kept = f"the end of epoch {complete.epoch}" if complete.epoch else "before the training"
+        raise TrainingError(
+            f"{error}; the parameters are again those of {kept}", error.epoch, error.step
+        ) from None
+    except KeyboardInterrupt:
+        run.restore(complete)
+        if not complete.epoch:
+            raise
+        warnings.warn(f"training interrupted: keeping the state after epoch {complete.epoch}", stacklevel=3)
+        return history
+    finally:
+        bar.close()
+        model.train(was_training)
+    if early_stopping is not None and early_stopping.best_parameters is not None:
+        model.load_state_dict(early_stopping.best_parameters)
+    return history
+
+
+def _train_epoch(
+    step: Step,
+    ordered: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    batches: Batches,
+    epoch: int,
+    scheduler: Scheduler | None,
+    advance: Callable[[int, float, float], None],
+) -> Record:
+    losses = torch.empty(batches.steps, dtype=torch.float64, device=batches.device)
+    correct = torch.zeros((), dtype=torch.int64, device=batches.device)
+    checked = seen = 0
+    began = time.perf_counter()
+    for number, (images, targets) in enumerate(ordered, start=1):
+        loss, right = step(images, targets)
+        losses[number - 1] = loss
+        correct += right
+        seen += len(targets)
+        if scheduler is not None:
+            scheduler.step()
+        if number % STEPS_PER_CHECK == 0 or number == batches.steps:
+            recent = losses[checked:number]
+            mean = recent.mean().item()
+            if not math.isfinite(mean):
+                raise _loss_error(recent, epoch, checked, batches.steps)
+            advance(seen - checked * batches.batch_size, mean, correct.item() / seen)
+            checked = number
+    seconds = time.perf_counter() - began
+    sizes = torch.full_like(losses, batches.batch_size)
+    sizes[-1] = len(batches) - batches.batch_size * (batches.steps - 1)
+    return {
+        "epoch": epoch,
+        "loss": (losses * sizes).sum().item() / len(batches),
+        "accuracy": correct.item() / len(batches),
+        "seconds": seconds,
+        "images_per_second": len(batches) / seconds,
+    }
+
+
+def _loss_error(recent: torch.Tensor, epoch: int, before: int, steps: int) -> TrainingError:
+    """Names the first of the losses after step `before` that is not finite."""
+    first = int((~recent.isfinite()).nonzero()[0])
+    step = before + first + 1
+    return TrainingError(
+        f"the loss became {recent[first].item()} at epoch {epoch}, step {step} of {steps} "
+        "(a smaller learning rate may help)",
+        epoch,
+        step,
+    )
+
+
+def _check_parameters(parameters: Mapping[str, torch.Tensor], epoch: int, steps: int) -> None:
+    # An update that goes wrong shows in the next step's loss; only the epoch's last has no next step.
+    for name, tensor in parameters.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise TrainingError(
+                f"parameter {name} became NaN or infinite at epoch {epoch}, step {steps} of {steps}",
+                epoch,
+                steps,
+            )
+
+
+def _step_scheduler(scheduler: Scheduler, record: Record) -> None:
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(record.get("val_loss", record["loss"]))
+    else:
+        scheduler.step()
+
+
+def _make_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Scheduler | None:
+    if callable(scheduler) and not isinstance(scheduler, Scheduler):
+        scheduler = scheduler(optimizer)
+    if scheduler is None:
+        return None
+    if not isinstance(scheduler, Scheduler):
+        raise TypeError(
+            "scheduler: expected a torch LRScheduler or a function that makes one from the optimizer, "
+            f"got {type(scheduler).__name__}"
+        )
+    if scheduler.optimizer is not optimizer:
+        raise ValueError("scheduler: expected one made for this optimizer, got one made for another")
+    return scheduler
+
+
+def _hook(callback: Any) -> Callable[[torch.nn.Module, Record], Any]:
+    hook = getattr(callback, "on_epoch_end", callback)
+    if not callable(hook):
+        raise TypeError(
+            f"callbacks: expected callables or objects with on_epoch_end, got {type(callback).__name__}"
+        )
+    return hook  # type: ignore[no-any-return]
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__qualname__)
+
+
+def whole_number(value: Any, name: str, least: int, most: int | None = None) -> int:
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected a whole number {limits}, got {value!r}")
+    number = value.__index__()
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name}: expected a whole number {limits}, got {number}")
+    return int(number)
+
+
+def _seed(seed: int | None) -> int:
+    """The seed, or one drawn from torch's global generator, so that torch.manual_seed governs this too."""
+    if seed is None:
+        return int(torch.randint(2**62, ()).item())
+    return whole_number(seed, "seed", 0, 2**63 - 1)
+
+
+class Checkpoint:
+    """The file that holds the state after the last complete epoch: parameters, optimizer, scheduler, history.
+
+    It is rewritten at the end of every epoch. `settings` are stored with it, and a file of other settings is
+    refused.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+        require_safetensors()
+        self.path = Path(path)
+        if not self.path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"checkpoint: the folder {self.path.absolute().parent} does not exist")
+        # Packed now, so that what cannot be stored is refused before the first epoch and not after it.
+        self.settings = {key: pack(value, {}, key) for key, value in settings.items()}
+
+    def write(self, snapshot: Snapshot, history: History) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        document = {
+            "epoch": snapshot.epoch,
+            "seed": history.seed,
+            "history": history.epochs,
+            "settings": self.settings,
+            "model": pack(snapshot.model, tensors, "model"),
+            "optimizer": pack(snapshot.optimizer, tensors, "optimizer"),
+            "scheduler": pack(snapshot.scheduler, tensors, "scheduler"),
+            "early_stopping": pack(snapshot.early_stopping, tensors, "early_stopping"),
+        }
+        write_tensor_file(self.path, "checkpoint", document, tensors)
+
+    def read(self, fresh: Snapshot, history: History, seed: int | None) -> Snapshot:
+        """The stored snapshot; fills `history`. `fresh` is this run's own start, which it must resemble."""
+        if not self.path.exists():
+            raise FileNotFoundError(f"checkpoint: {self.path} does not exist; start the run without resume")
+        with open_tensor_file(self.path, "checkpoint") as file:
+            document = file.document
+            self._check_settings(document, seed)
+            epoch, records = document.get("epoch"), document.get("history")
+            if not isinstance(records, list) or type(epoch) is not int or epoch != len(records) or not epoch:
+                raise ModelFileError(f"{self.path}: expected a history of {epoch!r} epochs, got another")
+            for record in records:
+                if not isinstance(record, dict) or not {"epoch", "loss", "accuracy"} <= record.keys():
+                    raise ModelFileError(f"{self.path}: the history has a damaged epoch")
+            parts = ("model", "optimizer", "scheduler", "early_stopping")
+            model, optimizer, scheduler, early_stopping = (unpack(document.get(part), file) for part in parts)
+        self._check_parameters(model, fresh.model)
+        for part, value in (
+            ("optimizer", optimizer),
+            ("scheduler", scheduler),
+            ("early_stopping", early_stopping),
+        ):
+            expected = getattr(fresh, part)
+            if type(value) is not type(expected) or (expected and not expected.keys() <= value.keys()):
+                raise ModelFileError(f"{self.path}: the {part} state is damaged or of another kind")
+        if early_stopping:
+            self._check_parameters(early_stopping["best_parameters"], fresh.model)
+        history.seed = document["seed"]
+        history.epochs[:] = records
+        return Snapshot(epoch, model, optimizer, scheduler, early_stopping)
+
+    def _check_settings(self, document: dict[str, Any], seed: int | None) -> None:
+        stored, stored_seed = document.get("settings"), document.get("seed")
+        if not isinstance(stored, dict) or type(stored_seed) is not int or not 0 <= stored_seed < 2**63:
+            raise ModelFileError(f"{self.path}: the checkpoint's settings or seed are damaged")
+        expected = dict(self.settings)
+        if seed is not None:
+            expected["seed"] = seed
+        for key, value in expected.items():
+            other = stored_seed if key == "seed" else stored.get(key)
+            if other != value:
+                raise ValueError(
+                    f"resume: {self.path} was written with {key}={_readable(other)}, this run has "
+                    f"{key}={_readable(value)}"
+                )
+
+    def _check_parameters(self, stored: Any, expected: Mapping[str, torch.Tensor]) -> None:
+        if not isinstance(stored, dict) or stored.keys() != expected.keys():
+            raise ModelFileError(f"{self.path}: expected the parameters {', '.join(expected)}, got others")
+        for name, tensor in expected.items():
+            other = stored[name]
+            if not isinstance(other, torch.Tensor) or (other.shape, other.dtype) != (
+                tensor.shape,
+                tensor.dtype,
+            ):
+                raise ModelFileError(
+                    f"{self.path}: {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got other"
+                )
+
+
+def _readable(packed: Any) -> str:
+    text = json.dumps(packed)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastnn._extras import MissingLibraryError, require
 
@@ -128,7 +129,7 @@ def _fetch_file(file_name: str, sha256: str, mirrors: tuple[str, ...], folder: P
                 pooch.retrieve(url, f"sha256:{sha256}", fname=file_name, path=folder, downloader=downloader)
             return
         except network_error as error:
-            failures.append(f"{url}: {error}")
+            failures.append(f"{url}: {_network_reason(error)}")
         except ValueError:  # pooch's word for a wrong checksum
             failures.append(f"{url}: the checksum is wrong")
         except OSError as error:
@@ -140,6 +141,16 @@ def _fetch_file(file_name: str, sha256: str, mirrors: tuple[str, ...], folder: P
     raise DownloadError(
         f"{file_name}: expected a download with SHA-256 {sha256}, no mirror gave it ({tried})"
     )
+
+
+def _network_reason(error: Any) -> str:
+    """A few words: the text of a failed connection nests the error of every layer below."""
+    if error.response is not None:
+        return f"the server answered {error.response.status_code}"
+    name = type(error).__name__
+    if name in ("ConnectTimeout", "ReadTimeout"):
+        return "the server does not answer"
+    return "the transfer broke off" if name == "ChunkedEncodingError" else "no connection"
 
 
 class _PoochProgress:
@@ -162,7 +173,7 @@ class _PoochProgress:
 
 @contextmanager
 def progress_bar(title: str, total: int | None, visible: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield ``advance(count, total)``, which draws on stderr; without rich or when not visible it does nothing."""
+    """Yield ``advance(count, total)``, which draws on stderr; not visible or without rich it does nothing."""
     try:
         rich_progress = require("rich.progress", "a progress bar")
         rich_console = require("rich.console", "a progress bar")

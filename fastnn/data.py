@@ -1,8 +1,8 @@
 """Image classification data: known data sets, IDX files, Keras archives and folders of pictures.
 
 :func:`load` turns every source into two :class:`Dataset` objects, training and test. Nothing is trusted: a
-file that is not what its header claims raises :class:`DataError`, and no memory is reserved for bytes that are
-not there.
+file that is not what its header claims raises :class:`DataError`, and no memory is reserved for bytes that
+are not there.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def load(
             - a folder with one subfolder of pictures per class, or ``train/`` and ``test/`` of such folders.
 
             A folder that bears the name of a known data set is reached as ``./digits``.
-        validation_split: fraction of the images, 0 to 1, taken as the test set where the source has none of its
-            own (default 0.2 for ``"digits"``, else 0.1). Every class gives the same fraction.
+        validation_split: fraction of the images, 0 to 1, taken as the test set where the source has none of
+            its own (default 0.2 for ``"digits"``, else 0.1). Every class gives the same fraction.
         seed: chooses that fraction; the same seed gives the same split.
         image_size: height and width in pixels that every image is scaled to; one number for squares. Needed
             when pictures differ in size.
@@ -185,7 +185,7 @@ def _resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return scaled
 
 
-def _with_channels(images: np.ndarray, channels: int, name: str) -> np.ndarray:
+def with_channels(images: np.ndarray, channels: int, name: str) -> np.ndarray:
     """Bring (n, channels, height, width) images to grey (1) or colour (3)."""
     if images.shape[1] == channels:
         return images
@@ -254,7 +254,7 @@ def _from_label_values(
     name: str,
     classes: tuple[str, ...] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
-    """Make data sets from label values; without ``classes`` the values that occur in training are the names."""
+    """Make data sets from label values; without ``classes`` those that occur in training are the classes."""
     values = np.unique(train[1]) if classes is None else np.arange(len(classes))
     names = tuple(str(value) for value in values) if classes is None else classes
 
@@ -388,7 +388,7 @@ def _load_idx_folder(folder: Path, classes: tuple[str, ...] | None = None) -> tu
         wanted = 3 if role.endswith("images") else 1
         if arrays[role].ndim != wanted or arrays[role].dtype != np.uint8:
             raise DataError(
-                f"{path}: expected {role} as uint8 with {wanted} dimension(s), magic number 0x0000080{wanted}, "
+                f"{path}: expected {role} as uint8 with {wanted} dimension(s) (0x0000080{wanted}), "
                 f"got {arrays[role].dtype} with {arrays[role].ndim}"
             )
     train = (_as_images(arrays["train images"], str(found["train images"])), arrays["train labels"])
@@ -555,7 +555,7 @@ def _load_pictures(
                     f"got {image.shape[1]}x{image.shape[2]}; "
                     "image_size= (--image-size) scales all to one size"
                 )
-            images[index] = _with_channels(image[None], images.shape[1], str(path))[0]
+            images[index] = with_channels(image[None], images.shape[1], str(path))[0]
             advance(1, len(paths))
     assert images is not None
     return Dataset(images, np.asarray(labels, dtype=np.int64), classes, name)
@@ -593,14 +593,14 @@ def load_images(
     """Load images to predict from, brought to the form that a model expects.
 
     Args:
-        paths: PNG or JPEG pictures, IDX files of images, or ``.npz`` archives (their ``x_test``, ``x`` or only
-            array).
+        paths: PNG or JPEG pictures, IDX files of images, or ``.npz`` archives (their ``x_test``, ``x`` or
+            only array).
         channels: 1 for grey, 3 for colour; pictures are converted.
         size: height and width in pixels; pictures are scaled.
 
     Returns:
-        Images, uint8 (n, channels, height, width), and for each its file name, with ``[index]`` after the name
-        of a file that holds several.
+        Images, uint8 (n, channels, height, width), and for each its file name, with ``[index]`` after the
+        name of a file that holds several.
 
     Raises:
         DataError: a file is missing, damaged or holds no images.
@@ -609,7 +609,7 @@ def load_images(
     names: list[str] = []
     for path in map(Path, paths):
         images = _read_image_file(path)
-        images = _resized(_with_channels(images, channels, str(path)), size)
+        images = _resized(with_channels(images, channels, str(path)), size)
         blocks.append(images)
         names += [str(path)] if len(images) == 1 else [f"{path}[{index}]" for index in range(len(images))]
     if not blocks:

@@ -1,0 +1,439 @@
+"""The command line: ``fastnn train``, ``evaluate``, ``predict``, ``info`` and ``bench``.
+
+Every error that a user can cause ends in one line on stderr and exit code 2, an interrupt in exit code 130.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import numpy as np
+import torch
+
+import fastnn
+from fastnn import data
+from fastnn._extras import MissingLibraryError, require
+from fastnn._files import atomic_path
+from fastnn.classifier import CNNClassifier
+from fastnn.training import History, TrainingError
+
+try:
+    import typer
+except ImportError:
+    print("error: the command line needs fastnn[app]: pip install 'fastnn[app]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Parameters = ParamSpec("Parameters")
+
+USAGE_ERROR = 2  # as for arguments that typer refuses
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+MAX_MATRIX_NUMBERS = 30  # classes up to which the cells of a confusion matrix can hold a readable number
+
+app = typer.Typer(
+    name="fastnn",
+    help="Train a convolutional network on pictures, evaluate it, and predict with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    app(prog_name="fastnn")
+
+
+def reports_errors(command: Callable[Parameters, None]) -> Callable[Parameters, None]:
+    """Turn the errors that a user can cause into one line and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise  # the reader of our output has left: typer ends quietly
+        except OSError as error:
+            fail(describe_os_error(error))
+        except MemoryError as error:
+            fail(f"not enough memory ({error})" if str(error) else "not enough memory")
+        except (ValueError, TrainingError, MissingLibraryError) as error:
+            fail(str(error))
+
+    return run
+
+
+def fail(message: str) -> NoReturn:
+    """End with one line on stderr."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
+    raise typer.Exit(USAGE_ERROR)
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file first, then what happened to it."""
+    reason = error.strerror or str(error)
+    if error.errno == errno.ENOSPC and "disk" not in reason:
+        reason = f"the disk is full ({reason})"
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+DataOption = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="digits, mnist, fashion-mnist, kmnist, cifar10, a folder of IDX files, an .npz file, "
+        "or a folder with one subfolder of pictures per class.",
+    ),
+]
+ValidationSplitOption = Annotated[
+    float | None,
+    typer.Option(help="Fraction of the images kept for testing, where the data has no test set of its own."),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads of the processor; all when left out.")
+]
+ModelArgument = Annotated[
+    Path, typer.Argument(help="A model file that `fastnn train` wrote.", show_default=False)
+]
+
+
+def parse_image_size(text: str | None) -> tuple[int, int] | None:
+    """``"32"`` or ``"32x48"``, height first."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise ValueError(
+            f"--image-size: expected a number such as 32, or height and width as 32x48, got {text!r}"
+        )
+    return int(sides[0]), int(sides[-1])
+
+
+def parse_widths(text: str, option: str) -> tuple[int, ...]:
+    """``"32,64"``; an empty text is no layer at all."""
+    widths = text.replace(" ", "").split(",") if text.strip() else []
+    if not all(width.isdecimal() for width in widths):
+        raise ValueError(f"{option}: expected numbers such as 32,64, got {text!r}")
+    return tuple(int(width) for width in widths)
+
+
+# ------------------------------------------------------------------------------------------------------ train
+
+
+@app.command()
+@reports_errors
+def train(
+    data_source: DataOption = "digits",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 32,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-3,
+    optimizer: Annotated[str, typer.Option(help="adam, adamw or sgd.")] = "adam",
+    seed: Annotated[int, typer.Option(min=0, help="Fixes first parameters and order of images.")] = 0,
+    threads: ThreadsOption = None,
+    out: Annotated[Path, typer.Option(help="The model file to write.")] = Path("model.safetensors"),
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the checkpoint beside --out, up to --epochs in all."),
+    ] = False,
+    validation_split: ValidationSplitOption = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Scale images to this size in pixels: 32, or height x width as 32x48.")
+    ] = None,
+    conv_channels: Annotated[str, typer.Option(help="Output channels of each convolution.")] = "32,64",
+    hidden: Annotated[str, typer.Option(help="Widths of the hidden dense layers.")] = "64",
+    kernel_size: Annotated[int, typer.Option(min=1, help="Height and width of the convolutions.")] = 3,
+    padding: Annotated[int, typer.Option(min=0, help="Zeros around the input of each convolution.")] = 0,
+) -> None:
+    """Train a classifier; write the model, a checkpoint for --resume, and a picture of the training curve."""
+    checkpoint = checkpoint_path(out)
+    channels = parse_widths(conv_channels, "--conv-channels")
+    widths = parse_widths(hidden, "--hidden")
+    train_set, test_set = data.load(
+        data_source, validation_split=validation_split, image_size=parse_image_size(image_size)
+    )
+    torch.manual_seed(seed)
+    model = make_model(train_set, channels, widths, kernel_size, padding)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    typer.echo(
+        f"{train_set.name}: {len(train_set)} images, {test_set.name}: {len(test_set)} images, "
+        f"{'x'.join(map(str, model.input_shape))}, {len(train_set.classes)} classes; {count:,} parameters"
+    )
+    try:
+        with warnings.catch_warnings():
+            # Said below in our own words.
+            warnings.filterwarnings("ignore", message="training interrupted")
+            history = model.fit(
+                train_set.images,
+                class_names(train_set),
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                optimizer=optimizer,
+                validation_data=(test_set.images, class_names(test_set)),
+                seed=seed,
+                num_threads=threads,
+                checkpoint=checkpoint,
+                resume=resume,
+            )
+    except KeyboardInterrupt:
+        typer.echo("interrupted before the first epoch was complete: nothing was saved", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except TrainingError as error:
+        if checkpoint.exists():
+            raise ValueError(f"{error}; the last complete epoch is in {checkpoint}") from error
+        raise
+    accuracy = model.evaluate(test_set.images, class_names(test_set))["accuracy"]
+    typer.echo(f"test accuracy {accuracy:.2%} ({round(accuracy * len(test_set))} of {len(test_set)} images)")
+    curve = out.with_suffix(".png")
+    model.save(out)
+    save_picture(plot_history(history, train_set.name), curve)
+    typer.echo(f"saved {out} and {curve}")
+    if len(history) < epochs:
+        typer.echo(
+            f"interrupted: the model is that of epoch {len(history)} of {epochs}; --resume goes on from there",
+            err=True,
+        )
+        raise typer.Exit(INTERRUPTED)
+
+
+def checkpoint_path(out: Path) -> Path:
+    """Where `train` keeps the state after each epoch; an impossible place is refused before any work."""
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out: expected a file name that ends in .safetensors, got {str(out)!r}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: the folder {str(out.parent)!r} does not exist")
+    if out.is_dir():
+        raise ValueError(f"--out: expected a file name, {str(out)!r} is a folder")
+    return out.with_name(f"{out.stem}.checkpoint.safetensors")
+
+
+def make_model(
+    train_set: data.Dataset,
+    conv_channels: tuple[int, ...],
+    hidden: tuple[int, ...],
+    kernel_size: int,
+    padding: int,
+) -> CNNClassifier:
+    """The classifier that fits these images and classes."""
+    channels, height, width = train_set.images.shape[1:]
+    try:
+        return CNNClassifier(
+            (channels, height, width),
+            len(train_set.classes),
+            conv_channels,
+            hidden,
+            kernel_size=kernel_size,
+            padding=padding,
+            classes=train_set.classes,
+        )
+    except RuntimeError as error:  # torch cannot allocate the parameters, or their sizes overflow
+        raise ValueError(f"cannot make a model with {conv_channels=} and {hidden=}: {error}") from error
+
+
+def class_names(dataset: data.Dataset) -> np.ndarray:
+    """The label of each image as its class's name."""
+    names: np.ndarray = np.asarray(dataset.classes)[dataset.labels]
+    return names
+
+
+def plot_history(history: History, title: str) -> Figure:
+    """Loss and accuracy by epoch, of the training and the test images."""
+    figure: Figure = require("matplotlib.figure", "the picture of the training curve").Figure(
+        figsize=(9, 4), layout="constrained"
+    )
+    figure.suptitle(title)
+    epochs = [record["epoch"] for record in history.epochs]
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for key, label in ((quantity, "training"), (f"val_{quantity}", "test")):
+            axes.plot(epochs, [record[key] for record in history.epochs], marker="o", label=label)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(quantity)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+# --------------------------------------------------------------------------------------------------- evaluate
+
+
+@app.command()
+@reports_errors
+def evaluate(
+    model_file: ModelArgument,
+    data_source: DataOption = "digits",
+    validation_split: ValidationSplitOption = None,
+    threads: ThreadsOption = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="The confusion matrix; <model>.confusion.png when left out.")
+    ] = None,
+) -> None:
+    """Print the accuracy on the test images and a table by class; write a picture of the confusion matrix."""
+    metrics = require("sklearn.metrics", "evaluate")
+    model = load_model(model_file, threads)
+    names = model_classes(model)
+    channels, height, width = model.input_shape
+    _, test_set = data.load(data_source, validation_split=validation_split, image_size=(height, width))
+    unknown = [name for name in test_set.classes if name not in names]
+    if unknown:
+        raise data.DataError(
+            f"{test_set.name}: expected the model's classes ({', '.join(names)}), got also {', '.join(unknown)}"
+        )
+    truth = np.array([names.index(name) for name in test_set.classes])[test_set.labels]
+    images = data.with_channels(test_set.images, channels, test_set.name)
+    predicted = model.predict_proba(images).argmax(1)
+
+    labels = np.arange(len(names))
+    precision, recall, _, support = metrics.precision_recall_fscore_support(
+        truth, predicted, labels=labels, zero_division=0
+    )
+    accuracy = float((truth == predicted).mean())
+    typer.echo(
+        f"{test_set.name}: accuracy {accuracy:.2%} ({int((truth == predicted).sum())} of {len(truth)} images)"
+    )
+    print_class_table(names, precision, recall, support)
+    matrix = metrics.confusion_matrix(truth, predicted, labels=labels)
+    picture = picture or model_file.with_suffix(".confusion.png")
+    save_picture(plot_confusion_matrix(matrix, names, f"{test_set.name}, accuracy {accuracy:.2%}"), picture)
+    typer.echo(f"saved {picture}")
+
+
+def load_model(path: Path, threads: int | None = None) -> CNNClassifier:
+    """Read a model file; ``threads`` limits what runs on it."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return CNNClassifier.load(path)
+
+
+def model_classes(model: CNNClassifier) -> list[str]:
+    """The names of the classes in the order of the probabilities."""
+    classes = getattr(model, "classes_", None) or model.classes or range(model.num_classes)
+    return [str(label) for label in classes]
+
+
+def print_class_table(
+    names: Sequence[str], precision: np.ndarray, recall: np.ndarray, support: np.ndarray
+) -> None:
+    """Precision: of the images given a class, the share that belong to it; recall: of its own, those found."""
+    table = require("rich.table", "the table by class").Table("class")
+    for heading in ("precision", "recall", "support"):
+        table.add_column(heading, justify="right")
+    for row in zip(names, precision, recall, support, strict=True):
+        table.add_row(row[0], f"{row[1]:.4f}", f"{row[2]:.4f}", str(row[3]))
+    require("rich.console", "the table by class").Console(markup=False).print(table)
+
+
+def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], title: str) -> Figure:
+    """Rows are true classes and columns predicted ones; the colour is the share of the row."""
+    side = max(4.0, min(20.0, 0.55 * len(names) + 2))  # inches
+    figure: Figure = require("matplotlib.figure", "the picture of the confusion matrix").Figure(
+        figsize=(side, side), layout="constrained"
+    )
+    axes = figure.subplots()
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title)
+    if len(names) <= MAX_MATRIX_NUMBERS:
+        for (row, column), count in np.ndenumerate(matrix):
+            if count:
+                shade = "white" if share[row, column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=shade, fontsize=8)
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------- predict
+
+
+@app.command()
+@reports_errors
+def predict(
+    model_file: ModelArgument,
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="PNG or JPEG pictures, IDX files or .npz archives.", show_default=False),
+    ],
+    top: Annotated[int, typer.Option(min=1, help="Show so many of the most probable classes.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array.")] = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Print class and probability of each image, separated by tabs, or as JSON."""
+    model = load_model(model_file, threads)
+    names = model_classes(model)
+    channels, height, width = model.input_shape
+    images, sources = data.load_images(files, channels=channels, size=(height, width))
+    probabilities = model.predict_proba(images)
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
+    results = [
+        {
+            "file": source,
+            "class": names[best[0]],
+            "probability": float(row[best[0]]),
+            "top": [{"class": names[label], "probability": float(row[label])} for label in best],
+        }
+        for source, row, best in zip(sources, probabilities, order, strict=True)
+    ]
+    if as_json:
+        typer.echo(json.dumps(results, indent=2, ensure_ascii=False))
+        return
+    for source, row, best in zip(sources, probabilities, order, strict=True):
+        typer.echo("\t".join([source, *(f"{names[label]}\t{row[label]:.4f}" for label in best)]))
+
+
+# --------------------------------------------------------------------------------------------- info and bench
+
+
+@app.command()
+@reports_errors
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object.")] = False) -> None:
+    """Print versions, the instruction set in use, threads and CUDA."""
+    facts: dict[str, Any] = {
+        **fastnn.build_info(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, default=str))
+        return
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        typer.echo(f"{name:<{width}}  {shown}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+@reports_errors
+def bench(context: typer.Context) -> None:
+    """Time the kernels against torch; `fastnn bench --help` lists its own options."""
+    from fastnn.bench import main as bench_main
+
+    raise typer.Exit(bench_main(context.args) or 0)

@@ -126,6 +126,7 @@ LINEAR_CASES = (
     LinearCase("one_input", (9, 1), (31, 1)),
     LinearCase("one_row", (1, 65), (66, 65)),
     LinearCase("deep_513", (3, 513), (7, 513)),
+    LinearCase("blocks_150x700_to_130", (150, 700), (130, 700)),
 )
 
 CONV2D_CASES = (

@@ -285,6 +285,7 @@ def test_torch_func(operator: Operator) -> None:
 
 
 @each_operator
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace(operator: Operator) -> None:
     leaves = operator.make(torch.float64, requires_grad=False)
     traced = torch.jit.trace(operator.ours, tuple(leaves), check_trace=False)

@@ -203,6 +203,26 @@ def test_fused_equals_separate_operators() -> None:
     assert_close_bound(fused, separate.double(), 2 * bound)
 
 
+@pytest.mark.parametrize(
+    "case", find(CONV2D_CASES, "relu_pool2_32_to_64", "groups2", "5x5_stride2_pad2", "depthwise")
+)
+def test_same_bits_for_every_thread_count(case: Conv2dCase, isa: str) -> None:
+    rng = generator("threads", case.id)
+    x = random((9, *case.input[1:]), torch.float32, rng).requires_grad_()
+    w = random(case.weight, torch.float32, rng).requires_grad_()
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = functional.conv2d(x, w, **case.kwargs)
+            results.append((y.detach(), *torch.autograd.grad(y, (x, w), torch.ones_like(y))))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("max_pool", [2, (2, 2, 0), ((2, 2), (2, 2), (0, 0)), [2, 2, 0]], ids=str)
 def test_forms_of_max_pool(max_pool: object) -> None:
     x, w = torch.arange(64.0).reshape(1, 1, 8, 8), torch.ones(1, 1, 3, 3)

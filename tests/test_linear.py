@@ -116,6 +116,23 @@ def test_unknown_activation() -> None:
         functional.linear(torch.zeros(2, 3), torch.zeros(4, 3), activation="gelu")
 
 
+def test_same_bits_for_every_thread_count(isa: str, dtype: torch.dtype) -> None:
+    rng = generator("threads")
+    x, w = random((301, 257), dtype, rng).requires_grad_(), random((129, 257), dtype, rng).requires_grad_()
+    grad = random((301, 129), dtype, rng)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = functional.linear(x, w, activation="relu")
+            results.append((y.detach(), *torch.autograd.grad(y, (x, w), grad)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert torch.equal(actual, expected)
+
+
 def test_mixed_dtypes_raise() -> None:
     with pytest.raises((TypeError, ValueError, RuntimeError), match=r"(?i)float|double|dtype"):
         functional.linear(torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.float64))

@@ -111,7 +111,9 @@ def max_pool2d(
     receives the gradient. With ``return_indices`` the result is ``(output, indices)``, an index being ``row *
     width + column``.
     """
-    return F.max_pool2d(
+    # torch's stubs know return_indices as a literal only.
+    max_pool: Any = F.max_pool2d
+    return max_pool(
         input, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode, return_indices=return_indices
     )
 
@@ -179,7 +181,10 @@ def mse_loss(
 ) -> Tensor:
     """``loss = weight * (input - target)^2`` elementwise; ``"mean"`` divides by ``sum weight`` (the count
     without)."""
-    return F.mse_loss(input, target, size_average, reduce, reduction, weight)
+    # torch's stubs do not know weight yet.
+    loss: Any = F.mse_loss
+    result: Tensor = loss(input, target, size_average, reduce, reduction, weight)
+    return result
 
 
 class SGDState(NamedTuple):

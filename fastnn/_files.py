@@ -21,7 +21,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
-        OSError: the disk is full, or the folder cannot be written.
+        OSError: the disk is full, or the folder cannot be written; it names ``path`` where it named no file.
     """
     # A link keeps being a link: its target is replaced.
     target = Path(os.path.realpath(path))
@@ -36,6 +36,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
         if os.name == "posix":
             _flush_to_disk(target.parent)
+    except OSError as error:
+        if error.filename is None:  # writers of other libraries do not say which file
+            error.filename = os.fspath(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

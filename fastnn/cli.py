@@ -196,8 +196,8 @@ def train(
         typer.echo("interrupted before the first epoch was complete: nothing was saved", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except TrainingError as error:
-        if checkpoint.exists():
-            raise ValueError(f"{error}; the last complete epoch is in {checkpoint}") from error
+        if error.epoch > 1:
+            raise ValueError(f"{error}; {checkpoint} holds it") from error
         raise
     accuracy = model.evaluate(test_set.images, class_names(test_set))["accuracy"]
     typer.echo(f"test accuracy {accuracy:.2%} ({round(accuracy * len(test_set))} of {len(test_set)} images)")
@@ -207,14 +207,14 @@ def train(
     typer.echo(f"saved {out} and {curve}")
     if len(history) < epochs:
         typer.echo(
-            f"interrupted: the model is that of epoch {len(history)} of {epochs}; --resume goes on from there",
+            f"interrupted: this is the model after epoch {len(history)} of {epochs}; --resume goes on",
             err=True,
         )
         raise typer.Exit(INTERRUPTED)
 
 
 def checkpoint_path(out: Path) -> Path:
-    """Where `train` keeps the state after each epoch; an impossible place is refused before any work."""
+    """Where `train` keeps the state after each epoch; an impossible place is refused at once."""
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a file name that ends in .safetensors, got {str(out)!r}")
     if not out.parent.is_dir():
@@ -244,7 +244,8 @@ def make_model(
             classes=train_set.classes,
         )
     except RuntimeError as error:  # torch cannot allocate the parameters, or their sizes overflow
-        raise ValueError(f"cannot make a model with {conv_channels=} and {hidden=}: {error}") from error
+        reason = str(error).rpartition("DefaultCPUAllocator: ")[2]
+        raise ValueError(f"cannot make a model with {conv_channels=} and {hidden=}: {reason}") from error
 
 
 def class_names(dataset: data.Dataset) -> np.ndarray:
@@ -300,7 +301,8 @@ def evaluate(
     unknown = [name for name in test_set.classes if name not in names]
     if unknown:
         raise data.DataError(
-            f"{test_set.name}: expected the model's classes ({', '.join(names)}), got also {', '.join(unknown)}"
+            f"{test_set.name}: expected the model's classes ({', '.join(names)}), "
+            f"got also {', '.join(unknown)}"
         )
     truth = np.array([names.index(name) for name in test_set.classes])[test_set.labels]
     images = data.with_channels(test_set.images, channels, test_set.name)
@@ -337,7 +339,7 @@ def model_classes(model: CNNClassifier) -> list[str]:
 def print_class_table(
     names: Sequence[str], precision: np.ndarray, recall: np.ndarray, support: np.ndarray
 ) -> None:
-    """Precision: of the images given a class, the share that belong to it; recall: of its own, those found."""
+    """Precision: of a class's predictions, the share that is right; recall: of its images."""
     table = require("rich.table", "the table by class").Table("class")
     for heading in ("precision", "recall", "support"):
         table.add_column(heading, justify="right")

@@ -493,7 +493,8 @@ def _load_picture_folders(
         return _load_pictures(folder, classes, tuple(classes), None, size, folder.name, progress), None
     classes = _class_folders(folder / "train")
     names = tuple(classes)
-    test_classes = _class_folders(tests[0]) if tests else {}
+    # A test set may lack classes.
+    test_classes = _class_folders(tests[0], least=1) if tests else {}
     for name in test_classes:
         if name not in classes:
             raise DataError(f"{tests[0]}: class {name!r} is not among the training classes, {_listed(names)}")
@@ -507,7 +508,7 @@ def _load_picture_folders(
     return train, _load_pictures(tests[0], test_classes, names, channels, size, title, progress)
 
 
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
+def _class_folders(folder: Path, least: int = 2) -> dict[str, list[Path]]:
     """Map each class to its pictures; hidden files and files of other kinds are left alone."""
     classes = {}
     for child in sorted(folder.iterdir()):
@@ -519,10 +520,10 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
             )
             if not classes[child.name]:
                 raise DataError(f"{child}: class {child.name!r} is empty, expected PNG or JPEG pictures")
-    if len(classes) < 2:
+    if len(classes) < least:
         got = f"only {next(iter(classes))!r}" if classes else "none"
         raise DataError(
-            f"{folder}: expected IDX files or at least 2 classes, each a folder of pictures; got {got}"
+            f"{folder}: expected IDX files or at least {least} classes, each a folder of pictures; got {got}"
         )
     return classes
 
@@ -573,7 +574,7 @@ def _read_picture(path: Path) -> np.ndarray:
             if picture.mode in ("I", "F"):
                 raise DataError(f"{path}: expected a picture of 8 or 16 bits, got mode {picture.mode!r}")
             grey = picture.mode in ("1", "L", "LA", "La")
-            pixels = np.asarray(picture.convert("L" if grey else "RGB"))
+            pixels = np.array(picture.convert("L" if grey else "RGB"))
     except DataError:
         raise
     except FileNotFoundError as error:

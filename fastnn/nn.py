@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastnn import functional
 
-__all__ = ["Linear"]
+__all__ = ["Conv2d", "Linear"]
 
 
 class Linear(torch.nn.Linear):
@@ -49,3 +49,67 @@ class Linear(torch.nn.Linear):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
+
+
+class Conv2d(torch.nn.Conv2d):
+    """``torch.nn.Conv2d`` with an optional fused activation and max-pooling.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype:
+            as in :class:`torch.nn.Conv2d`; all four padding modes.
+        activation: None or ``"relu"``, applied to the convolution's output in the same pass.
+        max_pool: None, a window size, or ``(kernel_size, stride, padding)``; see :func:`fastnn.functional.conv2d`.
+
+    Shape:
+        ``(batch, in_channels, height, width)`` or ``(in_channels, height, width)`` to the same with out_channels.
+
+    Equivalent to::
+
+        torch.nn.Sequential(torch.nn.Conv2d(in_channels, out_channels, kernel_size), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = None,
+        max_pool: Any = None,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
+        self.activation = activation
+        self.max_pool = max_pool
+
+    def forward(self, input: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return functional.conv2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            activation=self.activation,
+            max_pool=self.max_pool,
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        return text if self.max_pool is None else text + f", max_pool={self.max_pool!r}"

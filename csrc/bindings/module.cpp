@@ -5,4 +5,5 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Kernels of fastnn. Outputs are allocated by the caller and filled here.";
   fastnn::bind_runtime(module);
   fastnn::bind_linear(module);
+  fastnn::bind_conv2d(module);
 }

@@ -1,6 +1,7 @@
 // The inventory of CPU kernels: one row per operator stage, filled once per ISA by cpu/kernels/table.inl.h.
 #pragma once
 
+#include "ops/conv2d.h"
 #include "ops/linear.h"
 
 namespace fastnn::cpu {
@@ -9,6 +10,8 @@ template <class T>
 struct Kernels {
   void (*linear_forward)(const LinearShape&, const LinearForward<T>&);
   void (*linear_backward)(const LinearShape&, const LinearBackward<T>&);
+  void (*conv2d_forward)(const Conv2dShape&, const Conv2dForward<T>&);
+  void (*conv2d_backward)(const Conv2dShape&, const Conv2dBackward<T>&);
 };
 
 struct KernelTable {

@@ -4,6 +4,8 @@
 // tasks are cut from the shape alone, and a reduction over tasks adds their partial results in task order.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
 
 namespace fastnn::cpu {
@@ -30,17 +32,17 @@ inline void parallel_for(int64_t tasks, const Body& body) {
   for (int64_t task = 0; task < tasks; ++task) body(task);
 }
 
-// As parallel_for for tasks of unequal size: a free thread takes the next one.
+// body(task, thread) for every task, a free thread taking the next one; 0 <= thread < max_threads() picks scratch memory.
 template <class Body>
-inline void parallel_for_dynamic(int64_t tasks, const Body& body) {
+inline void parallel_tasks(int64_t tasks, const Body& body) {
   int64_t threads = max_threads();
   if (threads > tasks) threads = tasks;
   if (threads <= 1) {
-    for (int64_t task = 0; task < tasks; ++task) body(task);
+    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
     return;
   }
 #pragma omp parallel for schedule(dynamic) num_threads(static_cast<int>(threads))
-  for (int64_t task = 0; task < tasks; ++task) body(task);
+  for (int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
 }
 
 // Elements [begin, end) of a flat loop, in runs of at least `grain`: body(begin, end).

@@ -18,8 +18,8 @@ namespace {
 template <class T>
 class Scratch {
  public:
-  // Room for `count` elements and one vector more, so that a kernel may load a whole vector at the end.
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(scratch_push(static_cast<size_t>(count) * sizeof(T) + 64))) {}
+  // Room for `count` elements and two vectors more, so that a kernel may load whole vectors at the end.
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(scratch_push(static_cast<size_t>(count) * sizeof(T) + 128))) {}
   ~Scratch() { scratch_pop(); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

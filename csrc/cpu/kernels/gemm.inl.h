@@ -45,7 +45,7 @@ void pack_panel(const Matrix<T>& b, int64_t depth, int64_t column, int64_t colum
   } else {
     for (int64_t j = 0; j < width; j += kLanes<T>) {
       const int64_t left = columns - j < 0 ? 0 : columns - j < kLanes<T> ? columns - j : kLanes<T>;
-      transpose_panel(b.data + (column + j) * b.column_stride, b.column_stride, left, depth, panel + j, width);
+      transpose_panel<T, true>(b.data + (column + j) * b.column_stride, b.column_stride, left, depth, panel + j, width);
     }
   }
 }

@@ -94,15 +94,15 @@ void relu_mask(int64_t count, const T* grad_output, const T* output, T* masked) 
   });
 }
 
-// sums[column] = sum over rows of matrix[row][column], in row order
+// sums[column] = sum over rows of matrix[row * row_stride + column], in row order
 template <class T>
-void column_sums(int64_t rows, int64_t columns, const T* matrix, T* sums) {
+void column_sums(int64_t rows, int64_t columns, const T* matrix, int64_t row_stride, T* sums) {
   const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
   parallel_for(vectors, [&](int64_t i) {
     const int64_t column = i * kLanes<T>;
     const int64_t left = columns - column < kLanes<T> ? columns - column : kLanes<T>;
     Vec<T> sum{};
-    for (int64_t row = 0; row < rows; ++row) sum += load_upto(matrix + row * columns + column, left);
+    for (int64_t row = 0; row < rows; ++row) sum += load_upto(matrix + row * row_stride + column, left);
     store_upto(sums + column, sum, left);
   });
 }
@@ -120,7 +120,7 @@ void linear_backward(const LinearShape& shape, const LinearBackward<T>& t) {
   if (t.grad_weight)
     gemm<T>(shape.out_features, shape.in_features, shape.batch, {grad, 1, shape.out_features},
             {t.input, shape.in_features, 1}, nullptr, false, t.grad_weight);
-  if (t.grad_bias) column_sums(shape.batch, shape.out_features, grad, t.grad_bias);
+  if (t.grad_bias) column_sums(shape.batch, shape.out_features, grad, shape.out_features, t.grad_bias);
 }
 
 }  // namespace

@@ -23,6 +23,7 @@ inline void trace(const char* operation, const char* variant) {
 }  // namespace
 }  // namespace fastnn::cpu
 
+#include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/linear.inl.h"
 
 namespace fastnn::cpu {
@@ -33,6 +34,8 @@ constexpr Kernels<T> kernels_of_isa() {
   return {
       .linear_forward = linear_forward<T>,
       .linear_backward = linear_backward<T>,
+      .conv2d_forward = conv2d_forward<T>,
+      .conv2d_backward = conv2d_backward<T>,
   };
 }
 

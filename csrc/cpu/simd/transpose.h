@@ -29,9 +29,9 @@ FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
   }
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c] for r < rows <= lanes, c < columns; to's rows beyond
-// `rows` up to a whole vector become 0.
-template <class T>
+// to[c * to_stride + r] = from[r * from_stride + c] for r < rows <= lanes, c < columns. With `pad`, to's elements from
+// `rows` up to a whole vector become 0; else they are left alone.
+template <class T, bool pad>
 inline void transpose_panel(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
                             int64_t to_stride) {
   constexpr int n = kLanes<T>;
@@ -46,14 +46,22 @@ inline void transpose_panel(const T* from, int64_t from_stride, int64_t rows, in
       for (int r = 0; r < n; ++r) block[r] = r < rows ? load_upto(from + r * from_stride + c, width) : Vec<T>{};
     }
     transpose<T>(block);
-    if (width == n) {
-      FASTNN_UNROLL
-      for (int r = 0; r < n; ++r) store(to + (c + r) * to_stride, block[r]);
-    } else {
-      FASTNN_UNROLL
-      for (int r = 0; r < n; ++r)
-        if (r < width) store(to + (c + r) * to_stride, block[r]);
+    for (int r = 0; r < width; ++r) {
+      if (pad)
+        store(to + (c + r) * to_stride, block[r]);
+      else
+        store_upto(to + (c + r) * to_stride, block[r], rows);
     }
+  }
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, c < columns.
+template <class T>
+inline void transpose_matrix(const T* from, int64_t from_stride, int64_t rows, int64_t columns, T* to,
+                             int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes<T>) {
+    const int64_t left = rows - r < kLanes<T> ? rows - r : kLanes<T>;
+    transpose_panel<T, false>(from + r * from_stride, from_stride, left, columns, to + r, to_stride);
   }
 }
 

@@ -1,0 +1,249 @@
+// conv2d (ops/conv2d.h): which kernel serves which geometry.
+//
+//   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, depthwise, else the gather
+//   grad_weight           outer products, or depthwise
+//
+// The input gradient of stride s is s * s gathers, one per phase: input pixel (s * q + phase) receives
+// grad[q + (phase + padding - ky * dilation) / s] through each tap ky for which that division is exact.
+#pragma once
+
+#include "cpu/kernels/conv2d_depthwise.inl.h"
+#include "cpu/kernels/conv2d_gather.inl.h"
+#include "cpu/kernels/conv2d_grad_weight.inl.h"
+#include "cpu/kernels/conv2d_pack.inl.h"
+#include "cpu/kernels/conv2d_winograd.inl.h"
+#include "cpu/kernels/linear.inl.h"
+
+namespace fastnn::cpu {
+namespace {
+
+inline bool is_depthwise(const Conv2dShape& s) { return s.groups == s.in_channels && s.in_channels == s.out_channels && s.groups > 1; }
+
+// Runs one group's gather with the kernel that suits it; `panels` are packed for the direct kernel.
+template <class T>
+const char* run_gather(GatherConv<T> conv, const T* panels) {
+  conv.panels = panels;
+  if (!winograd_serves(conv)) {
+    gather_conv(conv);
+    return "gather";
+  }
+  const int64_t count = panels_of<T>(conv.columns);
+  const Scratch<T> transformed(count * 16 * conv.depth * kTileColumns<T>);
+  winograd_weights<T>(count, conv.depth, panels, transformed);
+  conv.panels = transformed;
+  winograd_conv(conv);
+  return "winograd";
+}
+
+template <class T>
+void conv2d_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
+  const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
+  const Scratch<int64_t> tap_places(2 * taps);
+  int64_t* tap_y = tap_places;
+  int64_t* tap_x = tap_y + taps;
+  for (int64_t i = 0; i < taps; ++i) {
+    tap_y[i] = i / s.kernel_width * s.dilation_height - s.padding_height;
+    tap_x[i] = i % s.kernel_width * s.dilation_width - s.padding_width;
+  }
+  const int64_t stored_height = s.pool ? s.out_height / 2 : s.out_height;
+  const int64_t stored_width = s.pool ? s.out_width / 2 : s.out_width;
+  GatherConv<T> conv{
+      .batch = s.batch, .out_height = s.out_height, .out_width = s.out_width,
+      .step_y = s.stride_height, .step_x = s.stride_width,
+      .taps = {taps, tap_y, tap_x}, .depth = inputs, .columns = outputs,
+      .source = t.input, .source_height = s.in_height, .source_width = s.in_width,
+      .source_image_stride = s.in_height * s.in_width * s.in_channels,
+      .source_row_stride = s.in_width * s.in_channels, .source_pixel_stride = s.in_channels,
+      .panels = nullptr, .bias = t.bias, .relu = s.relu,
+      .out = t.output, .out_image_stride = stored_height * stored_width * s.out_channels,
+      .out_row_stride = stored_width * s.out_channels, .out_pixel_stride = s.out_channels,
+      .winner = s.pool ? t.winner : nullptr,
+  };
+  if (is_depthwise(s) && !s.pool) {
+    trace<T>("conv2d_forward", "depthwise");
+    const Scratch<int64_t> places(taps);
+    for (int64_t i = 0; i < taps; ++i) places[i] = i;
+    const Scratch<T> panels(taps * (s.in_channels + kLanes<T>));
+    pack_depthwise<T>(s.in_channels, taps, t.weight, taps, places, panels);
+    conv.panels = panels;
+    conv.columns = s.in_channels;
+    conv.depth = 1;
+    depthwise_conv(conv);
+    return;
+  }
+  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
+  const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
+  const Scratch<T> panels(panels_of<T>(outputs) * taps * inputs * kTileColumns<T>);
+  const char* variant = "gather";
+  for (int64_t group = 0; group < s.groups; ++group) {
+    pack_forward_panels<T>(outputs, inputs, taps, weight + group * outputs * taps * inputs, panels);
+    conv.source = t.input + group * inputs;
+    conv.out = t.output + group * outputs;
+    if (s.pool) conv.winner = t.winner + group * outputs;
+    if (t.bias) conv.bias = t.bias + group * outputs;
+    variant = run_gather<T>(conv, panels);
+  }
+  trace<T>("conv2d_forward", variant);
+}
+
+// What conv2d_backward's stages read as the gradient of z: pixels `stride` elements apart.
+template <class T>
+struct ConvGradient {
+  const T* data;
+  int64_t pixel_stride;
+};
+
+// The gradient of z out of that of the output: through ReLU and pooling, with channels padded to whole vectors.
+template <class T>
+void undo_activation(const Conv2dShape& s, const Conv2dBackward<T>& t, int64_t padded, T* grad) {
+  const int64_t rows = s.batch * s.out_height, channels = s.out_channels;
+  if (!s.pool) {
+    parallel_for(rows, [&](int64_t row) {
+      for (int64_t x = 0; x < s.out_width; ++x) {
+        const int64_t from = (row * s.out_width + x) * channels;
+        T* to = grad + (row * s.out_width + x) * padded;
+        for (int64_t c = 0; c < channels; c += kLanes<T>) {
+          const int64_t left = channels - c < kLanes<T> ? channels - c : kLanes<T>;
+          Vec<T> g = load_upto(t.grad_output + from + c, left);
+          if (s.relu) g = load_upto(t.output + from + c, left) <= Vec<T>{} ? Vec<T>{} : g;
+          store(to + c, g);
+        }
+      }
+    });
+    return;
+  }
+  const int64_t pooled_height = s.out_height / 2, pooled_width = s.out_width / 2;
+  parallel_for(rows, [&](int64_t row) {
+    const int64_t image = row / s.out_height, y = row % s.out_height;
+    T* to = grad + row * s.out_width * padded;
+    if (y / 2 >= pooled_height) return zero_run(s.out_width * padded, to);
+    for (int64_t x = 0; x < s.out_width; ++x, to += padded) {
+      if (x / 2 >= pooled_width) {
+        zero_run(padded, to);
+        continue;
+      }
+      const int64_t from = ((image * pooled_height + y / 2) * pooled_width + x / 2) * channels;
+      const uint8_t place = static_cast<uint8_t>(y % 2 * 2 + x % 2);
+      for (int64_t c = 0; c < channels; ++c) to[c] = t.winner[from + c] == place ? t.grad_output[from + c] : T(0);
+      for (int64_t c = channels; c < padded; ++c) to[c] = 0;
+    }
+  });
+}
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+
+// body(phase, first tap, count) over the taps of one axis that reach each phase; offset[i] is tap i's source offset.
+struct AxisTaps {
+  int64_t count;
+  int64_t* places;   // kernel index
+  int64_t* offsets;  // in gradient pixels
+};
+
+inline void taps_of_phase(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t phase, AxisTaps* taps) {
+  taps->count = 0;
+  // From the last tap down, so that offsets grow with the index and neighbours merge.
+  for (int64_t k = kernel - 1; k >= 0; --k) {
+    const int64_t numerator = phase + padding - k * dilation;
+    if (numerator % stride != 0) continue;
+    taps->places[taps->count] = k;
+    taps->offsets[taps->count++] = floor_div(numerator, stride);
+  }
+}
+
+template <class T>
+void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const T* weight_as_given, T* grad_input) {
+  const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
+  const bool depthwise = is_depthwise(s);
+  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
+  const T* weight = weight_to_ohwi<T>(s, weight_as_given, ohwi);
+  const Scratch<T> panels(depthwise ? taps * (s.in_channels + kLanes<T>)
+                                    : panels_of<T>(inputs) * taps * outputs * kTileColumns<T>);
+  const Scratch<int64_t> tables(3 * taps + 2 * s.kernel_height + 2 * s.kernel_width);
+  int64_t* tap_y = tables;
+  int64_t* tap_x = tap_y + taps;
+  int64_t* places = tap_x + taps;
+  AxisTaps vertical{0, places + taps, places + taps + s.kernel_height};
+  AxisTaps horizontal{0, vertical.offsets + s.kernel_height, vertical.offsets + s.kernel_height + s.kernel_width};
+  const char* variant = depthwise ? "depthwise" : "gather";
+
+  for (int64_t phase_y = 0; phase_y < s.stride_height && phase_y < s.in_height; ++phase_y) {
+    taps_of_phase(s.kernel_height, s.stride_height, s.padding_height, s.dilation_height, phase_y, &vertical);
+    for (int64_t phase_x = 0; phase_x < s.stride_width && phase_x < s.in_width; ++phase_x) {
+      taps_of_phase(s.kernel_width, s.stride_width, s.padding_width, s.dilation_width, phase_x, &horizontal);
+      const int64_t count = vertical.count * horizontal.count;
+      const int64_t height = (s.in_height - phase_y + s.stride_height - 1) / s.stride_height;
+      const int64_t width = (s.in_width - phase_x + s.stride_width - 1) / s.stride_width;
+      T* first = grad_input + (phase_y * s.in_width + phase_x) * s.in_channels;
+      if (count == 0) {  // no tap reaches these pixels: a stride larger than the kernel
+        parallel_for(s.batch * height, [&](int64_t row) {
+          for (int64_t x = 0; x < width; ++x)
+            zero_run(s.in_channels, first + ((row / height * s.in_height + row % height * s.stride_height) * s.in_width +
+                                             x * s.stride_width) * s.in_channels);
+        });
+        continue;
+      }
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t y = i / horizontal.count, x = i % horizontal.count;
+        tap_y[i] = vertical.offsets[y];
+        tap_x[i] = horizontal.offsets[x];
+        places[i] = vertical.places[y] * s.kernel_width + horizontal.places[x];
+      }
+      GatherConv<T> conv{
+          .batch = s.batch, .out_height = height, .out_width = width, .step_y = 1, .step_x = 1,
+          .taps = {count, tap_y, tap_x}, .depth = outputs, .columns = inputs,
+          .source = grad.data, .source_height = s.out_height, .source_width = s.out_width,
+          .source_image_stride = s.out_height * s.out_width * grad.pixel_stride,
+          .source_row_stride = s.out_width * grad.pixel_stride, .source_pixel_stride = grad.pixel_stride,
+          .panels = panels, .bias = nullptr, .relu = false,
+          .out = first, .out_image_stride = s.in_height * s.in_width * s.in_channels,
+          .out_row_stride = s.stride_height * s.in_width * s.in_channels,
+          .out_pixel_stride = s.stride_width * s.in_channels, .winner = nullptr,
+      };
+      if (depthwise) {
+        pack_depthwise<T>(s.in_channels, taps, weight, count, places, panels);
+        conv.depth = 1;
+        conv.columns = s.in_channels;
+        depthwise_conv(conv);
+        continue;
+      }
+      for (int64_t group = 0; group < s.groups; ++group) {
+        pack_gradient_panels<T>(outputs, inputs, taps, weight + group * outputs * taps * inputs, count, places, panels);
+        conv.source = grad.data + group * outputs;
+        conv.out = first + group * inputs;
+        variant = run_gather<T>(conv, panels);
+      }
+    }
+  }
+  trace<T>("conv2d_grad_input", variant);
+}
+
+template <class T>
+void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const T* input, T* grad_weight) {
+  if (s.batch * s.out_height * s.out_width == 0) return zero_run(weight_elements(s), grad_weight);
+  if (is_depthwise(s)) {
+    trace<T>("conv2d_grad_weight", "depthwise");
+    return grad_weight_depthwise<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
+  }
+  trace<T>("conv2d_grad_weight", "outer");
+  const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
+  for (int64_t group = 0; group < s.groups; ++group)
+    grad_weight_outer<T>(s, input + group * group_inputs(s), grad.data + group * group_outputs(s), grad.pixel_stride,
+                         grad_weight + group * group_weights);
+}
+
+template <class T>
+void conv2d_backward(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  // The outer products read the gradient in whole vectors, past a group's channels up to the next multiple.
+  const bool copy = s.relu || s.pool || group_outputs(s) % kLanes<T> != 0;
+  const Scratch<T> buffer(copy ? pixels * padded : 0);
+  if (copy) undo_activation<T>(s, t, padded, buffer);
+  const ConvGradient<T> grad{copy ? static_cast<T*>(buffer) : t.grad_output, copy ? padded : s.out_channels};
+  if (t.grad_input) conv2d_grad_input<T>(s, grad, t.weight, t.grad_input);
+  if (t.grad_weight) conv2d_grad_weight<T>(s, grad, t.input, t.grad_weight);
+  if (t.grad_bias) column_sums(pixels, s.out_channels, grad.data, grad.pixel_stride, t.grad_bias);
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

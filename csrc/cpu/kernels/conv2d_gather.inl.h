@@ -1,0 +1,297 @@
+// Direct convolution of any geometry, on the register tile: one gather for the forward pass and for the input gradient.
+//
+//   out[y][x][c] = bias[c] + sum over taps t, channels k of source[y * step + tap_y[t]][x * step + tap_x[t]][k] * w[t][k][c]
+//
+// forward: the taps are the kernel's, step is the stride. Input gradient: source is grad_output, and the taps are those
+// that reach a pixel's phase (its coordinates modulo the stride), step 1, out the pixels of that phase (see conv2d.inl.h).
+//
+// A tile is kTileRows output pixels by kTileColumns channels; one panel of weights holds its columns for all taps:
+//
+//   panel: [tap][k][kTileColumns]      source pixel of row r, tap t: pixel[r] + tap_offset[t], then k contiguous
+//
+// Taps next to each other in a source row whose pixels are dense count as one tap of several times the depth.
+#pragma once
+
+#include "cpu/kernels/conv2d_window.inl.h"
+#include "cpu/kernels/tile.inl.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "ops/conv2d.h"
+
+namespace fastnn::cpu {
+namespace {
+
+struct Taps {
+  int64_t count;
+  const int64_t* y;  // offsets in source pixels
+  const int64_t* x;
+};
+
+template <class T>
+struct GatherConv {
+  int64_t batch, out_height, out_width;
+  int64_t step_y, step_x;
+  Taps taps;
+  int64_t depth, columns;
+
+  const T* source;  // first channel of pixel (0, 0) of image 0
+  int64_t source_height, source_width;
+  int64_t source_image_stride, source_row_stride, source_pixel_stride;
+
+  const T* panels;  // [panel][tap][depth][kTileColumns]
+  const T* bias;    // or null
+  bool relu;
+
+  T* out;
+  int64_t out_image_stride, out_row_stride, out_pixel_stride;
+  uint8_t* winner;  // with 2x2 pooling: the out_* sizes above are those before pooling, the strides those of the pooled
+};
+
+struct TapRange {
+  int64_t y_min, y_max, x_min, x_max;
+};
+
+inline TapRange tap_range(const Taps& taps) {
+  TapRange range{taps.y[0], taps.y[0], taps.x[0], taps.x[0]};
+  for (int64_t t = 1; t < taps.count; ++t) {
+    if (taps.y[t] < range.y_min) range.y_min = taps.y[t];
+    if (taps.y[t] > range.y_max) range.y_max = taps.y[t];
+    if (taps.x[t] < range.x_min) range.x_min = taps.x[t];
+    if (taps.x[t] > range.x_max) range.x_max = taps.x[t];
+  }
+  return range;
+}
+
+// How many taps from t on are neighbours in one row.
+inline int64_t tap_run(const Taps& taps, int64_t t) {
+  int64_t run = 1;
+  while (t + run < taps.count && taps.y[t + run] == taps.y[t] && taps.x[t + run] == taps.x[t] + run) ++run;
+  return run;
+}
+
+// The larger of act(z) over the rows first..first+3 of a tile column, and its place.
+template <class T>
+FASTNN_INLINE void pool_window(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, Vec<T>* best, Mask<T>* place) {
+  const Mask<T> zero{};
+  Vec<T> max = a;
+  Mask<T> at = zero;
+  // Written so that NaN wins: it is neither <= the maximum nor equal to itself.
+  const auto consider = [&](Vec<T> v, int k) {
+    const Mask<T> wins = (v > max) | (v != v);
+    max = wins ? v : max;
+    at = wins ? zero + k : at;
+  };
+  consider(b, 1);
+  consider(c, 2);
+  consider(d, 3);
+  if (with_relu) {
+    const Mask<T> dead = max <= Vec<T>{};
+    max = dead ? Vec<T>{} : max;
+    at = dead ? zero + kNoWinner : at;
+  }
+  *best = max;
+  *place = at;
+}
+
+template <class T>
+FASTNN_INLINE void store_places(uint8_t* p, Mask<T> places, int64_t count) {
+  const typename VecTypes<T>::Bytes bytes = __builtin_convertvector(places, typename VecTypes<T>::Bytes);
+  if (count == kLanes<T>)
+    *reinterpret_cast<typename VecTypes<T>::UnalignedBytes*>(p) = bytes;
+  else
+    for (int64_t i = 0; i < count; ++i) p[i] = bytes[i];
+}
+
+// One tile: acc = bias + sum over runs of taps. offsets[i] and depths[i] describe run i.
+template <class T, int rows, int vectors>
+FASTNN_INLINE void gather_accumulate(int64_t runs, const int64_t* offsets, const int64_t* depths,
+                                     const T* const (&pixels)[rows], const T* panel, Vec<T> (&acc)[rows][vectors]) {
+  for (int64_t i = 0; i < runs; ++i) {
+    const T* sources[rows];
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) sources[r] = pixels[r] + offsets[i];
+    multiply_add<T, rows, vectors>(depths[i], sources, 1, panel, kTileColumns<T>, acc);
+    panel += depths[i] * kTileColumns<T>;
+  }
+}
+
+template <class T, int vectors>
+FASTNN_INLINE void load_bias(const T* bias, int64_t columns, Vec<T> (&row)[vectors]) {
+  FASTNN_UNROLL
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t left = columns - v * kLanes<T>;
+    row[v] = !bias || left <= 0 ? Vec<T>{} : load_upto(bias + v * kLanes<T>, left < kLanes<T> ? left : kLanes<T>);
+  }
+}
+
+// Output pixels [begin, end) of a block of rows, in row-major order, for one panel.
+template <class T, int vectors>
+void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, int64_t runs, const int64_t* offsets,
+                   const int64_t* depths, const T* panel, int64_t column, int64_t rows_in_block, T* out) {
+  const int64_t columns = conv.columns - column;
+  const int64_t count = rows_in_block * conv.out_width;
+  const int64_t y_step = conv.step_y * window.row_stride, x_step = conv.step_x * window.pixel_stride;
+  Vec<T> bias[vectors];
+  load_bias<T, vectors>(conv.bias ? conv.bias + column : nullptr, columns, bias);
+  int64_t y = 0, x = 0;
+  for (int64_t p = 0; p < count; p += kTileRows) {
+    with_rows(count - p < kTileRows ? count - p : kTileRows, [&](auto constant) {
+      constexpr int rows = decltype(constant)::value;
+      const T* pixels[rows];
+      T* outs[rows];
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        pixels[r] = window.data + y * y_step + x * x_step;
+        outs[r] = out + y * conv.out_row_stride + x * conv.out_pixel_stride;
+        if (++x == conv.out_width) x = 0, ++y;
+      }
+      Vec<T> acc[rows][vectors];
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        FASTNN_UNROLL
+        for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
+      }
+      gather_accumulate<T, rows, vectors>(runs, offsets, depths, pixels, panel, acc);
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        FASTNN_UNROLL
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t left = columns - v * kLanes<T>;
+          const Vec<T> value = conv.relu ? relu(acc[r][v]) : acc[r][v];
+          if (left > 0) store_upto(outs[r] + v * kLanes<T>, value, left < kLanes<T> ? left : kLanes<T>);
+        }
+      }
+    });
+  }
+}
+
+// As gather_pixels for pooled output: the four pixels of a window are four rows of a tile.
+template <class T, int vectors>
+void gather_windows(const GatherConv<T>& conv, const Image<T>& window, int64_t runs, const int64_t* offsets,
+                    const int64_t* depths, const T* panel, int64_t column, int64_t pooled_rows, T* out, uint8_t* winner) {
+  constexpr int kWindows = kTileRows / 4;
+  const int64_t columns = conv.columns - column;
+  const int64_t pooled_width = conv.out_width / 2;
+  const int64_t count = pooled_rows * pooled_width;
+  const int64_t y_step = conv.step_y * window.row_stride, x_step = conv.step_x * window.pixel_stride;
+  Vec<T> bias[vectors];
+  load_bias<T, vectors>(conv.bias ? conv.bias + column : nullptr, columns, bias);
+  int64_t y = 0, x = 0;
+  const auto tile = [&](auto constant) {
+    constexpr int windows = decltype(constant)::value;
+    const T* pixels[4 * windows];
+    int64_t places[windows];
+    FASTNN_UNROLL
+    for (int w = 0; w < windows; ++w) {
+      const T* corner = window.data + 2 * y * y_step + 2 * x * x_step;
+      pixels[4 * w] = corner;
+      pixels[4 * w + 1] = corner + x_step;
+      pixels[4 * w + 2] = corner + y_step;
+      pixels[4 * w + 3] = corner + y_step + x_step;
+      places[w] = y * conv.out_row_stride + x * conv.out_pixel_stride;
+      if (++x == pooled_width) x = 0, ++y;
+    }
+    Vec<T> acc[4 * windows][vectors];
+    FASTNN_UNROLL
+    for (int r = 0; r < 4 * windows; ++r) {
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
+    }
+    gather_accumulate<T, 4 * windows, vectors>(runs, offsets, depths, pixels, panel, acc);
+    FASTNN_UNROLL
+    for (int w = 0; w < windows; ++w) {
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t left = columns - v * kLanes<T>;
+        if (left <= 0) continue;
+        const int64_t width = left < kLanes<T> ? left : kLanes<T>;
+        Vec<T> best;
+        Mask<T> place;
+        pool_window<T>(acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v], conv.relu, &best, &place);
+        store_upto(out + places[w] + v * kLanes<T>, best, width);
+        store_places<T>(winner + places[w] + v * kLanes<T>, place, width);
+      }
+    }
+  };
+  int64_t p = 0;
+  for (; p + kWindows <= count; p += kWindows) tile(Constant<kWindows>{});
+  for (; p < count; ++p) tile(Constant<1>{});
+}
+
+// Output rows of one task: enough pixels to reuse a panel from L2 for some twenty tiles, and no more than an eighth of the
+// rows there are, so that threads share the work evenly.
+inline int64_t rows_per_task(int64_t images, int64_t height, int64_t width) {
+  constexpr int64_t kPixels = 192, kTasks = 8;
+  int64_t rows = (kPixels + width - 1) / width;
+  const int64_t share = (images * height + kTasks - 1) / kTasks;
+  if (rows > share) rows = share;
+  if (rows > height) rows = height;
+  return rows < 1 ? 1 : rows;
+}
+
+template <class T>
+void gather_conv(const GatherConv<T>& conv) {
+  const int64_t pooling = conv.winner ? 2 : 1;
+  const int64_t height = conv.out_height / pooling, width = conv.out_width / pooling;  // of what is stored
+  if (conv.batch == 0 || height == 0 || width == 0 || conv.columns == 0) return;
+  const TapRange range = tap_range(conv.taps);
+  const int64_t panels = (conv.columns + kTileColumns<T> - 1) / kTileColumns<T>;
+  const int64_t panel_elements = conv.taps.count * conv.depth * kTileColumns<T>;
+
+  const int64_t block = rows_per_task(conv.batch, height, width);
+  const int64_t blocks = (height + block - 1) / block;
+  const int64_t window_width = (conv.out_width - 1) * conv.step_x + range.x_max - range.x_min + 1;
+  const int64_t window_rows = (block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
+  const int64_t window_elements = window_rows * window_width * conv.depth;
+  const int threads = max_threads();
+  const Scratch<T> windows(threads * window_elements);
+  const Scratch<int64_t> tap_tables(threads * 2 * conv.taps.count);
+
+  // Few rows and many columns (the last layers of a network, batch 1): tasks share the columns too.
+  const int64_t row_tasks = conv.batch * blocks;
+  const int64_t column_tasks = row_tasks >= 8 ? 1 : panels < 4 ? panels : 4;
+  parallel_tasks(row_tasks * column_tasks, [&](int64_t task, int thread) {
+    const int64_t column_task = task % column_tasks;
+    const int64_t image = task / column_tasks / blocks;
+    const int64_t row = task / column_tasks % blocks * block;
+    const int64_t rows = height - row < block ? height - row : block;
+
+    const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
+                          conv.source_row_stride, conv.source_pixel_stride};
+    const WindowRange window_range{row * pooling * conv.step_y + range.y_min, range.x_min,
+                                   (rows * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1, window_width};
+    const Image<T> window = window_of(source, window_range, conv.depth, windows + thread * window_elements);
+
+    int64_t* offsets = tap_tables + thread * 2 * conv.taps.count;
+    int64_t* depths = offsets + conv.taps.count;
+    int64_t runs = 0;
+    for (int64_t t = 0; t < conv.taps.count;) {
+      const int64_t run = window.pixel_stride == conv.depth ? tap_run(conv.taps, t) : 1;
+      offsets[runs] = (conv.taps.y[t] - range.y_min) * window.row_stride + (conv.taps.x[t] - range.x_min) * window.pixel_stride;
+      depths[runs++] = run * conv.depth;
+      t += run;
+    }
+
+    const int64_t place = image * conv.out_image_stride + row * conv.out_row_stride;
+    for (int64_t i = panels * column_task / column_tasks; i < panels * (column_task + 1) / column_tasks; ++i) {
+      const int64_t column = i * kTileColumns<T>;
+      const T* panel = conv.panels + i * panel_elements;
+      const bool narrow = conv.columns - column <= kLanes<T>;
+      T* out = conv.out + place + column;
+      if (conv.winner) {
+        uint8_t* winner = conv.winner + place + column;
+        if (narrow)
+          gather_windows<T, 1>(conv, window, runs, offsets, depths, panel, column, rows, out, winner);
+        else
+          gather_windows<T, 2>(conv, window, runs, offsets, depths, panel, column, rows, out, winner);
+      } else if (narrow) {
+        gather_pixels<T, 1>(conv, window, runs, offsets, depths, panel, column, rows, out);
+      } else {
+        gather_pixels<T, 2>(conv, window, runs, offsets, depths, panel, column, rows, out);
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

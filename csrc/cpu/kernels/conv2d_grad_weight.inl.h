@@ -1,0 +1,202 @@
+// Weight gradient of any geometry: an outer product per output pixel, summed over pixels in registers.
+//
+//   grad_w[t][i][o] = sum over images, y, x of source[y * stride + tap_y[t]][x * stride + tap_x[t]][i] * grad[y][x][o]
+//
+// The register tile's rows are kTileRows neighbours of (kx, i) - contiguous in a source row where pixels are dense - its
+// columns output channels, its depth the pixels of an output row.
+//
+// A unit is some output rows of one image. Units are cut into chunks whose number depends on the shape alone, each chunk
+// sums into its own partial gradient, and the partials are added in order: the same bits for every thread count.
+#pragma once
+
+#include "cpu/kernels/conv2d_depthwise.inl.h"
+#include "cpu/kernels/conv2d_gather.inl.h"
+#include "cpu/kernels/conv2d_pack.inl.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// 8 chunks share work well between 2 to 8 threads; partial gradients beyond 16 MiB cost more memory traffic than they
+// gain, and such large weights have columns enough to share.
+constexpr int64_t kMaxChunks = 8;
+constexpr int64_t kMaxPartialBytes = 16 << 20;
+// Pixels of a unit: 128 pixels x 32 channels of grad are 16 KiB, half of L1.
+constexpr int64_t kUnitPixels = 128;
+
+struct UnitPlan {
+  int64_t rows_per_unit, units_per_image, units, chunks;
+};
+
+template <class T>
+UnitPlan plan_units(const Conv2dShape& s, int64_t partial_elements) {
+  int64_t rows = kUnitPixels / s.out_width;
+  if (rows < 1) rows = 1;
+  if (rows > s.out_height) rows = s.out_height;
+  const int64_t units_per_image = (s.out_height + rows - 1) / rows;
+  const int64_t units = s.batch * units_per_image;
+  int64_t chunks = kMaxPartialBytes / (partial_elements * static_cast<int64_t>(sizeof(T)));
+  if (chunks > kMaxChunks) chunks = kMaxChunks;
+  if (chunks > units) chunks = units;
+  if (chunks < 1) chunks = 1;
+  return {rows, units_per_image, units, chunks};
+}
+
+// body(first output row, rows, window of the source, images's index) for each unit of a chunk.
+template <class T, class Body>
+FASTNN_INLINE void for_each_unit(const Conv2dShape& s, const UnitPlan& plan, int64_t chunk, const T* source,
+                                 int64_t channels, T* buffer, const Body& body) {
+  for (int64_t unit = plan.units * chunk / plan.chunks; unit < plan.units * (chunk + 1) / plan.chunks; ++unit) {
+    const int64_t image = unit / plan.units_per_image;
+    const int64_t row = unit % plan.units_per_image * plan.rows_per_unit;
+    const int64_t rows = s.out_height - row < plan.rows_per_unit ? s.out_height - row : plan.rows_per_unit;
+    const Image<T> whole{source + image * s.in_height * s.in_width * s.in_channels, s.in_height, s.in_width,
+                         s.in_width * s.in_channels, s.in_channels};
+    const WindowRange range{row * s.stride_height - s.padding_height, -s.padding_width,
+                            (rows - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1,
+                            (s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width + 1};
+    body(image, row, rows, window_of(whole, range, channels, buffer));
+  }
+}
+
+inline int64_t unit_window_elements(const Conv2dShape& s, const UnitPlan& plan, int64_t channels) {
+  return ((plan.rows_per_unit - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1) *
+         ((s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width + 1) * channels;
+}
+
+// partial[r][column..] += source rows x grad rows for `rows` neighbours of (kx, i) and one panel.
+template <class T, int vectors>
+FASTNN_INLINE void outer_rows(int64_t tile_rows, const T* source, int64_t y_step, int64_t x_step, const T* grad,
+                              int64_t grad_row, int64_t grad_pixel, int64_t unit_rows, int64_t width, T* partial,
+                              int64_t partial_stride) {
+  with_rows(tile_rows, [&](auto constant) {
+    constexpr int rows = decltype(constant)::value;
+    Vec<T> acc[rows][vectors];
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) acc[r][v] = load(partial + r * partial_stride + v * kLanes<T>);
+    }
+    for (int64_t y = 0; y < unit_rows; ++y) {
+      const T* sources[rows];
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) sources[r] = source + y * y_step + r;
+      multiply_add<T, rows, vectors>(width, sources, x_step, grad + y * grad_row, grad_pixel, acc);
+    }
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) store(partial + r * partial_stride + v * kLanes<T>, acc[r][v]);
+    }
+  });
+}
+
+// One group. source and grad are at the group's first channel; grad may be read up to a whole panel past its channels.
+template <class T>
+void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int64_t grad_pixel, T* grad_weight) {
+  const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
+  const int64_t panels = panels_of<T>(outputs);
+  const int64_t padded = (outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const int64_t elements = taps * inputs * padded;
+  const UnitPlan plan = plan_units<T>(s, elements);
+  const int64_t column_tasks = plan.chunks >= kMaxChunks ? 1 : panels < 8 ? panels : 8;
+  const int64_t window_elements = unit_window_elements(s, plan, inputs);
+  const Scratch<T> windows(max_threads() * window_elements);
+  const Scratch<T> partials(plan.chunks * elements);
+  const Scratch<T> buffer(is_ohwi(s) ? 0 : taps * inputs * outputs);
+
+  parallel_tasks(plan.chunks * column_tasks, [&](int64_t task, int thread) {
+    const int64_t chunk = task / column_tasks, column_task = task % column_tasks;
+    const int64_t first = panels * column_task / column_tasks, last = panels * (column_task + 1) / column_tasks;
+    T* partial = partials + chunk * elements;
+    for (int64_t r = 0; r < taps * inputs; ++r) {
+      const int64_t end = last * kTileColumns<T> < padded ? last * kTileColumns<T> : padded;
+      zero_run(end - first * kTileColumns<T>, partial + r * padded + first * kTileColumns<T>);
+    }
+    for_each_unit(s, plan, chunk, source, inputs, windows + thread * window_elements,
+                  [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window) {
+      const bool merged = window.pixel_stride == inputs && s.dilation_width == 1;
+      const int64_t run = merged ? s.kernel_width * inputs : inputs, runs = taps * inputs / run;
+      const int64_t tiles = (run + kTileRows - 1) / kTileRows;
+      const int64_t y_step = s.stride_height * window.row_stride, x_step = s.stride_width * window.pixel_stride;
+      const T* unit_grad = grad + (image * s.out_height + row) * s.out_width * grad_pixel;
+      for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t column = panel * kTileColumns<T>;
+        for (int64_t i = 0; i < runs; ++i) {
+          const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
+          const T* from = window.data + ky * s.dilation_height * window.row_stride + kx * s.dilation_width * window.pixel_stride;
+          for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int64_t begin = run * tile / tiles, rows = run * (tile + 1) / tiles - begin;  // even shares
+            T* to = partial + (i * run + begin) * padded + column;
+            if (padded - column > kLanes<T>)
+              outer_rows<T, 2>(rows, from + begin, y_step, x_step, unit_grad + column, s.out_width * grad_pixel,
+                               grad_pixel, unit_rows, s.out_width, to, padded);
+            else
+              outer_rows<T, 1>(rows, from + begin, y_step, x_step, unit_grad + column, s.out_width * grad_pixel,
+                               grad_pixel, unit_rows, s.out_width, to, padded);
+          }
+        }
+      }
+    });
+  });
+  write_weight_gradient<T>(s, plan.chunks, padded, partials, buffer, grad_weight);
+}
+
+// groups = in_channels = out_channels: partials are [tap][channel].
+template <class T>
+void grad_weight_depthwise(const Conv2dShape& s, const T* source, const T* grad, int64_t grad_pixel, T* grad_weight) {
+  const int64_t channels = s.in_channels, taps = kernel_taps(s);
+  const int64_t padded = (channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const UnitPlan plan = plan_units<T>(s, taps * padded);
+  const int64_t window_elements = unit_window_elements(s, plan, channels);
+  const int threads = max_threads();
+  const Scratch<T> windows(threads * window_elements);
+  const Scratch<int64_t> tap_tables(threads * taps);
+  const Scratch<T> partials(plan.chunks * taps * padded);
+  const int64_t tap_blocks = (taps + kTileRows - 1) / kTileRows;
+
+  parallel_tasks(plan.chunks, [&](int64_t chunk, int thread) {
+    T* partial = partials + chunk * taps * padded;
+    int64_t* offsets = tap_tables + thread * taps;
+    zero_run(taps * padded, partial);
+    for_each_unit(s, plan, chunk, source, channels, windows + thread * window_elements,
+                  [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window) {
+      for (int64_t t = 0; t < taps; ++t)
+        offsets[t] = t / s.kernel_width * s.dilation_height * window.row_stride +
+                     t % s.kernel_width * s.dilation_width * window.pixel_stride;
+      const T* unit_grad = grad + (image * s.out_height + row) * s.out_width * grad_pixel;
+      for (int64_t c = 0; c < channels; c += kLanes<T>) {
+        const int64_t left = channels - c < kLanes<T> ? channels - c : kLanes<T>;
+        for (int64_t block = 0; block < tap_blocks; ++block) {
+          const int64_t first = taps * block / tap_blocks;
+          with_rows(taps * (block + 1) / tap_blocks - first, [&](auto constant) {
+            constexpr int count = decltype(constant)::value;
+            Vec<T> acc[count];
+            FASTNN_UNROLL
+            for (int t = 0; t < count; ++t) acc[t] = load(partial + (first + t) * padded + c);
+            for (int64_t y = 0; y < unit_rows; ++y) {
+              const T* from = window.data + y * s.stride_height * window.row_stride + c;
+              const T* g = unit_grad + y * s.out_width * grad_pixel + c;
+              for (int64_t x = 0; x < s.out_width; ++x, from += s.stride_width * window.pixel_stride, g += grad_pixel) {
+                const Vec<T> dy = load_upto(g, left);
+                FASTNN_UNROLL
+                for (int t = 0; t < count; ++t) acc[t] += load_upto(from + offsets[first + t], left) * dy;
+              }
+            }
+            FASTNN_UNROLL
+            for (int t = 0; t < count; ++t) store(partial + (first + t) * padded + c, acc[t]);
+          });
+        }
+      }
+    });
+  });
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t t = 0; t < taps; ++t) {
+      T sum = 0;
+      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) sum += partials[(chunk * taps + t) * padded + c];
+      grad_weight[c * taps + t] = sum;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

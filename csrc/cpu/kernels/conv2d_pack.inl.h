@@ -1,0 +1,100 @@
+// Weights of a convolution in the layouts that the kernels read, and weight gradients back.
+//
+//   OHWI            [o][tap][i]                       torch's channels_last; the kernels' starting point
+//   forward panel   [panel of o][tap][i][columns]     columns = kTileColumns output channels
+//   gradient panel  [panel of i][tap][o][columns]     columns = kTileColumns input channels, taps of one phase
+#pragma once
+
+#include "cpu/kernels/tile.inl.h"
+#include "cpu/parallel.h"
+#include "cpu/simd/transpose.h"
+#include "ops/conv2d.h"
+
+namespace fastnn::cpu {
+namespace {
+
+inline int64_t kernel_taps(const Conv2dShape& s) { return s.kernel_height * s.kernel_width; }
+inline int64_t group_inputs(const Conv2dShape& s) { return s.in_channels / s.groups; }
+inline int64_t group_outputs(const Conv2dShape& s) { return s.out_channels / s.groups; }
+inline int64_t weight_elements(const Conv2dShape& s) { return s.out_channels * group_inputs(s) * kernel_taps(s); }
+template <class T>
+inline int64_t panels_of(int64_t columns) {
+  return (columns + kTileColumns<T> - 1) / kTileColumns<T>;
+}
+
+// Whether the weight as it lies is OHWI already: a kernel of one tap is, in either layout.
+inline bool is_ohwi(const Conv2dShape& s) {
+  return s.weight_channels_last || kernel_taps(s) == 1 || group_inputs(s) == 1;
+}
+
+// buffer holds weight_elements(shape) where is_ohwi() is false.
+template <class T>
+const T* weight_to_ohwi(const Conv2dShape& shape, const T* weight, T* buffer) {
+  if (is_ohwi(shape)) return weight;
+  const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape);
+  parallel_ranges(shape.out_channels, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o)
+      transpose_matrix(weight + o * inputs * taps, taps, inputs, taps, buffer + o * inputs * taps, inputs);
+  });
+  return buffer;
+}
+
+// ohwi: one group's weights. Writes panels_of(outputs) * taps * inputs * kTileColumns elements.
+template <class T>
+void pack_forward_panels(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, T* panels) {
+  const int64_t depth = taps * inputs;
+  parallel_for(panels_of<T>(outputs), [&](int64_t panel) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      const int64_t o = panel * kTileColumns<T> + v * kLanes<T>;
+      const int64_t left = outputs - o < 0 ? 0 : outputs - o < kLanes<T> ? outputs - o : kLanes<T>;
+      transpose_panel<T, true>(ohwi + o * depth, depth, left, depth,
+                               panels + panel * depth * kTileColumns<T> + v * kLanes<T>, kTileColumns<T>);
+    }
+  });
+}
+
+// The taps listed in `places` (index in the kernel), in that order.
+template <class T>
+void pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
+                          const int64_t* places, T* panels) {
+  parallel_for(panels_of<T>(inputs), [&](int64_t panel) {
+    T* to = panels + panel * count * outputs * kTileColumns<T>;
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t o = 0; o < outputs; ++o, to += kTileColumns<T>) {
+        const T* from = ohwi + (o * taps + places[t]) * inputs + panel * kTileColumns<T>;
+        for (int v = 0; v < kTileVectors; ++v) {
+          const int64_t left = inputs - panel * kTileColumns<T> - v * kLanes<T>;
+          store(to + v * kLanes<T>, left >= kLanes<T> ? load(from + v * kLanes<T>)
+                                    : left > 0        ? load_first(from + v * kLanes<T>, left)
+                                                      : Vec<T>{});
+        }
+      }
+    }
+  });
+}
+
+// Adds `chunks` partial sums [tap][i][padded_outputs] in order and writes them as one group's weight gradient;
+// overwrites partials. `buffer` holds one group's weights.
+template <class T>
+void write_weight_gradient(const Conv2dShape& shape, int64_t chunks, int64_t padded_outputs, T* partials, T* buffer,
+                           T* grad_weight) {
+  const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape), outputs = group_outputs(shape);
+  const int64_t depth = taps * inputs, elements = depth * padded_outputs;
+  parallel_ranges(elements, 1 << 12, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kLanes<T>) {  // elements is a multiple of a vector
+      Vec<T> sum = load(partials + i);
+      for (int64_t c = 1; c < chunks; ++c) sum += load(partials + c * elements + i);
+      store(partials + i, sum);
+    }
+  });
+  T* ohwi = is_ohwi(shape) ? grad_weight : buffer;
+  parallel_ranges(outputs, kLanes<T>, [&](int64_t begin, int64_t end) {
+    transpose_matrix(partials + begin, padded_outputs, depth, end - begin, ohwi + begin * depth, depth);
+    if (ohwi == grad_weight) return;
+    for (int64_t o = begin; o < end; ++o)
+      transpose_matrix(ohwi + o * depth, inputs, taps, inputs, grad_weight + o * depth, taps);
+  });
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

@@ -1,0 +1,207 @@
+// Winograd's F(2x2, 3x3): 2x2 outputs of a 3x3 convolution from 16 multiplications instead of 36 (Lavin and Gray,
+// "Fast Algorithms for Convolutional Neural Networks", 2015). The 2x2 outputs of a tile are also a pooling window.
+//
+//   V = B' d B   of each 4x4 source patch d, per channel       B' = | 1  0 -1  0 |   G = |  1    0    0  |   A' = | 1 1  1  0 |
+//   U = G g G'   of each 3x3 kernel g                               | 0  1  1  0 |       | 1/2  1/2  1/2 |        | 0 1 -1 -1 |
+//   M = sum over channels of U * V, 16 matrix products              | 0 -1  1  0 |       | 1/2 -1/2  1/2 |
+//   out = A' M A                                                    | 0  1  0 -1 |       |  0    0    1  |
+//
+//   V: [16][tile][channel]     U: [panel][16][channel][kTileColumns]     M: [16][tile][kTileColumns], one panel at a time
+//
+// Its sums round differently from a direct convolution's: see docs/performance.md for the bound. A tile mixes the
+// pixels of its patch, so values that are not finite are recomputed directly: they then spread no further than they should.
+#pragma once
+
+#include "cpu/kernels/conv2d_gather.inl.h"
+#include "cpu/kernels/conv2d_pack.inl.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// Below 16 channels the transforms outweigh the multiplications saved.
+constexpr int64_t kWinogradChannels = 16;
+// V of a block is 16 * channels * tiles elements: 384 KiB leaves room for M and a panel of U in an L2 of 1 MiB.
+constexpr int64_t kWinogradBlockBytes = 384 << 10;
+
+// panels: [panel][9][channel][columns] as pack_*_panels makes them.
+template <class T>
+void winograd_weights(int64_t panels, int64_t depth, const T* packed, T* transformed) {
+  constexpr int64_t width = kTileColumns<T>;
+  const int64_t step = depth * width;
+  parallel_ranges(panels * depth, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* from = packed + i / depth * 9 * step + i % depth * width;
+      T* to = transformed + i / depth * 16 * step + i % depth * width;
+      for (int64_t v = 0; v < width; v += kLanes<T>) {
+        Vec<T> g[4][3];
+        FASTNN_UNROLL
+        for (int x = 0; x < 3; ++x) {
+          const Vec<T> g0 = load(from + x * step + v), g1 = load(from + (3 + x) * step + v);
+          const Vec<T> g2 = load(from + (6 + x) * step + v);
+          const Vec<T> sum = (g0 + g2) * T(0.5), half = g1 * T(0.5);
+          g[0][x] = g0, g[1][x] = sum + half, g[2][x] = sum - half, g[3][x] = g2;
+        }
+        FASTNN_UNROLL
+        for (int y = 0; y < 4; ++y) {
+          const Vec<T> sum = (g[y][0] + g[y][2]) * T(0.5), half = g[y][1] * T(0.5);
+          store(to + (4 * y) * step + v, g[y][0]);
+          store(to + (4 * y + 1) * step + v, sum + half);
+          store(to + (4 * y + 2) * step + v, sum - half);
+          store(to + (4 * y + 3) * step + v, g[y][2]);
+        }
+      }
+    }
+  });
+}
+
+// V of one tile: to + place * stride for the 16 places.
+template <class T>
+FASTNN_INLINE void winograd_input(const Image<T>& patch, int64_t depth, T* to, int64_t stride) {
+  for (int64_t c = 0; c < depth; c += kLanes<T>) {
+    const int64_t left = depth - c < kLanes<T> ? depth - c : kLanes<T>;
+    Vec<T> d[4][4];
+    FASTNN_UNROLL
+    for (int x = 0; x < 4; ++x) {
+      Vec<T> row[4];
+      FASTNN_UNROLL
+      for (int y = 0; y < 4; ++y) row[y] = load_upto(patch.data + y * patch.row_stride + x * patch.pixel_stride + c, left);
+      d[0][x] = row[0] - row[2], d[1][x] = row[1] + row[2], d[2][x] = row[2] - row[1], d[3][x] = row[1] - row[3];
+    }
+    FASTNN_UNROLL
+    for (int y = 0; y < 4; ++y) {
+      store_upto(to + (4 * y) * stride + c, d[y][0] - d[y][2], left);
+      store_upto(to + (4 * y + 1) * stride + c, d[y][1] + d[y][2], left);
+      store_upto(to + (4 * y + 2) * stride + c, d[y][2] - d[y][1], left);
+      store_upto(to + (4 * y + 3) * stride + c, d[y][1] - d[y][3], left);
+    }
+  }
+}
+
+// M of one place for the tiles [0, tiles): m[tile][columns] = v[tile][channel] * u[channel][columns]
+template <class T, int vectors>
+FASTNN_INLINE void winograd_multiply(int64_t tiles, int64_t depth, const T* v, const T* u, T* m) {
+  for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
+    with_rows(tiles - tile < kTileRows ? tiles - tile : kTileRows, [&](auto constant) {
+      constexpr int rows = decltype(constant)::value;
+      const T* sources[rows];
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) sources[r] = v + (tile + r) * depth;
+      Vec<T> acc[rows][vectors]{};
+      multiply_add<T, rows, vectors>(depth, sources, 1, u, kTileColumns<T>, acc);
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        FASTNN_UNROLL
+        for (int w = 0; w < vectors; ++w) store(m + (tile + r) * kTileColumns<T> + w * kLanes<T>, acc[r][w]);
+      }
+    });
+  }
+}
+
+// The 2x2 outputs of one tile, row by row, before bias; m of place 0, `stride` apart.
+template <class T>
+FASTNN_INLINE void winograd_output(const T* m, int64_t stride, Vec<T> bias, Vec<T> (&out)[4]) {
+  Vec<T> s[2][4];
+  FASTNN_UNROLL
+  for (int x = 0; x < 4; ++x) {
+    const Vec<T> m0 = load(m + x * stride), m1 = load(m + (4 + x) * stride);
+    const Vec<T> m2 = load(m + (8 + x) * stride), m3 = load(m + (12 + x) * stride);
+    s[0][x] = m0 + (m1 + m2), s[1][x] = (m1 - m2) - m3;
+  }
+  FASTNN_UNROLL
+  for (int y = 0; y < 2; ++y) {
+    out[2 * y] = s[y][0] + (s[y][1] + s[y][2]) + bias;
+    out[2 * y + 1] = (s[y][1] - s[y][2]) - s[y][3] + bias;
+  }
+}
+
+// Whether the gather is one that Winograd serves: all nine taps of an undilated 3x3 kernel, step 1, enough channels.
+template <class T>
+bool winograd_serves(const GatherConv<T>& conv) {
+  return sizeof(T) == 4 && conv.taps.count == 9 && conv.step_y == 1 && conv.step_x == 1 &&
+         conv.taps.y[8] - conv.taps.y[0] == 2 && conv.taps.x[8] - conv.taps.x[0] == 2 && conv.taps.y[1] == conv.taps.y[0] &&
+         conv.taps.x[1] == conv.taps.x[0] + 1 && conv.depth >= kWinogradChannels && conv.columns >= kLanes<T> &&
+         conv.out_height >= 2 && conv.out_width >= 2;
+}
+
+// As gather_conv; conv.panels are winograd_weights().
+template <class T>
+void winograd_conv(const GatherConv<T>& conv) {
+  constexpr int64_t width = kTileColumns<T>;
+  // Pooling reads whole windows alone; else a last odd row or column is half a tile.
+  const int64_t tile_rows = conv.winner ? conv.out_height / 2 : (conv.out_height + 1) / 2;
+  const int64_t tile_columns = conv.winner ? conv.out_width / 2 : (conv.out_width + 1) / 2;
+  const int64_t depth = conv.depth, tiles = conv.batch * tile_rows * tile_columns;
+  if (tiles == 0) return;
+  const int threads = max_threads();
+
+  int64_t block = kWinogradBlockBytes / (16 * depth * static_cast<int64_t>(sizeof(T)));
+  const int64_t share = (tiles + 4 * threads - 1) / (4 * threads);
+  if (block > share) block = share;
+  block = (block + kTileRows - 1) / kTileRows * kTileRows;
+  const int64_t blocks = (tiles + block - 1) / block;
+  const int64_t panels = panels_of<T>(conv.columns);
+  const int64_t column_tasks = blocks >= 2 * threads ? 1 : panels < 4 ? panels : 4;
+
+  const int64_t v_elements = 16 * block * depth, m_elements = 16 * block * width, patch_elements = 16 * depth;
+  const int64_t thread_elements = v_elements + m_elements + patch_elements;
+  const Scratch<T> scratch(threads * thread_elements);
+
+  parallel_tasks(blocks * column_tasks, [&](int64_t task, int thread) {
+    const int64_t first_tile = task / column_tasks * block, column_task = task % column_tasks;
+    const int64_t count = tiles - first_tile < block ? tiles - first_tile : block;
+    T* v = scratch + thread * thread_elements;
+    T* m = v + v_elements;
+    T* patch_buffer = m + m_elements;
+
+    for (int64_t tile = 0; tile < count; ++tile) {
+      const int64_t index = first_tile + tile, image = index / (tile_rows * tile_columns);
+      const int64_t y = index / tile_columns % tile_rows * 2, x = index % tile_columns * 2;
+      const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
+                            conv.source_row_stride, conv.source_pixel_stride};
+      const Image<T> patch = window_of(source, {y + conv.taps.y[0], x + conv.taps.x[0], 4, 4}, depth, patch_buffer);
+      winograd_input(patch, depth, v + tile * depth, block * depth);
+    }
+    for (int64_t panel = panels * column_task / column_tasks; panel < panels * (column_task + 1) / column_tasks; ++panel) {
+      const int64_t column = panel * width, columns = conv.columns - column < width ? conv.columns - column : width;
+      const T* u = conv.panels + panel * 16 * depth * width;
+      const bool narrow = columns <= kLanes<T>;
+      for (int place = 0; place < 16; ++place) {
+        const T* v_place = v + place * block * depth;
+        if (narrow)
+          winograd_multiply<T, 1>(count, depth, v_place, u + place * depth * width, m + place * block * width);
+        else
+          winograd_multiply<T, 2>(count, depth, v_place, u + place * depth * width, m + place * block * width);
+      }
+      for (int64_t c = 0; c < columns; c += kLanes<T>) {
+        const int64_t left = columns - c < kLanes<T> ? columns - c : kLanes<T>;
+        const Vec<T> bias = conv.bias ? load_upto(conv.bias + column + c, left) : Vec<T>{};
+        for (int64_t tile = 0; tile < count; ++tile) {
+          const int64_t index = first_tile + tile, image = index / (tile_rows * tile_columns);
+          const int64_t y = index / tile_columns % tile_rows, x = index % tile_columns;
+          Vec<T> out[4];
+          winograd_output(m + tile * width + c, block * width, bias, out);
+          T* to = conv.out + image * conv.out_image_stride + column + c;
+          if (conv.winner) {
+            const int64_t place = y * conv.out_row_stride + x * conv.out_pixel_stride;
+            Vec<T> best;
+            Mask<T> at;
+            pool_window<T>(out[0], out[1], out[2], out[3], conv.relu, &best, &at);
+            store_upto(to + place, best, left);
+            store_places<T>(conv.winner + image * conv.out_image_stride + column + c + place, at, left);
+            continue;
+          }
+          FASTNN_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const int64_t row = 2 * y + i / 2, pixel = 2 * x + i % 2;
+            if (row < conv.out_height && pixel < conv.out_width)
+              store_upto(to + row * conv.out_row_stride + pixel * conv.out_pixel_stride,
+                         conv.relu ? relu(out[i]) : out[i], left);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

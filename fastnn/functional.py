@@ -29,7 +29,9 @@ def _wants_relu(activation: str | None) -> bool:
     raise ValueError(f'activation: expected None or "relu", got {activation!r}')
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
     """Affine map ``input @ weight.T + bias``, with an optional ReLU in the same pass.
 
     Args:
@@ -80,10 +82,16 @@ def _pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
     if isinstance(max_pool, int):
         max_pool = (max_pool, max_pool, 0)
     if not isinstance(max_pool, (tuple, list)) or len(max_pool) != 3:
-        raise ValueError(f"max_pool: expected None, an int or (kernel_size, stride, padding), got {max_pool!r}")
+        raise ValueError(
+            f"max_pool: expected None, an int or (kernel_size, stride, padding), got {max_pool!r}"
+        )
     kernel_size, stride, padding = max_pool
     kernel_size = _pair("max_pool", kernel_size)
-    return kernel_size, kernel_size if stride is None else _pair("max_pool", stride), _pair("max_pool", padding)
+    return (
+        kernel_size,
+        kernel_size if stride is None else _pair("max_pool", stride),
+        _pair("max_pool", padding),
+    )
 
 
 _FUSED_POOL = ((2, 2), (2, 2), (0, 0))
@@ -139,14 +147,26 @@ def conv2d(
         )
     if input.dim() == 3:
         return conv2d(
-            input.unsqueeze(0), weight, bias, stride, padding, dilation, groups, activation=activation, max_pool=max_pool
+            input.unsqueeze(0),
+            weight,
+            bias,
+            stride,
+            padding,
+            dilation,
+            groups,
+            activation=activation,
+            max_pool=max_pool,
         ).squeeze(0)
     stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
         input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     geometry = Geometry(stride, _pair("padding", padding), dilation, groups)
     # Depthwise kernels keep channels in vectors and have no window in registers to pool.
-    fused = pool == _FUSED_POOL and (groups == 1 or groups != weight.shape[0]) and _leaves_a_window(input, weight, geometry)
+    fused = (
+        pool == _FUSED_POOL
+        and (groups == 1 or groups != weight.shape[0])
+        and _leaves_a_window(input, weight, geometry)
+    )
     if way == "op":
         output = conv2d_op(input, weight, bias, *geometry, relu, fused)[0]
     elif needs_grad(input, weight, bias):
@@ -176,7 +196,12 @@ def _resolve_padding(
 
 def _leaves_a_window(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the convolution's output holds at least one 2x2 window."""
-    return input.dim() == 4 and weight.dim() == 4 and all(
-        input.shape[2 + d] + 2 * geometry.padding[d] - geometry.dilation[d] * (weight.shape[2 + d] - 1) > geometry.stride[d]
-        for d in range(2)
+    return (
+        input.dim() == 4
+        and weight.dim() == 4
+        and all(
+            input.shape[2 + d] + 2 * geometry.padding[d] - geometry.dilation[d] * (weight.shape[2 + d] - 1)
+            > geometry.stride[d]
+            for d in range(2)
+        )
     )

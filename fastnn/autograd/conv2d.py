@@ -123,7 +123,9 @@ def conv2d_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
     input, weight, bias, stride, padding, dilation, groups, relu, pool = inputs
     result, winner = output
-    ctx.save_for_backward(input, weight, bias, result if relu and not pool else None, winner if pool else None)
+    ctx.save_for_backward(
+        input, weight, bias, result if relu and not pool else None, winner if pool else None
+    )
     ctx.geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     ctx.relu = relu
 
@@ -160,7 +162,9 @@ class Conv2dFunction(torch.autograd.Function):
         relu: bool,
         pool: bool,
     ) -> Tensor:
-        output, winner = conv2d_forward(input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool)
+        output, winner = conv2d_forward(
+            input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool
+        )
         _save(ctx, (input, weight, bias, stride, padding, dilation, groups, relu, pool), (output, winner))
         return output
 
@@ -178,7 +182,9 @@ def _conv2d(
     relu: bool,
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
-    output, winner = conv2d_forward(input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool)
+    output, winner = conv2d_forward(
+        input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool
+    )
     return output, input.new_empty(0, dtype=torch.uint8) if winner is None else winner
 
 

@@ -25,7 +25,9 @@ def linear_backward(
     grad_input = torch.empty(input.shape, dtype=input.dtype) if needed[0] else None
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype) if needed[1] else None
     grad_bias = torch.empty(weight.shape[0], dtype=weight.dtype) if needed[2] else None
-    _C.linear_backward(grad_input, grad_weight, grad_bias, dense(grad_output), dense(input), dense(weight), output)
+    _C.linear_backward(
+        grad_input, grad_weight, grad_bias, dense(grad_output), dense(input), dense(weight), output
+    )
     return grad_input, grad_weight, grad_bias
 
 
@@ -43,7 +45,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         activation = "relu" if ctx.relu else None
         return *differentiable_backward(
-            lambda x, w, b: reference.linear(x, w, b, activation=activation), (input, weight, bias), needed, grad_output
+            lambda x, w, b: reference.linear(x, w, b, activation=activation),
+            (input, weight, bias),
+            needed,
+            grad_output,
         ), None
     return *linear_backward(grad_output, input, weight, output, needed), None
 

@@ -465,7 +465,7 @@ def _as_tensor(x: Any, name: str) -> torch.Tensor:
     if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
         raise TypeError(f"{name}: expected uint8 (0 to 255) or float images, got an array of {array.dtype}")
     # torch takes neither foreign byte orders nor negative strides.
-    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    array = np.asarray(array, dtype=array.dtype.newbyteorder("="), order="C")
     with warnings.catch_warnings():
         # Images are only read, so an array that is not writable (a mapped file) will do.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -531,6 +531,10 @@ def _targets(labels: list[Hashable], classes: list[Hashable], name: str) -> torc
 
 
 def _distinct_classes(classes: Sequence[Hashable], num_classes: int) -> list[Hashable]:
+    if not hasattr(classes, "__len__") or isinstance(classes, (str, bytes)):
+        raise TypeError(f"classes: expected a list of labels, got {type(classes).__name__}")
+    if len(classes) != num_classes:
+        raise ValueError(f"classes: expected num_classes={num_classes} labels, got {len(classes)}")
     labels = _label_list(classes, "classes", num_classes)
     if len(set(labels)) != len(labels):
         raise ValueError(f"classes: expected different labels, got {_some(labels)}")

@@ -353,13 +353,15 @@ def train(
     if resume:
         if file is None:
             raise ValueError("resume: expected a checkpoint to resume from, got checkpoint=None")
-        complete = file.read(complete, history, seed)
+        stored = file.read(complete, history, seed)
         try:
-            run.restore(complete)
+            run.restore(stored)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            run.restore(complete)
             raise ModelFileError(
                 f"{file.path}: the state does not fit the model or optimizer ({error})"
             ) from error
+        complete = stored
 
     step = make_step(model, loss_function, optimizer)
     bar = make_progress(progress)

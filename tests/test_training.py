@@ -485,3 +485,61 @@ def test_checkpoint_faults_come_before_the_training(tmp_path: Path) -> None:
     fit(model, epochs=1, checkpoint=damaged)
     with pytest.raises(ModelFileError, match="expected a fastnn model, got a fastnn 'checkpoint' file"):
         CNNClassifier.load(damaged)
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """The checkpoint again with its document changed."""
+    import safetensors.torch
+
+    with safetensors.safe_open(path, framework="pt") as file:
+        document = json.loads(file.metadata()["fastnn"])
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not iterable)
+    change(document)
+    safetensors.torch.save_file(tensors, path, metadata={"fastnn": json.dumps(document)})
+
+
+def rename_a_parameter(document: dict[str, Any]) -> None:
+    document["model"]["dict"][0][0] = "surprise"
+
+
+def swap_two_parameters(document: dict[str, Any]) -> None:
+    pairs = document["model"]["dict"]
+    pairs[0][1], pairs[1][1] = pairs[1][1], pairs[0][1]
+
+
+def name_a_tensor_twice(document: dict[str, Any]) -> None:
+    pairs = document["model"]["dict"]
+    pairs[1][1] = pairs[0][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda document: document.update(epoch=7), "expected a history of 7 epochs"),
+        (lambda document: document.update(epoch="1"), "expected a history of '1' epochs"),
+        (lambda document: document.update(history=[3]), "the history has a damaged epoch"),
+        (lambda document: document.update(seed=-1), "settings or seed are damaged"),
+        (lambda document: document.update(settings=[]), "settings or seed are damaged"),
+        (lambda document: document.update(model=3), "expected the parameters 0.weight, .* got others"),
+        (rename_a_parameter, "expected the parameters 0.weight, .* got others"),
+        (swap_two_parameters, r"0.weight: expected torch.float32 \(8, 1, 3, 3\), got other"),
+        (name_a_tensor_twice, "damaged state: nothing known under"),
+        (lambda document: document.update(optimizer={"dict": []}), "the optimizer state is damaged"),
+        (
+            lambda document: document.update(optimizer={"dict": [["state", 1], ["param_groups", []]]}),
+            "the state does not fit the model or optimizer",
+        ),
+        (lambda document: document.update(scheduler={"dict": []}), "the scheduler state is damaged"),
+        (lambda document: document.update(scheduler={"a": 1, "b": 2}), "damaged state"),
+    ],
+)
+def test_resume_refuses_a_damaged_checkpoint(change: Any, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    fit(make_model(), epochs=1, seed=None, checkpoint=path)
+    rewrite(path, change)
+    model = make_model(seed=9)
+    before = parameters(model)
+    with pytest.raises(ModelFileError, match=words):
+        fit(model, seed=None, checkpoint=path, resume=True)
+    assert torch.equal(parameters(model), before)
+    assert not hasattr(model, "history_")

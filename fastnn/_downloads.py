@@ -173,15 +173,15 @@ class _PoochProgress:
 
 @contextmanager
 def progress_bar(title: str, total: int | None, visible: bool) -> Iterator[Callable[[int, int | None], None]]:
-    """Yield ``advance(count, total)``, which draws on stderr; not visible or without rich it does nothing."""
+    """Yield ``advance(count, total)``, which draws on a terminal at stderr, or without one does nothing."""
     try:
         rich_progress = require("rich.progress", "a progress bar")
-        rich_console = require("rich.console", "a progress bar")
+        console = require("rich.console", "a progress bar").Console(stderr=True)
     except MissingLibraryError:
         visible = False
-    if not visible:
+    if not visible or not console.is_terminal:
         yield lambda count, total: None
         return
-    with rich_progress.Progress(console=rich_console.Console(stderr=True), transient=True) as bar:
+    with rich_progress.Progress(console=console, transient=True) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count, total: bar.update(task, advance=count, total=total)

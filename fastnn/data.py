@@ -273,7 +273,9 @@ def _from_label_values(
                     raise DataError(f"{title}: class {classes[index]!r} is empty")
         return Dataset(images, np.searchsorted(values, labels).astype(np.int64), names, title)
 
-    return part(*train, "training"), None if test is None else part(*test, "test")
+    if test is None:
+        return replace(part(*train, "training"), name=name), None
+    return part(*train, "training"), part(*test, "test")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -498,9 +500,8 @@ def _load_picture_folders(
     for name in test_classes:
         if name not in classes:
             raise DataError(f"{tests[0]}: class {name!r} is not among the training classes, {_listed(names)}")
-    train = _load_pictures(
-        folder / "train", classes, names, None, size, f"{folder.name} (training)", progress
-    )
+    title = f"{folder.name} (training)" if tests else folder.name
+    train = _load_pictures(folder / "train", classes, names, None, size, title, progress)
     if not tests:
         return train, None
     channels = train.images.shape[1]

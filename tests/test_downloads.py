@@ -8,7 +8,7 @@ import shutil
 import socket
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -173,18 +173,20 @@ def test_a_full_disk_is_not_blamed_on_the_mirror(
 
 
 def test_the_progress_bar_follows_the_download(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     steps = []
 
     class Recorder(_downloads._PoochProgress):
-        def __init__(self, advance: object) -> None:
-            super().__init__(lambda count, total: steps.append((count, total)))
+        def __init__(self, advance: Callable[[int, int | None], None]) -> None:
+            super().__init__(lambda count, total: (steps.append((count, total)), advance(count, total)))
 
     use_mirrors(monkeypatch, server.mirror("good"))
     monkeypatch.setattr(_downloads, "_PoochProgress", Recorder)
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes rich take the captured stderr for a terminal
     data.load("mnist", progress=True)
     assert [total for _, total in steps] == [len(content) for content in FILES.values()]
+    assert "train-images-idx3-ubyte.gz" in capsys.readouterr().err
 
 
 def cifar10_archive(*, records: int = 4, cut: int = 0) -> bytes:

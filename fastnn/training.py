@@ -143,24 +143,33 @@ class Batches:
 
     def in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         targets = self.targets.to(self.device)
+        converted = self._buffer(self.dtype, self.device)
         for start in range(0, len(self), self.batch_size):
             stop = start + self.batch_size
-            yield self._convert(self.images[start:stop]), targets[start:stop]
+            yield self._convert(self.images[start:stop], converted), targets[start:stop]
 
     def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every image once, in an order that depends on (seed, epoch) alone."""
         order = epoch_order(len(self), seed, epoch)
         targets = self.targets[order.to(self.targets.device)].to(self.device)
         order = order.to(self.images.device)
-        rows = self.images.new_empty((min(self.batch_size, len(self)), *self.images.shape[1:]))
+        gathered = self._buffer(self.images.dtype, self.images.device)
+        converted = self._buffer(self.dtype, self.device)
         for start in range(0, len(self), self.batch_size):
             index = order[start : start + self.batch_size]
-            gathered = torch.index_select(self.images, 0, index, out=rows[: index.shape[0]])
-            yield self._convert(gathered), targets[start : start + self.batch_size]
+            images = torch.index_select(self.images, 0, index, out=gathered[: len(index)])
+            yield self._convert(images, converted), targets[start : start + self.batch_size]
 
-    def _convert(self, images: torch.Tensor) -> torch.Tensor:
-        images = images.to(self.device)
-        return images.to(self.dtype).div_(255) if images.dtype == torch.uint8 else images.to(self.dtype)
+    def _buffer(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = min(self.batch_size, len(self))
+        return torch.empty((size, *self.images.shape[1:]), dtype=dtype, device=device)
+
+    def _convert(self, images: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+        """`images` themselves where they already are as asked, else copied into `buffer`."""
+        if (images.dtype, images.device) == (buffer.dtype, buffer.device):
+            return images
+        converted = buffer[: len(images)].copy_(images)
+        return converted.div_(255) if images.dtype == torch.uint8 else converted
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:

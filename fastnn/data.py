@@ -7,6 +7,7 @@ are not there.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import math
 import os
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
+from torch.nn.functional import interpolate
 
 from fastnn._downloads import CIFAR10_ARCHIVE, DIGIT_CLASSES, DOWNLOADS, DownloadError, fetch, progress_bar
 from fastnn._extras import require
@@ -102,7 +105,7 @@ def load(
             - a Keras-style ``.npz`` with ``x_train``, ``y_train`` and perhaps ``x_test``, ``y_test``;
             - a folder with one subfolder of pictures per class, or ``train/`` and ``test/`` of such folders.
 
-            A folder that bears the name of a known data set is reached as ``./digits``.
+            A folder that bears the name of a known data set is reached as ``"./digits"`` or as a Path.
         validation_split: fraction of the images, 0 to 1, taken as the test set where the source has none of
             its own (default 0.2 for ``"digits"``, else 0.1). Every class gives the same fraction.
         seed: chooses that fraction; the same seed gives the same split.
@@ -117,7 +120,7 @@ def load(
     """
     size = _checked_size(image_size)
     fraction = _checked_fraction(validation_split)
-    train, test = _load_source(os.fspath(source), size, progress)
+    train, test = _load_source(source, size, progress)
     if size is not None:
         train = replace(train, images=_resized(train.images, size))
         test = None if test is None else replace(test, images=_resized(test.images, size))
@@ -134,10 +137,12 @@ def load(
     return train, test
 
 
-def _load_source(source: str, size: tuple[int, int] | None, progress: bool) -> tuple[Dataset, Dataset | None]:
+def _load_source(
+    source: str | os.PathLike[str], size: tuple[int, int] | None, progress: bool
+) -> tuple[Dataset, Dataset | None]:
     if source == "digits":
         return _load_digits(), None
-    if source in DOWNLOADS:
+    if isinstance(source, str) and source in DOWNLOADS:
         return _load_download(source, progress)
     path = Path(source)
     if path.is_dir():
@@ -148,7 +153,7 @@ def _load_source(source: str, size: tuple[int, int] | None, progress: bool) -> t
         return _load_npz(path)
     known = ", ".join(["digits", *DOWNLOADS])
     got = "a file of another kind" if path.exists() else "which does not exist"
-    raise DataError(f"expected {known}, a folder or an .npz file; got {source!r}, {got}")
+    raise DataError(f"expected {known}, a folder or an .npz file; got {str(source)!r}, {got}")
 
 
 def _checked_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -173,9 +178,6 @@ def _resized(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Scale (n, channels, height, width) uint8 images with an antialiased bilinear filter."""
     if images.shape[2:] == size:
         return images
-    import torch
-    from torch.nn.functional import interpolate
-
     scaled = np.empty((*images.shape[:2], *size), dtype=np.uint8)
     chunk = 1024  # images at a time: float copies of a whole data set would need eight times its memory
     for start in range(0, len(images), chunk):
@@ -441,11 +443,13 @@ def _open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         # RuntimeError and NotImplementedError: encrypted, or a compression that zipfile lacks.
-        raise DataError(
-            f"{path}: expected an .npz archive, which is a zip file, got damaged data ({error})"
-        ) from error
+        # EINVAL: damaged offsets that point before the start; any other OSError is the disk's.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        reason = f"damaged data ({error})"
+        raise DataError(f"{path}: expected an .npz archive, which is a zip file, got {reason}") from error
 
 
 def _npz_keys(archive: zipfile.ZipFile) -> set[str]:

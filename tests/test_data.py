@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastnn import _files, data
+from fastnn import data
 from fastnn._files import atomic_path
 from fastnn.data import DataError, Dataset
 
@@ -116,6 +116,14 @@ def test_read_idx_knows_every_element_type(tmp_path: Path, type_code: int) -> No
     assert array.dtype.isnative
 
 
+def test_a_folder_may_bear_the_name_of_a_known_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_idx_folder(tmp_path / "mnist")
+    monkeypatch.chdir(tmp_path)
+    assert len(data.load("./mnist")[0]) == len(data.load(Path("mnist"))[0]) == 24
+
+
 def test_labels_need_not_start_at_zero(tmp_path: Path) -> None:
     images, labels = make_arrays()
     np.savez(tmp_path / "letters.npz", x_train=images, y_train=labels.astype(np.int32) * 3 + 1)
@@ -124,7 +132,7 @@ def test_labels_need_not_start_at_zero(tmp_path: Path) -> None:
     assert np.unique(train.labels).tolist() == [0, 1, 2]
 
 
-KERAS_FORMS = {
+KERAS_FORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "uint8": lambda x: x,
     "int64": lambda x: x.astype(np.int64),
     "float 0-255": lambda x: x.astype(np.float32),
@@ -297,6 +305,17 @@ def broken_gzip(cut: int, flip: int | None = None) -> Callable[[Path], None]:
     return write
 
 
+def write_test_of_other_classes(folder: Path) -> None:
+    write_pictures(folder / "train", {"a": 2, "b": 2})
+    write_pictures(folder / "test", {"a": 2, "z": 2})
+
+
+def write_shifted_npz(folder: Path) -> None:
+    npz_with()(folder)
+    path = folder / "a.npz"
+    path.write_bytes(path.read_bytes()[1:])
+
+
 def write_half_a_jpeg(folder: Path) -> None:
     path = folder / "a" / "zz.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 6), dtype=np.uint8)).save(path)
@@ -343,10 +362,7 @@ BAD_SOURCES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     ),
     "unknown class in test": (
         ".",
-        lambda folder: (
-            write_pictures(folder / "train", {"a": 2, "b": 2}),
-            write_pictures(folder / "test", {"a": 2, "z": 2}),
-        ),
+        write_test_of_other_classes,
         ["class 'z' is not among the training classes, a, b"],
     ),
     "IDX labels missing": (".", without("train labels"), ["train-labels-idx1-ubyte", "missing"]),
@@ -399,6 +415,7 @@ BAD_SOURCES: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     ),
     "gzip header only": (".", broken_gzip(2), ["train-images", "gzip data is truncated or corrupt"]),
     "npz not a zip": ("a.npz", lambda f: (f / "a.npz").write_text("hello"), ["expected an .npz archive"]),
+    "npz shifted": ("a.npz", write_shifted_npz, ["expected an .npz archive", "damaged data"]),
     "npz without labels": (
         "a.npz",
         lambda folder: np.savez(folder / "a.npz", x_train=IMAGES, other=LABELS),
@@ -611,7 +628,7 @@ def test_atomic_path_names_the_file_when_the_disk_is_full(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with (
         pytest.raises(OSError, match="No space left") as caught,
         atomic_path(tmp_path / "a.txt") as temporary,

@@ -23,7 +23,13 @@ from cases import (
 from dispatch_log import fell_back, kernels_of, ran_kernels
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tolerance import assert_close_bound, assert_identical, rounding_bound, winograd_bound
+from tolerance import (
+    assert_close_bound,
+    assert_identical,
+    rounding_bound,
+    winograd_bound,
+    winograd_grad_input_bound,
+)
 from torch import Tensor
 
 import fastnn
@@ -53,16 +59,6 @@ def reductions(case: Conv2dCase, conv_output: Tensor) -> Sizes:
 
 def is_winograd(records: list, operator: str) -> bool:
     return any("winograd" in kernel for kernel in kernels_of(records, operator))
-
-
-def numeric_padding(case: Conv2dCase) -> tuple[int, int]:
-    """Only for stride-1 3x3 kernels without dilation, the ones that Winograd serves."""
-    padding = case.kwargs.get("padding", 0)
-    if padding == "same":
-        return 1, 1
-    if padding == "valid":
-        return 0, 0
-    return (padding, padding) if isinstance(padding, int) else padding
 
 
 def pool_values(case: Conv2dCase, values: Tensor) -> Tensor:
@@ -109,7 +105,7 @@ def check(case: Conv2dCase, fill: str, dtype: torch.dtype, layout: str = "contig
 
     if fill == "random":
         if is_winograd(forward_records, "conv2d_forward"):
-            bound = winograd_bound(x.detach(), w.detach(), dtype, numeric_padding(case))
+            bound = winograd_bound(x.detach(), w.detach(), dtype, **case.convolution)
             bound = bound + rounding_bound(1, dtype, pre_magnitude.detach())
         else:
             bound = rounding_bound(sizes.forward + 1, dtype, pre_magnitude.detach())
@@ -137,10 +133,8 @@ def check(case: Conv2dCase, fill: str, dtype: torch.dtype, layout: str = "contig
             continue
         bound = rounding_bound(length + 1, dtype, magnitude)
         if name == "grad_input" and is_winograd(backward_records, "conv2d_grad_input"):
-            # The input gradient is the convolution of the output's with the turned and transposed filters.
-            turned = w.detach().flip(2, 3).transpose(0, 1)
-            vertical, horizontal = numeric_padding(case)
-            bound = winograd_bound(passed, turned, dtype, (2 - vertical, 2 - horizontal)) + bound
+            extra = winograd_grad_input_bound(x.detach(), passed, w.detach(), dtype, **case.convolution)
+            bound = extra + bound
         assert_close_bound(actual, expected, bound, name)
 
 
@@ -198,7 +192,7 @@ def test_fused_equals_separate_operators() -> None:
     fused = functional.conv2d(x, w, b, activation="relu", max_pool=(3, 2, 1))
     separate = functional.max_pool2d(functional.relu(functional.conv2d(x, w, b)), 3, 2, 1)
     magnitude = F.max_pool2d(F.conv2d(x.double().abs(), w.double().abs(), b.double()), 3, 2, 1)
-    reach = winograd_bound(x, w, torch.float32, (0, 0))
+    reach = winograd_bound(x, w, torch.float32)
     bound = rounding_bound(46, torch.float32, magnitude) + F.max_pool2d(reach, 3, 2, 1)
     assert_close_bound(fused, separate.double(), 2 * bound)
 

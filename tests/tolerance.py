@@ -8,6 +8,9 @@ pooled the same way, is one on their output. Every function here returns a float
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,14 +48,47 @@ def rounding_bound(roundings: int, dtype: torch.dtype, magnitude: Tensor) -> Ten
     return magnitude.double() * relative + roundings * torch.finfo(dtype).tiny
 
 
-def winograd_bound(input: Tensor, weight: Tensor, dtype: torch.dtype, padding: tuple[int, int]) -> Tensor:
-    """Bound of F(2x2,3x3) for a 3x3 convolution of stride 1, whatever the place of its tiles."""
-    vertical, horizontal = padding
-    reach = F.pad(input.double().abs(), (horizontal, horizontal, vertical, vertical))
-    largest_input = F.max_pool2d(reach, 3, 1)
+def _taps(channels: int, weight: Tensor) -> Iterator[Tensor]:
+    """Depthwise filters that pick one tap of the kernel each."""
+    height, width = weight.shape[2:]
+    for tap in range(height * width):
+        picked = torch.zeros(channels, 1, height * width, dtype=torch.float64)
+        picked[:, :, tap] = 1
+        yield picked.view(channels, 1, height, width)
+
+
+def winograd_bound(input: Tensor, weight: Tensor, dtype: torch.dtype, **convolution: Any) -> Tensor:
+    """Bound of F(2x2,3x3) for a convolution, whatever the place of its tiles."""
+    values, channels = input.double().abs(), input.shape[-3]
+    geometry = {**convolution, "groups": channels}
+    seen = [F.conv2d(values, tap, **geometry) for tap in _taps(channels, weight)]
+    largest_input = torch.stack(seen).amax(0)
     largest_weight = weight.double().abs().amax((2, 3), keepdim=True)
-    magnitude = WINOGRAD_AMPLIFICATION * F.conv2d(largest_input, largest_weight)
-    return rounding_bound(weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS, dtype, magnitude)
+    sums = F.conv2d(largest_input, largest_weight, groups=convolution.get("groups", 1))
+    roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS
+    return rounding_bound(roundings, dtype, WINOGRAD_AMPLIFICATION * sums)
+
+
+def winograd_grad_input_bound(
+    input: Tensor, grad_output: Tensor, weight: Tensor, dtype: torch.dtype, **convolution: Any
+) -> Tensor:
+    """The same for the input gradient, which is a convolution of ``grad_output`` by the turned filters.
+
+    With a stride it is one convolution per phase of the input pixels, and a phase may have 3x3 taps too.
+    """
+    values, channels = grad_output.double().abs(), grad_output.shape[-3]
+    geometry = {**convolution, "groups": channels}
+    shape = (*input.shape[:-3], channels, *input.shape[-2:])
+    largest_grad = torch.zeros(shape, dtype=torch.float64)
+    for tap in _taps(channels, weight):
+        image = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        (reached,) = torch.autograd.grad(F.conv2d(image, tap, **geometry), image, values)
+        largest_grad = torch.maximum(largest_grad, reached)
+    largest_weight = weight.double().abs().amax((2, 3), keepdim=True)
+    groups = convolution.get("groups", 1)
+    sums = F.conv_transpose2d(largest_grad, largest_weight, groups=groups)
+    roundings = channels // groups + WINOGRAD_TRANSFORM_ROUNDINGS
+    return rounding_bound(roundings, dtype, WINOGRAD_AMPLIFICATION * sums)
 
 
 def softmax_relative_error(input: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,8 @@ import json
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
@@ -175,31 +176,20 @@ def train(
         f"{train_set.name}: {len(train_set)} images, {test_set.name}: {len(test_set)} images, "
         f"{'x'.join(map(str, model.input_shape))}, {len(train_set.classes)} classes; {count:,} parameters"
     )
-    try:
-        with warnings.catch_warnings():
-            # Said below in our own words.
-            warnings.filterwarnings("ignore", message="training interrupted")
-            history = model.fit(
-                train_set.images,
-                class_names(train_set),
-                epochs=epochs,
-                batch_size=batch_size,
-                lr=lr,
-                optimizer=optimizer,
-                validation_data=(test_set.images, class_names(test_set)),
-                seed=seed,
-                num_threads=threads,
-                checkpoint=checkpoint,
-                resume=resume,
-            )
-    except KeyboardInterrupt:
-        typer.echo("interrupted before the first epoch was complete: nothing was saved", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-    except TrainingError as error:
-        if error.epoch > 1:
-            raise ValueError(f"{error}; {checkpoint} holds it") from error
-        raise
-    accuracy = model.evaluate(test_set.images, class_names(test_set))["accuracy"]
+    with thread_limit(threads):
+        history = fit(
+            model,
+            train_set,
+            test_set,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            optimizer=optimizer,
+            seed=seed,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
+        accuracy = model.evaluate(test_set.images, class_names(test_set))["accuracy"]
     typer.echo(f"test accuracy {accuracy:.2%} ({round(accuracy * len(test_set))} of {len(test_set)} images)")
     curve = out.with_suffix(".png")
     model.save(out)
@@ -211,6 +201,41 @@ def train(
             err=True,
         )
         raise typer.Exit(INTERRUPTED)
+
+
+def fit(
+    model: CNNClassifier, train_set: data.Dataset, test_set: data.Dataset, *, checkpoint: Path, **options: Any
+) -> History:
+    """Train; an interrupt keeps the last complete epoch, and the history is then shorter than asked for."""
+    try:
+        with warnings.catch_warnings():
+            # `train` says it in its own words.
+            warnings.filterwarnings("ignore", message="training interrupted")
+            return model.fit(
+                train_set.images,
+                class_names(train_set),
+                validation_data=(test_set.images, class_names(test_set)),
+                checkpoint=checkpoint,
+                **options,
+            )
+    except KeyboardInterrupt:
+        typer.echo("interrupted before the first epoch was complete: nothing was saved", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except TrainingError as error:
+        if error.epoch > 1:
+            raise ValueError(f"{error}, which {checkpoint} holds") from error
+        raise
+
+
+@contextmanager
+def thread_limit(threads: int | None) -> Iterator[None]:
+    """Run the block with so many threads; with all where nothing was asked for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def checkpoint_path(out: Path) -> Path:
@@ -294,7 +319,7 @@ def evaluate(
 ) -> None:
     """Print the accuracy on the test images and a table by class; write a picture of the confusion matrix."""
     metrics = require("sklearn.metrics", "evaluate")
-    model = load_model(model_file, threads)
+    model = CNNClassifier.load(model_file)
     names = model_classes(model)
     channels, height, width = model.input_shape
     _, test_set = data.load(data_source, validation_split=validation_split, image_size=(height, width))
@@ -306,7 +331,8 @@ def evaluate(
         )
     truth = np.array([names.index(name) for name in test_set.classes])[test_set.labels]
     images = data.with_channels(test_set.images, channels, test_set.name)
-    predicted = model.predict_proba(images).argmax(1)
+    with thread_limit(threads):
+        predicted = model.predict_proba(images).argmax(1)
 
     labels = np.arange(len(names))
     precision, recall, _, support = metrics.precision_recall_fscore_support(
@@ -321,13 +347,6 @@ def evaluate(
     picture = picture or model_file.with_suffix(".confusion.png")
     save_picture(plot_confusion_matrix(matrix, names, f"{test_set.name}, accuracy {accuracy:.2%}"), picture)
     typer.echo(f"saved {picture}")
-
-
-def load_model(path: Path, threads: int | None = None) -> CNNClassifier:
-    """Read a model file; ``threads`` limits what runs on it."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return CNNClassifier.load(path)
 
 
 def model_classes(model: CNNClassifier) -> list[str]:
@@ -386,11 +405,12 @@ def predict(
     threads: ThreadsOption = None,
 ) -> None:
     """Print class and probability of each image, separated by tabs, or as JSON."""
-    model = load_model(model_file, threads)
+    model = CNNClassifier.load(model_file)
     names = model_classes(model)
     channels, height, width = model.input_shape
     images, sources = data.load_images(files, channels=channels, size=(height, width))
-    probabilities = model.predict_proba(images)
+    with thread_limit(threads):
+        probabilities = model.predict_proba(images)
     order = np.argsort(-probabilities, axis=1, kind="stable")[:, :top]
     results = [
         {

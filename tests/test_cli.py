@@ -23,10 +23,12 @@ from PIL import Image
 import fastnn.bench
 from fastnn import cli, data
 from fastnn.classifier import CNNClassifier
+from fastnn.training import TrainingError
 
 ROOT = Path(__file__).parents[1]
 PICTURES_ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-images.tar.xz"
-SMALL = ["--conv-channels", "8,16", "--hidden", "32"]  # enough for digits, and a fraction of the time
+# Enough for digits, and a fraction of the time; one thread, because other processes may keep the cores busy.
+SMALL = ["--conv-channels", "8,16", "--hidden", "32", "--threads", "1"]
 
 
 @dataclass
@@ -114,7 +116,7 @@ def test_train_repeats_with_its_seed(small_npz: Path, tmp_path: Path) -> None:
 
 
 def test_resume_ends_where_an_uninterrupted_run_ends(small_npz: Path, tmp_path: Path) -> None:
-    common = ["train", "--data", small_npz, "--optimizer", "sgd", "--threads", 1, *SMALL, "--out"]
+    common = ["train", "--data", small_npz, "--optimizer", "sgd", *SMALL, "--out"]
     run_well(*common, tmp_path / "whole.safetensors", "--epochs", 3)
     run_well(*common, tmp_path / "parts.safetensors", "--epochs", 2)
     printed = run_well(*common, tmp_path / "parts.safetensors", "--epochs", 3, "--resume")
@@ -294,6 +296,42 @@ def test_train_evaluate_and_predict_on_real_photographs(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------- info and bench
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict"])
+def test_threads_limits_the_command_and_not_the_caller(
+    trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    limits: list[int] = []
+    set_num_threads = torch.set_num_threads
+
+    def record(count: int) -> None:
+        limits.append(count)
+        set_num_threads(count)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch, "set_num_threads", record)
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    arguments: dict[str, list[object]] = {
+        "train": ["--epochs", 1, *SMALL, "--out", tmp_path / "m.safetensors"],
+        "evaluate": [trained[0], "--picture", tmp_path / "m.png"],
+        "predict": [trained[0], tmp_path / "a.png"],
+    }
+    run_well(command, *arguments[command], "--threads", before + 1)
+    assert limits == [before + 1, before]
+    assert torch.get_num_threads() == before
+
+
+def test_a_nan_in_a_later_epoch_points_at_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: CNNClassifier, *args: object, **kwargs: object) -> None:
+        raise TrainingError("the loss became nan at epoch 3", 3, 7)
+
+    monkeypatch.setattr(CNNClassifier, "fit", fails)
+    error = error_of("train", "--out", tmp_path / "m.safetensors")
+    assert error.startswith("error: the loss became nan at epoch 3, which ")
+    assert error.endswith("m.checkpoint.safetensors holds")
 
 
 def test_info_tells_what_runs() -> None:

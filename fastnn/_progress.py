@@ -68,26 +68,30 @@ class LineProgress:
 
 
 class BarProgress:
-    """One bar per epoch, which stays on the screen with the epoch's results."""
+    """A bar for the epoch under way; a finished epoch's results stay above it as a line."""
 
     def __init__(self, console: Any) -> None:
         from rich import progress
 
-        # No refresh thread: it would take the interpreter from the training loop.
-        self._bars = progress.Progress(
+        # 12 characters of bar, so that the line fits 80 columns. No refresh thread: it would take the
+        # interpreter from the training loop.
+        self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=24),
-            progress.MofNCompleteColumn(),
+            progress.BarColumn(bar_width=12),
             progress.TextColumn("{task.fields[results]}"),
             console=console,
             auto_refresh=False,
+            transient=True,
         )
-        self._bars.start()
+        self._task = self._bar.add_task("", results="")
+        self._bar.start()
+        self._title = ""
         self._done = 0
         self._began = self._drawn = 0.0
 
     def start_epoch(self, epoch: int, epochs: int, images: int) -> None:
-        self._task = self._bars.add_task(f"epoch {epoch}/{epochs}", total=images, results="")
+        self._title = f"epoch {epoch}/{epochs}"
+        self._bar.reset(self._task, total=images, description=self._title, results="")
         self._done = 0
         self._began = self._drawn = time.perf_counter()
 
@@ -98,11 +102,10 @@ class BarProgress:
             return
         self._drawn = now
         results = {"loss": loss, "accuracy": accuracy, "images_per_second": self._done / (now - self._began)}
-        self._bars.update(self._task, completed=self._done, results=describe(results), refresh=True)
+        self._bar.update(self._task, completed=self._done, results=describe(results), refresh=True)
 
     def end_epoch(self, record: Mapping[str, float]) -> None:
-        total = self._bars.tasks[-1].total
-        self._bars.update(self._task, completed=total, results=describe(record), refresh=True)
+        self._bar.console.print(f"{self._title}  {describe(record)}", highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        self._bars.stop()
+        self._bar.stop()

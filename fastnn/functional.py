@@ -87,6 +87,8 @@ def _pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
         )
     kernel_size, stride, padding = max_pool
     kernel_size = _pair("max_pool", kernel_size)
+    if min(kernel_size) < 1:
+        raise ValueError(f"max_pool: expected a kernel_size of at least 1, got {kernel_size}")
     return (
         kernel_size,
         kernel_size if stride is None else _pair("max_pool", stride),

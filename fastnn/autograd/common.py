@@ -107,6 +107,11 @@ def define_op(
     return getattr(torch.ops.fastnn, name).default
 
 
+def goes_through_op(grad_output: Tensor) -> bool:
+    """Whether backward must call its op: while a compiler or a tracer runs it on tensors without memory."""
+    return type(grad_output) is not Tensor or _is_compiling()
+
+
 def empty_like_if(needed: bool, like: Tensor, shape: Sequence[int]) -> Tensor:
     """What a backward op's fake returns: a gradient of this shape, or the empty tensor that stands for none."""
     return like.new_empty(shape if needed else (0,))

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fastnn import _C, reference
-from fastnn.autograd.common import define_op, dense, differentiable_backward, empty_like_if, wanted
+from fastnn.autograd.common import (
+    define_op,
+    dense,
+    differentiable_backward,
+    empty_like_if,
+    goes_through_op,
+    wanted,
+)
 
 Pair = tuple[int, int]
 
@@ -135,7 +142,7 @@ def _backward(ctx: Any, grad_output: Tensor, _grad_winner: Tensor | None = None)
     geometry, relu, pool = ctx.geometry, ctx.relu, winner is not None
     needed = ctx.needs_input_grad[:3]
     rest = (None,) * 6
-    if torch.compiler.is_compiling():
+    if goes_through_op(grad_output):
         grads = conv2d_backward_op(grad_output, input, weight, output, winner, *geometry, needed)
         return *wanted(grads, needed), *rest
     if torch.is_grad_enabled():

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fastnn import _C, reference
-from fastnn.autograd.common import define_op, dense, differentiable_backward, empty_like_if, wanted
+from fastnn.autograd.common import (
+    define_op,
+    dense,
+    differentiable_backward,
+    empty_like_if,
+    goes_through_op,
+    wanted,
+)
 
 
 def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
@@ -40,7 +47,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight, bias, output = ctx.saved_tensors
     needed = ctx.needs_input_grad[:3]
-    if torch.compiler.is_compiling():
+    if goes_through_op(grad_output):
         return *wanted(linear_backward_op(grad_output, input, weight, output, needed), needed), None
     if torch.is_grad_enabled():
         activation = "relu" if ctx.relu else None

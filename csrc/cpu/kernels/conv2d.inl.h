@@ -11,6 +11,7 @@
 #include "cpu/kernels/conv2d_gather.inl.h"
 #include "cpu/kernels/conv2d_grad_weight.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
+#include "cpu/kernels/conv2d_sparse.inl.h"
 #include "cpu/kernels/conv2d_winograd.inl.h"
 #include "cpu/kernels/linear.inl.h"
 
@@ -233,6 +234,27 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
 
 template <class T>
 void conv2d_backward(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+  Conv2dBackward<T> dense = t;  // what the winner-sparse kernels leave to the dense ones
+  if (s.pool && s.batch > 0) {
+    if (t.grad_input && sparse_serves_grad_input<T>(s)) {
+      trace<T>("conv2d_grad_input", "sparse");
+      sparse_grad_input(s, t);
+      dense.grad_input = nullptr;
+    }
+    if (t.grad_weight && lookup_serves_grad_weight<T>(s)) {
+      trace<T>("conv2d_grad_weight", "lookup");
+      lookup_grad_weight(s, t);
+      dense.grad_weight = nullptr;
+    } else if (t.grad_weight && sparse_serves_grad_weight<T>(s)) {
+      trace<T>("conv2d_grad_weight", "sparse");
+      sparse_grad_weight(s, t);
+      dense.grad_weight = nullptr;
+    }
+    if (t.grad_bias) winner_sums(s, t);
+    dense.grad_bias = nullptr;
+  }
+  if (!dense.grad_input && !dense.grad_weight && !dense.grad_bias) return;
+
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   // The outer products read the gradient in whole vectors, past a group's channels up to the next multiple.
@@ -240,9 +262,9 @@ void conv2d_backward(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const Scratch<T> buffer(copy ? pixels * padded : 0);
   if (copy) undo_activation<T>(s, t, padded, buffer);
   const ConvGradient<T> grad{copy ? static_cast<T*>(buffer) : t.grad_output, copy ? padded : s.out_channels};
-  if (t.grad_input) conv2d_grad_input<T>(s, grad, t.weight, t.grad_input);
-  if (t.grad_weight) conv2d_grad_weight<T>(s, grad, t.input, t.grad_weight);
-  if (t.grad_bias) column_sums(pixels, s.out_channels, grad.data, grad.pixel_stride, t.grad_bias);
+  if (dense.grad_input) conv2d_grad_input<T>(s, grad, t.weight, t.grad_input);
+  if (dense.grad_weight) conv2d_grad_weight<T>(s, grad, t.input, t.grad_weight);
+  if (dense.grad_bias) column_sums(pixels, s.out_channels, grad.data, grad.pixel_stride, t.grad_bias);
 }
 
 }  // namespace

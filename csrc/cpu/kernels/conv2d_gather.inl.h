@@ -102,16 +102,38 @@ FASTNN_INLINE void store_places(uint8_t* p, Mask<T> places, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = bytes[i];
 }
 
-// One tile: acc = bias + sum over runs of taps. offsets[i] and depths[i] describe run i.
-template <class T, int rows, int vectors>
-FASTNN_INLINE void gather_accumulate(int64_t runs, const int64_t* offsets, const int64_t* depths,
-                                     const T* const (&pixels)[rows], const T* panel, Vec<T> (&acc)[rows][vectors]) {
-  for (int64_t i = 0; i < runs; ++i) {
+// The runs of taps: offsets[i] from a pixel's first tap, depths[i] long.
+struct Runs {
+  int64_t count;
+  const int64_t* offsets;
+  const int64_t* depths;
+  int64_t common_depth;  // of all, or 0
+};
+
+// acc += sum over runs. `depth` is the depth of all runs where it is known at compile time - first layers, whose few
+// channels make short loops - or 0.
+template <class T, int rows, int vectors, int depth>
+FASTNN_INLINE void gather_accumulate(const Runs& runs, const T* const (&pixels)[rows], const T* panel,
+                                     Vec<T> (&acc)[rows][vectors]) {
+  for (int64_t i = 0; i < runs.count; ++i) {
     const T* sources[rows];
     FASTNN_UNROLL
-    for (int r = 0; r < rows; ++r) sources[r] = pixels[r] + offsets[i];
-    multiply_add<T, rows, vectors>(depths[i], sources, 1, panel, kTileColumns<T>, acc);
-    panel += depths[i] * kTileColumns<T>;
+    for (int r = 0; r < rows; ++r) sources[r] = pixels[r] + runs.offsets[i];
+    if constexpr (depth > 0) {
+      FASTNN_UNROLL
+      for (int k = 0; k < depth; ++k) {
+        FASTNN_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          FASTNN_UNROLL
+          for (int v = 0; v < vectors; ++v)
+            acc[r][v] += broadcast(sources[r][k]) * load(panel + k * kTileColumns<T> + v * kLanes<T>);
+        }
+      }
+      panel += depth * kTileColumns<T>;
+    } else {
+      multiply_add<T, rows, vectors>(runs.depths[i], sources, 1, panel, kTileColumns<T>, acc);
+      panel += runs.depths[i] * kTileColumns<T>;
+    }
   }
 }
 
@@ -125,9 +147,9 @@ FASTNN_INLINE void load_bias(const T* bias, int64_t columns, Vec<T> (&row)[vecto
 }
 
 // Output pixels [begin, end) of a block of rows, in row-major order, for one panel.
-template <class T, int vectors>
-void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, int64_t runs, const int64_t* offsets,
-                   const int64_t* depths, const T* panel, int64_t column, int64_t rows_in_block, T* out) {
+template <class T, int vectors, int depth>
+void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs& runs, const T* panel, int64_t column,
+                   int64_t rows_in_block, T* out) {
   const int64_t columns = conv.columns - column;
   const int64_t count = rows_in_block * conv.out_width;
   const int64_t y_step = conv.step_y * window.row_stride, x_step = conv.step_x * window.pixel_stride;
@@ -151,7 +173,7 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, int64_t ru
         FASTNN_UNROLL
         for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
       }
-      gather_accumulate<T, rows, vectors>(runs, offsets, depths, pixels, panel, acc);
+      gather_accumulate<T, rows, vectors, depth>(runs, pixels, panel, acc);
       FASTNN_UNROLL
       for (int r = 0; r < rows; ++r) {
         FASTNN_UNROLL
@@ -166,9 +188,9 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, int64_t ru
 }
 
 // As gather_pixels for pooled output: the four pixels of a window are four rows of a tile.
-template <class T, int vectors>
-void gather_windows(const GatherConv<T>& conv, const Image<T>& window, int64_t runs, const int64_t* offsets,
-                    const int64_t* depths, const T* panel, int64_t column, int64_t pooled_rows, T* out, uint8_t* winner) {
+template <class T, int vectors, int depth>
+void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Runs& runs, const T* panel, int64_t column,
+                    int64_t pooled_rows, T* out, uint8_t* winner) {
   constexpr int kWindows = kTileRows / 4;
   const int64_t columns = conv.columns - column;
   const int64_t pooled_width = conv.out_width / 2;
@@ -197,7 +219,7 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, int64_t r
       FASTNN_UNROLL
       for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
     }
-    gather_accumulate<T, 4 * windows, vectors>(runs, offsets, depths, pixels, panel, acc);
+    gather_accumulate<T, 4 * windows, vectors, depth>(runs, pixels, panel, acc);
     FASTNN_UNROLL
     for (int w = 0; w < windows; ++w) {
       FASTNN_UNROLL
@@ -216,6 +238,26 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, int64_t r
   int64_t p = 0;
   for (; p + kWindows <= count; p += kWindows) tile(Constant<kWindows>{});
   for (; p < count; ++p) tile(Constant<1>{});
+}
+
+// The taps of a window as runs; `table` holds two numbers a tap.
+template <class T>
+Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& window, int64_t* table) {
+  int64_t* offsets = table;
+  int64_t* depths = table + conv.taps.count;
+  Runs runs{0, offsets, depths, 0};
+  bool same = true;
+  for (int64_t t = 0; t < conv.taps.count;) {
+    const int64_t length = window.pixel_stride == conv.depth ? tap_run(conv.taps, t) : 1;
+    offsets[runs.count] =
+        (conv.taps.y[t] - range.y_min) * window.row_stride + (conv.taps.x[t] - range.x_min) * window.pixel_stride;
+    depths[runs.count] = length * conv.depth;
+    same = same && depths[runs.count] == depths[0];
+    ++runs.count;
+    t += length;
+  }
+  if (same) runs.common_depth = depths[0];
+  return runs;
 }
 
 // Output rows of one task: enough pixels to reuse a panel from L2 for some twenty tiles, and no more than an eighth of the
@@ -262,32 +304,27 @@ void gather_conv(const GatherConv<T>& conv) {
                                    (rows * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1, window_width};
     const Image<T> window = window_of(source, window_range, conv.depth, windows + thread * window_elements);
 
-    int64_t* offsets = tap_tables + thread * 2 * conv.taps.count;
-    int64_t* depths = offsets + conv.taps.count;
-    int64_t runs = 0;
-    for (int64_t t = 0; t < conv.taps.count;) {
-      const int64_t run = window.pixel_stride == conv.depth ? tap_run(conv.taps, t) : 1;
-      offsets[runs] = (conv.taps.y[t] - range.y_min) * window.row_stride + (conv.taps.x[t] - range.x_min) * window.pixel_stride;
-      depths[runs++] = run * conv.depth;
-      t += run;
-    }
-
+    const Runs runs = runs_of(conv, range, window, tap_tables + thread * 2 * conv.taps.count);
     const int64_t place = image * conv.out_image_stride + row * conv.out_row_stride;
     for (int64_t i = panels * column_task / column_tasks; i < panels * (column_task + 1) / column_tasks; ++i) {
       const int64_t column = i * kTileColumns<T>;
       const T* panel = conv.panels + i * panel_elements;
-      const bool narrow = conv.columns - column <= kLanes<T>;
       T* out = conv.out + place + column;
-      if (conv.winner) {
-        uint8_t* winner = conv.winner + place + column;
-        if (narrow)
-          gather_windows<T, 1>(conv, window, runs, offsets, depths, panel, column, rows, out, winner);
+      const auto run = [&](auto vectors, auto depth) {
+        constexpr int kVectors = decltype(vectors)::value, kDepth = decltype(depth)::value;
+        if (conv.winner)
+          gather_windows<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out, conv.winner + place + column);
         else
-          gather_windows<T, 2>(conv, window, runs, offsets, depths, panel, column, rows, out, winner);
-      } else if (narrow) {
-        gather_pixels<T, 1>(conv, window, runs, offsets, depths, panel, column, rows, out);
+          gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out);
+      };
+      if (conv.columns - column <= kLanes<T>) {
+        run(Constant<1>{}, Constant<0>{});
       } else {
-        gather_pixels<T, 2>(conv, window, runs, offsets, depths, panel, column, rows, out);
+        switch (runs.common_depth) {
+          case 3: run(Constant<2>{}, Constant<3>{}); break;  // 3x3 on a grey image
+          case 9: run(Constant<2>{}, Constant<9>{}); break;  // 3x3 on three colours
+          default: run(Constant<2>{}, Constant<0>{}); break;
+        }
       }
     }
   });

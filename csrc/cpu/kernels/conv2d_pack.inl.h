@@ -5,6 +5,7 @@
 //   gradient panel  [panel of i][tap][o][columns]     columns = kTileColumns input channels, taps of one phase
 #pragma once
 
+#include "cpu/kernels/conv2d_window.inl.h"
 #include "cpu/kernels/tile.inl.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/transpose.h"
@@ -73,26 +74,45 @@ void pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T
   });
 }
 
-// Adds `chunks` partial sums [tap][i][padded_outputs] in order and writes them as one group's weight gradient;
-// overwrites partials. `buffer` holds one group's weights.
+// partials[i] += the other chunks' partials[i], in chunk order; `elements` each.
+template <class T>
+void add_partials(int64_t chunks, int64_t elements, T* partials) {
+  parallel_ranges(elements, 1 << 12, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += kLanes<T>) {
+      const int64_t left = end - i < kLanes<T> ? end - i : kLanes<T>;
+      Vec<T> sum = load_upto(partials + i, left);
+      for (int64_t c = 1; c < chunks; ++c) sum += load_upto(partials + c * elements + i, left);
+      store_upto(partials + i, sum, left);
+    }
+  });
+}
+
+// One group's weight gradient from `chunks` partial sums [tap][i][padded_outputs], which it overwrites. `buffer` holds one
+// group's weights.
 template <class T>
 void write_weight_gradient(const Conv2dShape& shape, int64_t chunks, int64_t padded_outputs, T* partials, T* buffer,
                            T* grad_weight) {
   const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape), outputs = group_outputs(shape);
-  const int64_t depth = taps * inputs, elements = depth * padded_outputs;
-  parallel_ranges(elements, 1 << 12, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes<T>) {  // elements is a multiple of a vector
-      Vec<T> sum = load(partials + i);
-      for (int64_t c = 1; c < chunks; ++c) sum += load(partials + c * elements + i);
-      store(partials + i, sum);
-    }
-  });
+  const int64_t depth = taps * inputs;
+  add_partials(chunks, depth * padded_outputs, partials);
   T* ohwi = is_ohwi(shape) ? grad_weight : buffer;
   parallel_ranges(outputs, kLanes<T>, [&](int64_t begin, int64_t end) {
     transpose_matrix(partials + begin, padded_outputs, depth, end - begin, ohwi + begin * depth, depth);
     if (ohwi == grad_weight) return;
     for (int64_t o = begin; o < end; ++o)
       transpose_matrix(ohwi + o * depth, inputs, taps, inputs, grad_weight + o * depth, taps);
+  });
+}
+
+// The same from partial sums that are OHWI already.
+template <class T>
+void write_ohwi_gradient(const Conv2dShape& shape, int64_t chunks, T* partials, T* grad_weight) {
+  const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape), depth = taps * inputs;
+  add_partials(chunks, shape.out_channels * depth, partials);
+  parallel_ranges(shape.out_channels, 16, [&](int64_t begin, int64_t end) {
+    if (is_ohwi(shape)) return copy_run(partials + begin * depth, (end - begin) * depth, grad_weight + begin * depth);
+    for (int64_t o = begin; o < end; ++o)
+      transpose_matrix(partials + o * depth, inputs, taps, inputs, grad_weight + o * depth, taps);
   });
 }
 

@@ -44,10 +44,11 @@ inline void zero_run(int64_t count, T* to) {
   __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-// The window as an image whose pixel (0, 0) is (top, left); `buffer` holds range.height * range.width * channels.
+// The window as an image whose pixel (0, 0) is (top, left); `buffer` holds range.height * range.width * channels. With
+// `copy`, a copy even where the window lies inside: for kernels that read past the end of a row.
 template <class T>
-Image<T> window_of(const Image<T>& image, const WindowRange& range, int64_t channels, T* buffer) {
-  if (lies_inside(image, range))
+Image<T> window_of(const Image<T>& image, const WindowRange& range, int64_t channels, T* buffer, bool copy = false) {
+  if (!copy && lies_inside(image, range))
     return {image.data + range.top * image.row_stride + range.left * image.pixel_stride, range.height, range.width,
             image.row_stride, image.pixel_stride};
   const int64_t row_elements = range.width * channels;

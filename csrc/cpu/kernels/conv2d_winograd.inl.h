@@ -20,8 +20,8 @@ namespace {
 
 // Below 16 channels the transforms outweigh the multiplications saved.
 constexpr int64_t kWinogradChannels = 16;
-// V of a block is 16 * channels * tiles elements: 384 KiB leaves room for M and a panel of U in an L2 of 1 MiB.
-constexpr int64_t kWinogradBlockBytes = 384 << 10;
+// V of a block is 16 * channels * tiles elements; M as much again where the channels are few. Both stay in L2.
+constexpr int64_t kWinogradBlockBytes = 96 << 10;
 
 // panels: [panel][9][channel][columns] as pack_*_panels makes them.
 template <class T>

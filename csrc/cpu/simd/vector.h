@@ -63,6 +63,7 @@ FASTNN_INLINE Vec<T> broadcast(T s) {
   return s - Vec<T>{};
 }
 
+// load_first, store_first: the first n < kLanes elements; the lanes beyond load as 0.
 #if defined(__AVX512F__)
 FASTNN_INLINE Vec<float> load_first(const float* p, int64_t n) {
   return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
@@ -78,8 +79,28 @@ FASTNN_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
 }
 FASTNN_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
 FASTNN_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
+#elif defined(__AVX2__)
+FASTNN_INLINE __m256i first_lanes32(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTNN_INLINE __m256i first_lanes64(int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+FASTNN_INLINE Vec<float> load_first(const float* p, int64_t n) {
+  return (Vec<float>)_mm256_maskload_ps(p, first_lanes32(n));
+}
+FASTNN_INLINE Vec<double> load_first(const double* p, int64_t n) {
+  return (Vec<double>)_mm256_maskload_pd(p, first_lanes64(n));
+}
+FASTNN_INLINE void store_first(float* p, Vec<float> v, int64_t n) {
+  _mm256_maskstore_ps(p, first_lanes32(n), (__m256)v);
+}
+FASTNN_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
+  _mm256_maskstore_pd(p, first_lanes64(n), (__m256d)v);
+}
+FASTNN_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
+FASTNN_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
 #else
-// The first n < kLanes elements, the other lanes 0.
 template <class T>
 FASTNN_INLINE Vec<T> load_first(const T* p, int64_t n) {
   Vec<T> v{};
@@ -90,17 +111,12 @@ template <class T>
 FASTNN_INLINE void store_first(T* p, Vec<T> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
 }
-#if defined(__AVX2__)
-FASTNN_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
-FASTNN_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
-#else
 template <class V>
 FASTNN_INLINE V square_root(V v) {
   for (unsigned i = 0; i < sizeof(v) / sizeof(v[0]); ++i)
     v[i] = sizeof(v[0]) == 4 ? __builtin_sqrtf(static_cast<float>(v[i])) : __builtin_sqrt(v[i]);
   return v;
 }
-#endif
 #endif
 
 // n in [0, kLanes]

@@ -1,0 +1,416 @@
+// Gradients of a convolution with fused 2x2 pooling, from the pooled gradient and the winners alone.
+//
+// At most one of the four outputs in a window has a gradient, and none where ReLU cut it: in practice 11 to 18 % of
+// the dense gradient is non-zero. So the sums run over winners, not over pixels:
+//
+//   grad_w[o][ky][run] += g * source[y + ky][x .. x + kx)        run = (kx, i), contiguous in a source row
+//   grad_in[y + ky][x .. x + kx) += g * w[o][ky][run]
+//
+// for each winner (o, y, x) of gradient g. Three kernels:
+//
+//   sparse_grad_weight    one output channel at a time: its part of the gradient stays in registers while the winners of a
+//                         bit mask pass by
+//   sparse_grad_input     one output row at a time: registers hold the input pixels that a window reaches, and slide
+//   lookup_grad_weight    one input channel (the first layer of a network on grey images): runs would be too short, so
+//                         vectors run along output channels and each lane looks its winner's pixel up
+#pragma once
+
+#include "cpu/kernels/conv2d_grad_weight.inl.h"
+#include "cpu/simd/bytes.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// Images are cut into chunks by the shape alone; each chunk's partial gradient is added in order.
+template <class T>
+int64_t image_chunks(const Conv2dShape& s, int64_t partial_elements) {
+  int64_t chunks = kMaxPartialBytes / (partial_elements * static_cast<int64_t>(sizeof(T)));
+  if (chunks > kMaxChunks) chunks = kMaxChunks;
+  if (chunks > s.batch) chunks = s.batch;
+  return chunks < 1 ? 1 : chunks;
+}
+
+// The padded image's source window, from its pixel (0, 0) at (-padding, -padding) to the last pixel that a window reads.
+inline WindowRange pooled_range(const Conv2dShape& s) {
+  return {-s.padding_height, -s.padding_width,
+          (s.out_height / 2 * 2 - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1,
+          (s.out_width / 2 * 2 - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width + 1};
+}
+
+template <class T>
+inline Image<T> image_of(const Conv2dShape& s, const T* input, int64_t image) {
+  return {input + image * s.in_height * s.in_width * s.in_channels, s.in_height, s.in_width, s.in_width * s.in_channels,
+          s.in_channels};
+}
+
+// ---------------------------------------------------------------------------------------------- sparse_grad_weight
+
+// 3 kernel rows x 6 vectors: 18 accumulators of 32 registers hold all of a 3x3x32 kernel. 12 of 16 registers otherwise.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kSparseVectors = 6;
+constexpr int kSparseRows = 3;
+#else
+constexpr int kSparseVectors = 12;
+constexpr int kSparseRows = 1;
+#endif
+
+// Winners of one output channel among up to 32 windows.
+template <class T>
+struct WinnerList {
+  uint32_t mask;           // bit q: window q has a winner
+  const T* grad;           // of window 0; windows are `channels` apart
+  const uint8_t* winner;   // likewise
+  int64_t channels;
+  const int64_t* windows;  // source offset of each window's first pixel
+  const int64_t* places;   // and of each place in it
+};
+
+template <class T, int rows, int vectors>
+void sparse_accumulate(const WinnerList<T>& list, const T* source, int64_t source_row, T* partial, int64_t partial_row,
+                       int64_t last_count) {
+  Vec<T> acc[rows][vectors];
+  FASTNN_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    FASTNN_UNROLL
+    for (int v = 0; v < vectors; ++v)
+      acc[r][v] = load_upto(partial + r * partial_row + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last_count);
+  }
+  for (uint32_t mask = list.mask; mask != 0; mask &= mask - 1) {
+    const int q = __builtin_ctz(mask);
+    const int64_t at = q * list.channels;
+    const T* from = source + list.windows[q] + list.places[list.winner[at]];
+    const Vec<T> g = broadcast(list.grad[at]);
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) acc[r][v] += g * load(from + r * source_row + v * kLanes<T>);
+    }
+  }
+  FASTNN_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    FASTNN_UNROLL
+    for (int v = 0; v < vectors; ++v)
+      store_upto(partial + r * partial_row + v * kLanes<T>, acc[r][v], v + 1 < vectors ? kLanes<T> : last_count);
+  }
+}
+
+template <class T>
+using SparseAccumulate = void (*)(const WinnerList<T>&, const T*, int64_t, T*, int64_t, int64_t);
+
+template <class T, int rows, int... index>
+constexpr SparseAccumulate<T> sparse_kernel(int64_t vectors, Indices<index...>) {
+  constexpr SparseAccumulate<T> kernels[] = {sparse_accumulate<T, rows, index + 1>...};
+  return kernels[vectors - 1];
+}
+
+template <class T>
+inline bool sparse_serves_grad_weight(const Conv2dShape& s) {
+  return s.groups == 1 && s.dilation_width == 1 && s.kernel_width * s.in_channels >= kLanes<T> / 2;
+}
+
+template <class T>
+void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+  using Vectors = typename MakeIndices<kSparseVectors>::type;
+  const int64_t pooled_width = s.out_width / 2, windows = s.out_height / 2 * pooled_width, channels = s.out_channels;
+  const int64_t run = s.kernel_width * s.in_channels, elements = s.kernel_height * run;
+  const int64_t chunks = image_chunks<T>(s, channels * elements);
+  const WindowRange range = pooled_range(s);
+  const int64_t window_elements = range.height * range.width * s.in_channels;
+  const Scratch<T> buffers(max_threads() * (window_elements + 2 * kLanes<T>));
+  const Scratch<T> partials(chunks * channels * elements);
+  // A run that ends inside a vector reads past it: from a copy, where that is safe.
+  const bool copy = run % kLanes<T> != 0;
+  // Runs are cut into even groups of at most kSparseVectors vectors.
+  const int64_t vectors = (run + kLanes<T> - 1) / kLanes<T>, groups = (vectors + kSparseVectors - 1) / kSparseVectors;
+
+  parallel_tasks(chunks, [&](int64_t chunk, int thread) {
+    T* partial = partials + chunk * channels * elements;
+    T* buffer = buffers + thread * (window_elements + 2 * kLanes<T>);
+    zero_run(channels * elements, partial);
+    for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
+      const Image<T> source = window_of(image_of(s, t.input, image), range, s.in_channels, buffer, copy);
+      const int64_t y_step = s.stride_height * source.row_stride, x_step = s.stride_width * source.pixel_stride;
+      const int64_t places[] = {0, x_step, y_step, y_step + x_step, 0};
+      for (int64_t first = 0; first < windows; first += 32) {
+        const int64_t count = windows - first < 32 ? windows - first : 32;
+        const T* grad = t.grad_output + (image * windows + first) * channels;
+        const uint8_t* winner = t.winner + (image * windows + first) * channels;
+        int64_t offsets[32];
+        for (int64_t q = 0; q < count; ++q)
+          offsets[q] = (first + q) / pooled_width * 2 * y_step + (first + q) % pooled_width * 2 * x_step;
+        for (int64_t o = 0; o < channels; o += 32) {
+          const int64_t width = channels - o < 32 ? channels - o : 32;
+          uint32_t masks[32] = {};
+          for (int64_t q = 0; q < count; ++q) masks[q] = ~equal_mask_upto(winner + q * channels + o, width, kNoWinner);
+          transpose_bits32(masks);
+          for (int64_t i = 0; i < width; ++i) {
+            const WinnerList<T> list{masks[i], grad + o + i, winner + o + i, channels, offsets, places};
+            T* to = partial + (o + i) * elements;
+            for (int64_t ky = 0; ky < s.kernel_height;) {
+              const bool three = kSparseRows == 3 && s.kernel_height - ky >= 3;
+              for (int64_t group = 0; group < groups; ++group) {
+                const int64_t begin = vectors * group / groups, end = vectors * (group + 1) / groups;
+                const int64_t last = (end == vectors ? run : end * kLanes<T>) - (end - 1) * kLanes<T>;
+                const auto kernel = three ? sparse_kernel<T, kSparseRows>(end - begin, Vectors{})
+                                          : sparse_kernel<T, 1>(end - begin, Vectors{});
+                kernel(list, source.data + ky * s.dilation_height * source.row_stride + begin * kLanes<T>,
+                       s.dilation_height * source.row_stride, to + ky * run + begin * kLanes<T>, run, last);
+              }
+              ky += three ? 3 : 1;
+            }
+          }
+        }
+      }
+    }
+  });
+  write_ohwi_gradient<T>(s, chunks, partials, t.grad_weight);
+}
+
+// ----------------------------------------------------------------------------------------------- sparse_grad_input
+
+// Channels of the input kept in registers, in vectors: (kernel_width + 1) * 4 accumulators fit 32 registers up to 5x5.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kSlideVectors = 4;
+#else
+constexpr int kSlideVectors = 2;
+#endif
+
+template <class T>
+inline bool sparse_serves_grad_input(const Conv2dShape& s) {
+  return s.groups == 1 && s.stride_height == 1 && s.stride_width == 1 && s.dilation_height == 1 && s.dilation_width == 1 &&
+         (s.kernel_width == 3 || (s.kernel_width == 5 && kSlideVectors == 4)) && s.in_channels % kLanes<T> == 0;
+}
+
+// What sliding along one output row needs; masks[(q * 4 + place) * words + word] selects 64 output channels.
+template <class T>
+struct SlideRow {
+  int64_t pooled_width, channels, words;
+  const uint64_t* masks;  // of the row's first window and of the row's first place in it
+  const T* grad;          // of the row's first window
+  const T* weight;        // at this kernel row and first channel; output channels are weight_stride apart
+  int64_t weight_stride, weight_pixel;
+  T* to;  // input pixels that window 0 reaches
+  int64_t to_pixel;
+};
+
+// Adds the winners at place `shift` (0 or 1) of a window into acc[shift ...].
+template <class T, int width, int vectors, int shift>
+FASTNN_INLINE void slide_add(const SlideRow<T>& row, const uint64_t* masks, const T* grad, Vec<T> (&acc)[width + 1][vectors]) {
+  for (int64_t word = 0; word < row.words; ++word) {
+    for (uint64_t mask = masks[word]; mask != 0; mask &= mask - 1) {
+      const int64_t o = word * 64 + __builtin_ctzll(mask);
+      const T* w = row.weight + o * row.weight_stride;
+      const Vec<T> g = broadcast(grad[o]);
+      FASTNN_UNROLL
+      for (int x = 0; x < width; ++x) {
+        FASTNN_UNROLL
+        for (int v = 0; v < vectors; ++v) acc[shift + x][v] += g * load(w + x * row.weight_pixel + v * kLanes<T>);
+      }
+    }
+  }
+}
+
+template <class T, int width, int vectors>
+void slide_row(const SlideRow<T>& row) {
+  Vec<T> acc[width + 1][vectors];
+  T* to = row.to;
+  FASTNN_UNROLL
+  for (int x = 0; x < width - 1; ++x) {
+    FASTNN_UNROLL
+    for (int v = 0; v < vectors; ++v) acc[x][v] = load(to + x * row.to_pixel + v * kLanes<T>);
+  }
+  for (int64_t q = 0; q < row.pooled_width; ++q, to += 2 * row.to_pixel) {
+    FASTNN_UNROLL
+    for (int x = width - 1; x < width + 1; ++x) {
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) acc[x][v] = load(to + x * row.to_pixel + v * kLanes<T>);
+    }
+    const uint64_t* masks = row.masks + q * 4 * row.words;
+    slide_add<T, width, vectors, 0>(row, masks, row.grad + q * row.channels, acc);
+    slide_add<T, width, vectors, 1>(row, masks + row.words, row.grad + q * row.channels, acc);
+    FASTNN_UNROLL
+    for (int x = 0; x < width + 1; ++x) {
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) {
+        if (x < 2) store(to + x * row.to_pixel + v * kLanes<T>, acc[x][v]);
+        if (x + 2 < width + 1) acc[x][v] = acc[x + 2][v];
+      }
+    }
+  }
+  FASTNN_UNROLL
+  for (int x = 0; x < width - 1; ++x) {
+    FASTNN_UNROLL
+    for (int v = 0; v < vectors; ++v) store(to + x * row.to_pixel + v * kLanes<T>, acc[x][v]);
+  }
+}
+
+template <class T>
+void slide_row_of(int64_t width, int64_t vectors, const SlideRow<T>& row) {
+  const auto run = [&](auto kernel_width) {
+    constexpr int w = decltype(kernel_width)::value;
+    switch (vectors) {
+      case 1: return slide_row<T, w, 1>(row);
+      case 2: return slide_row<T, w, 2>(row);
+      case 3: if constexpr (kSlideVectors >= 3) return slide_row<T, w, 3>(row); [[fallthrough]];
+      case 4: if constexpr (kSlideVectors >= 4) return slide_row<T, w, 4>(row); [[fallthrough]];
+      default: __builtin_unreachable();
+    }
+  };
+  if (width == 3) return run(Constant<3>{});
+  if constexpr (kSlideVectors == 4) run(Constant<5>{});
+}
+
+template <class T>
+void sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+  const int64_t pooled_height = s.out_height / 2, pooled_width = s.out_width / 2, windows = pooled_height * pooled_width;
+  const int64_t words = (s.out_channels + 63) / 64, inputs = s.in_channels, taps = kernel_taps(s);
+  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
+  const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
+  const bool padded = s.padding_height != 0 || s.padding_width != 0;
+  const int64_t height = s.in_height + 2 * s.padding_height, width = s.in_width + 2 * s.padding_width;
+  const int threads = max_threads();
+  const Scratch<T> buffers(padded ? threads * height * width * inputs : 0);
+  const Scratch<uint64_t> all_masks(threads * windows * 4 * words);
+  const int64_t vectors = inputs / kLanes<T>, groups = (vectors + kSlideVectors - 1) / kSlideVectors;
+
+  parallel_tasks(s.batch, [&](int64_t image, int thread) {
+    T* whole = t.grad_input + image * s.in_height * s.in_width * inputs;
+    T* to = padded ? buffers + thread * height * width * inputs : whole;
+    zero_run(height * width * inputs, to);
+    const T* grad = t.grad_output + image * windows * s.out_channels;
+    const uint8_t* winner = t.winner + image * windows * s.out_channels;
+    uint64_t* masks = all_masks + thread * windows * 4 * words;
+    for (int64_t q = 0; q < windows; ++q) {
+      for (uint8_t place = 0; place < 4; ++place) {
+        for (int64_t word = 0; word < words; ++word) {
+          const uint8_t* p = winner + q * s.out_channels + word * 64;
+          const int64_t left = s.out_channels - word * 64;
+          uint64_t mask = equal_mask_upto(p, left < 32 ? left : 32, place);
+          if (left > 32) mask |= static_cast<uint64_t>(equal_mask_upto(p + 32, left < 64 ? left - 32 : 32, place)) << 32;
+          masks[(q * 4 + place) * words + word] = mask;
+        }
+      }
+    }
+    // Kernel rows outermost: their slice of the weights, a third of them for 3x3, stays in L1.
+    for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
+      for (int64_t group = 0; group < groups; ++group) {
+        const int64_t begin = vectors * group / groups, end = vectors * (group + 1) / groups;
+        for (int64_t y = 0; y < 2 * pooled_height; ++y) {
+          const int64_t q = y / 2 * pooled_width;
+          slide_row_of<T>(s.kernel_width, end - begin,
+                          {pooled_width, s.out_channels, words, masks + (q * 4 + y % 2 * 2) * words, grad + q * s.out_channels,
+                           weight + ky * s.kernel_width * inputs + begin * kLanes<T>, taps * inputs, inputs,
+                           to + (y + ky) * width * inputs + begin * kLanes<T>, inputs});
+        }
+      }
+    }
+    if (padded) {
+      for (int64_t y = 0; y < s.in_height; ++y)
+        copy_run(to + ((y + s.padding_height) * width + s.padding_width) * inputs, s.in_width * inputs,
+                 whole + y * s.in_width * inputs);
+    }
+  });
+}
+
+// ---------------------------------------------------------------------------------------------- lookup_grad_weight
+
+template <class T>
+inline bool lookup_serves_grad_weight(const Conv2dShape& s) {
+  return s.in_channels == 1 && s.kernel_width == s.kernel_height && (s.kernel_width == 3 || s.kernel_width == 5) &&
+         s.kernel_width + 1 <= kLanes<T> && s.dilation_height == 1 && s.dilation_width == 1 && s.stride_height == 1 &&
+         s.stride_width == 1;
+}
+
+// Adds one image's share to partial[tap][channels], for the channels [o, o + lanes) and kernel rows [first, first + rows).
+template <class T, int width, int rows>
+void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* grad, const uint8_t* winner, int64_t o,
+                       int64_t first, T* partial, int64_t padded) {
+  const int64_t pooled_width = s.out_width / 2, windows = s.out_height / 2 * pooled_width, channels = s.out_channels;
+  const int64_t left = channels - o < kLanes<T> ? channels - o : kLanes<T>;
+  Vec<T> acc[rows][width];
+  FASTNN_UNROLL
+  for (int y = 0; y < rows; ++y) {
+    FASTNN_UNROLL
+    for (int x = 0; x < width; ++x) acc[y][x] = load(partial + ((first + y) * width + x) * padded + o);
+  }
+  for (int64_t q = 0; q < windows; ++q) {
+    const T* pixel = source.data + (q / pooled_width * 2 + first) * source.row_stride + q % pooled_width * 2;
+    Vec<T> pixels[rows + 1];
+    FASTNN_UNROLL
+    for (int y = 0; y < rows + 1; ++y) pixels[y] = load_upto(pixel + y * source.row_stride, width + 1);
+    uint8_t codes[kLanes<T>];
+    const uint8_t* code = winner + q * channels + o;
+    if (left < kLanes<T>) {
+      for (int i = 0; i < kLanes<T>; ++i) codes[i] = i < left ? code[i] : kNoWinner;
+      code = codes;
+    }
+    const Mask<T> place = widen_bytes<T>(code);
+    const Vec<T> g = place < Mask<T>{} + kNoWinner ? load_upto(grad + q * channels + o, left) : Vec<T>{};
+    const Mask<T> column = place & 1, lower = (place & 2) != 0;
+    FASTNN_UNROLL
+    for (int x = 0; x < width; ++x) {
+      FASTNN_UNROLL
+      for (int y = 0; y < rows; ++y) acc[y][x] += g * look_up<T>(pixels[y], pixels[y + 1], column + x, lower);
+    }
+  }
+  FASTNN_UNROLL
+  for (int y = 0; y < rows; ++y) {
+    FASTNN_UNROLL
+    for (int x = 0; x < width; ++x) store(partial + ((first + y) * width + x) * padded + o, acc[y][x]);
+  }
+}
+
+template <class T>
+void lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+  const int64_t windows = (s.out_height / 2) * (s.out_width / 2), taps = kernel_taps(s);
+  const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  const int64_t chunks = image_chunks<T>(s, taps * padded);
+  const WindowRange range = pooled_range(s);
+  const int64_t window_elements = range.height * range.width;
+  const Scratch<T> buffers(max_threads() * window_elements);
+  const Scratch<T> partials(chunks * taps * padded);
+  const Scratch<T> unused(0);
+
+  parallel_tasks(chunks, [&](int64_t chunk, int thread) {
+    T* partial = partials + chunk * taps * padded;
+    zero_run(taps * padded, partial);
+    for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
+      const Image<T> source = window_of(image_of(s, t.input, image), range, 1, buffers + thread * window_elements);
+      const T* grad = t.grad_output + image * windows * s.out_channels;
+      const uint8_t* winner = t.winner + image * windows * s.out_channels;
+      for (int64_t o = 0; o < s.out_channels; o += kLanes<T>) {
+        if constexpr (kLanes<T> >= 4) {
+          if (s.kernel_width == 3) lookup_accumulate<T, 3, 3>(s, source, grad, winner, o, 0, partial, padded);
+        }
+        if constexpr (kLanes<T> >= 6) {
+          for (int64_t ky = 0; s.kernel_width == 5 && ky < 5; ++ky)
+            lookup_accumulate<T, 5, 1>(s, source, grad, winner, o, ky, partial, padded);
+        }
+      }
+    }
+  });
+  write_weight_gradient<T>(s, chunks, padded, partials, unused, t.grad_weight);
+}
+
+// sums[o] = sum of grad over the windows that have a winner
+template <class T>
+void winner_sums(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+  const int64_t windows = s.batch * (s.out_height / 2) * (s.out_width / 2), channels = s.out_channels;
+  parallel_for((channels + kLanes<T> - 1) / kLanes<T>, [&](int64_t i) {
+    const int64_t o = i * kLanes<T>, left = channels - o < kLanes<T> ? channels - o : kLanes<T>;
+    Vec<T> sum{};
+    for (int64_t q = 0; q < windows; ++q) {
+      if (left == kLanes<T>) {
+        const Mask<T> place = widen_bytes<T>(t.winner + q * channels + o);
+        sum += place < Mask<T>{} + kNoWinner ? load(t.grad_output + q * channels + o) : Vec<T>{};
+      } else {
+        for (int64_t l = 0; l < left; ++l)
+          if (t.winner[q * channels + o + l] < kNoWinner) sum[l] += t.grad_output[q * channels + o + l];
+      }
+    }
+    store_upto(t.grad_bias + o, sum, left);
+  });
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

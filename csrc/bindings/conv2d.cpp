@@ -97,7 +97,7 @@ void conv2d_forward(const Tensor& output, const std::optional<Tensor>& winner, c
   adopt_torch_threads();
   dispatch_floating("input", input, [&](auto zero) {
     using T = decltype(zero);
-    without_gil([&] {
+    run_kernel([=] {
       cpu::kernels<T>().conv2d_forward(shape, {output.data<T>(), data_or_null<uint8_t>(winner), input.data<T>(),
                                                weight.data<T>(), data_or_null<T>(bias)});
     });
@@ -130,7 +130,7 @@ void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optiona
   adopt_torch_threads();
   dispatch_floating("input", input, [&](auto zero) {
     using T = decltype(zero);
-    without_gil([&] {
+    run_kernel([=] {
       cpu::kernels<T>().conv2d_backward(
           shape, {data_or_null<T>(grad_input), data_or_null<T>(grad_weight), data_or_null<T>(grad_bias),
                   grad_output.data<T>(), input.data<T>(), weight.data<T>(), data_or_null<T>(output),

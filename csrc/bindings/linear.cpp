@@ -45,7 +45,7 @@ void linear_forward(const Tensor& output, const Tensor& input, const Tensor& wei
   adopt_torch_threads();
   dispatch_floating("input", input, [&](auto zero) {
     using T = decltype(zero);
-    without_gil([&] {
+    run_kernel([=] {
       cpu::kernels<T>().linear_forward(
           shape, {output.data<T>(), input.data<T>(), weight.data<T>(), data_or_null<T>(bias)});
     });
@@ -64,7 +64,7 @@ void linear_backward(const std::optional<Tensor>& grad_input, const std::optiona
   adopt_torch_threads();
   dispatch_floating("input", input, [&](auto zero) {
     using T = decltype(zero);
-    without_gil([&] {
+    run_kernel([=] {
       cpu::kernels<T>().linear_backward(
           shape, {data_or_null<T>(grad_input), data_or_null<T>(grad_weight), data_or_null<T>(grad_bias),
                   grad_output.data<T>(), input.data<T>(), weight.data<T>(), data_or_null<T>(output)});

@@ -6,4 +6,5 @@ PYBIND11_MODULE(_C, module) {
   fastnn::bind_runtime(module);
   fastnn::bind_linear(module);
   fastnn::bind_conv2d(module);
+  fastnn::bind_batch(module);
 }

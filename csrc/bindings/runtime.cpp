@@ -62,6 +62,17 @@ py::list trace_stop() {
   return records;
 }
 
+void program_start(Program& program) {
+  if (Program::recording()) throw std::runtime_error("Program: expected no other program to be recording on this thread");
+  Program::recording() = &program;
+}
+
+void program_run(const Program& program) {
+  adopt_torch_threads();
+  const py::gil_scoped_release release;
+  program.run();
+}
+
 }  // namespace
 
 void bind_runtime(py::module_& module) {
@@ -77,6 +88,12 @@ void bind_runtime(py::module_& module) {
   module.def("scratch_bytes", &cpu::scratch_thread_bytes);
   module.def("trace_start", &cpu::trace_start);
   module.def("trace_stop", &trace_stop);
+  py::class_<Program>(module, "Program")
+      .def(py::init<>())
+      .def("start_recording", &program_start)
+      .def("stop_recording", [](Program&) { Program::recording() = nullptr; })
+      .def("run", &program_run)
+      .def("__len__", &Program::size);
 }
 
 }  // namespace fastnn

@@ -1,7 +1,7 @@
 // Tensor arguments of the module, read through DLPack's C exchange API, and the checks that every binding makes.
 //
 // This folder is the only place that knows Python. A binding checks its arguments once, by name - what was
-// expected and what came - then releases the GIL and calls the kernel table.
+// expected and what came - then calls the kernel table through run_kernel().
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,6 +12,7 @@
 #include <string>
 
 #include "bindings/dlpack.h"
+#include "bindings/program.h"
 
 namespace fastnn {
 
@@ -83,13 +84,6 @@ void dispatch_floating(const char* name, const Tensor& tensor, const Body& body)
     case DType::float64: return body(double{});
     default: fail_type(name, "a float32 or float64 tensor", tensor.dtype_string());
   }
-}
-
-// Runs a kernel without the GIL.
-template <class Kernel>
-void without_gil(const Kernel& kernel) {
-  const pybind11::gil_scoped_release release;
-  kernel();
 }
 
 template <class T>

@@ -1,6 +1,7 @@
 // The inventory of CPU kernels: one row per operator stage, filled once per ISA by cpu/kernels/table.inl.h.
 #pragma once
 
+#include "ops/batch.h"
 #include "ops/conv2d.h"
 #include "ops/linear.h"
 
@@ -12,6 +13,9 @@ struct Kernels {
   void (*linear_backward)(const LinearShape&, const LinearBackward<T>&);
   void (*conv2d_forward)(const Conv2dShape&, const Conv2dForward<T>&);
   void (*conv2d_backward)(const Conv2dShape&, const Conv2dBackward<T>&);
+  void (*transpose)(const TransposeShape&, const TransposeBuffers<T>&);
+  void (*gather_images)(const GatherImagesShape&, const GatherImagesBuffers<T>&);
+  void (*count_correct)(const CountCorrectShape&, const CountCorrectBuffers<T>&);
 };
 
 struct KernelTable {

@@ -23,6 +23,7 @@ inline void trace(const char* operation, const char* variant) {
 }  // namespace
 }  // namespace fastnn::cpu
 
+#include "cpu/kernels/batch.inl.h"
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/linear.inl.h"
 
@@ -36,6 +37,9 @@ constexpr Kernels<T> kernels_of_isa() {
       .linear_backward = linear_backward<T>,
       .conv2d_forward = conv2d_forward<T>,
       .conv2d_backward = conv2d_backward<T>,
+      .transpose = transpose_batch<T>,
+      .gather_images = gather_images<T>,
+      .count_correct = count_correct<T>,
   };
 }
 

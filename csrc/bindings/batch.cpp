@@ -1,0 +1,81 @@
+// transpose, gather_images, count_correct: see ops/batch.h.
+#include "bindings/module.h"
+#include "bindings/tensor.h"
+#include "cpu/kernel_table.h"
+
+namespace fastnn {
+namespace {
+
+void transpose(const Tensor& output, const Tensor& input) {
+  check_shape("input", input, {"batch", "rows", "columns"});
+  check_shape("output", output, {input.size(0), input.size(2), input.size(1)});
+  check_same_kind("output", output, "input", input);
+  check_cpu("input", input);
+  check_contiguous("input", input);
+  check_contiguous("output", output);
+  const TransposeShape shape{input.size(0), input.size(1), input.size(2)};
+  adopt_torch_threads();
+  dispatch_floating("input", input, [&](auto zero) {
+    using T = decltype(zero);
+    run_kernel([=] { cpu::kernels<T>().transpose(shape, {output.data<T>(), input.data<T>()}); });
+  });
+}
+
+void gather_images(const Tensor& output, const Tensor& input, const Tensor& index, double scale) {
+  check_shape("input", input, {"images", "channels", "height", "width"});
+  check_shape("index", index, {"batch"});
+  check_shape("output", output, {index.size(0), input.size(1), input.size(2), input.size(3)});
+  check_cpu("input", input);
+  check_cpu("index", index);
+  check_cpu("output", output);
+  check_contiguous("input", input);
+  check_contiguous("index", index);
+  check_channels_last("output", output);
+  check_dtype("index", index, DType::int64);
+  if (input.dtype() != DType::uint8) check_same_kind("input", input, "output", output);
+  const GatherImagesShape shape{input.size(0), index.size(0), input.size(1), input.size(2) * input.size(3),
+                                input.dtype() == DType::uint8, scale};
+  for (int64_t b = 0; b < shape.batch; ++b) {
+    const int64_t i = index.data<int64_t>()[b];
+    if (i < 0 || i >= shape.images)
+      fail_value("index", "numbers from 0 to " + std::to_string(shape.images - 1), std::to_string(i));
+  }
+  adopt_torch_threads();
+  dispatch_floating("output", output, [&](auto zero) {
+    using T = decltype(zero);
+    run_kernel([=] {
+      cpu::kernels<T>().gather_images(shape, {output.data<T>(), input.data<void>(), index.data<int64_t>()});
+    });
+  });
+}
+
+void count_correct(const Tensor& correct, const Tensor& logits, const Tensor& target) {
+  check_shape("logits", logits, {"batch", "classes"});
+  check_shape("target", target, {logits.size(0)});
+  check_shape("correct", correct, {});
+  check_dtype("target", target, DType::int64);
+  check_dtype("correct", correct, DType::int64);
+  check_cpu("logits", logits);
+  check_cpu("target", target);
+  check_cpu("correct", correct);
+  check_contiguous("logits", logits);
+  check_contiguous("target", target);
+  const CountCorrectShape shape{logits.size(0), logits.size(1)};
+  adopt_torch_threads();
+  dispatch_floating("logits", logits, [&](auto zero) {
+    using T = decltype(zero);
+    run_kernel([=] {
+      cpu::kernels<T>().count_correct(shape, {correct.data<int64_t>(), logits.data<T>(), target.data<int64_t>()});
+    });
+  });
+}
+
+}  // namespace
+
+void bind_batch(py::module_& module) {
+  module.def("transpose", &transpose, py::arg("output"), py::arg("input"));
+  module.def("gather_images", &gather_images, py::arg("output"), py::arg("input"), py::arg("index"), py::arg("scale"));
+  module.def("count_correct", &count_correct, py::arg("correct"), py::arg("logits"), py::arg("target"));
+}
+
+}  // namespace fastnn

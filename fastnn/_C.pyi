@@ -51,6 +51,34 @@ def conv2d_backward(
     dilation: tuple[int, int],
     groups: int,
 ) -> None: ...
+def adam_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    amsgrad: bool,
+    maximize: bool,
+) -> None: ...
+def sgd_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    first: list[bool],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None: ...
 def transpose(output: Tensor, input: Tensor) -> None: ...
 def gather_images(output: Tensor, input: Tensor, index: Tensor, scale: float) -> None: ...
 def count_correct(correct: Tensor, logits: Tensor, target: Tensor) -> None: ...

@@ -1,7 +1,7 @@
 """Hand-written CPU and CUDA kernels for small convolutional and dense networks, as drop-in PyTorch layers."""
 
 from fastnn import runtime  # first: it initialises the extension module  # isort: skip
-from fastnn import functional, nn
+from fastnn import functional, nn, optim
 
 from fastnn.runtime import available_isas, build_info, explain_dispatch, get_isa, set_isa
 
@@ -14,5 +14,6 @@ __all__ = [
     "functional",
     "get_isa",
     "nn",
+    "optim",
     "set_isa",
 ]

@@ -7,4 +7,5 @@ PYBIND11_MODULE(_C, module) {
   fastnn::bind_linear(module);
   fastnn::bind_conv2d(module);
   fastnn::bind_batch(module);
+  fastnn::bind_optimizer(module);
 }

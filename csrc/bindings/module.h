@@ -12,5 +12,6 @@ void bind_runtime(py::module_& module);
 void bind_linear(py::module_& module);
 void bind_conv2d(py::module_& module);
 void bind_batch(py::module_& module);
+void bind_optimizer(py::module_& module);
 
 }  // namespace fastnn

@@ -4,6 +4,7 @@
 #include "ops/batch.h"
 #include "ops/conv2d.h"
 #include "ops/linear.h"
+#include "ops/optimizer.h"
 
 namespace fastnn::cpu {
 
@@ -13,6 +14,8 @@ struct Kernels {
   void (*linear_backward)(const LinearShape&, const LinearBackward<T>&);
   void (*conv2d_forward)(const Conv2dShape&, const Conv2dForward<T>&);
   void (*conv2d_backward)(const Conv2dShape&, const Conv2dBackward<T>&);
+  void (*adam_step)(const AdamOptions&, const TensorList<AdamTensor<T>>&);
+  void (*sgd_step)(const SgdOptions&, const TensorList<SgdTensor<T>>&);
   void (*transpose)(const TransposeShape&, const TransposeBuffers<T>&);
   void (*gather_images)(const GatherImagesShape&, const GatherImagesBuffers<T>&);
   void (*count_correct)(const CountCorrectShape&, const CountCorrectBuffers<T>&);

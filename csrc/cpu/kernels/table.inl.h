@@ -26,6 +26,7 @@ inline void trace(const char* operation, const char* variant) {
 #include "cpu/kernels/batch.inl.h"
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/linear.inl.h"
+#include "cpu/kernels/optimizer.inl.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -37,6 +38,8 @@ constexpr Kernels<T> kernels_of_isa() {
       .linear_backward = linear_backward<T>,
       .conv2d_forward = conv2d_forward<T>,
       .conv2d_backward = conv2d_backward<T>,
+      .adam_step = adam_step<T>,
+      .sgd_step = sgd_step<T>,
       .transpose = transpose_batch<T>,
       .gather_images = gather_images<T>,
       .count_correct = count_correct<T>,

@@ -77,8 +77,8 @@ FASTNN_INLINE void store_first(float* p, Vec<float> v, int64_t n) {
 FASTNN_INLINE void store_first(double* p, Vec<double> v, int64_t n) {
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
 }
-FASTNN_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
-FASTNN_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
+FASTNN_INLINE Vec<float> square_root(Vec<float> v) { return (Vec<float>)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)v); }
+FASTNN_INLINE Vec<double> square_root(Vec<double> v) { return (Vec<double>)_mm512_maskz_sqrt_pd(0xFF, (__m512d)v); }
 #elif defined(__AVX2__)
 FASTNN_INLINE __m256i first_lanes32(int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

@@ -1,0 +1,134 @@
+// adam_step, sgd_step: see ops/optimizer.h. Tensors come as lists, one entry a parameter.
+#include <vector>
+
+#include "bindings/module.h"
+#include "bindings/tensor.h"
+#include "cpu/kernel_table.h"
+
+namespace fastnn {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+std::string entry_name(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
+
+void check_length(const char* name, const Tensors& tensors, const Tensors& params) {
+  if (tensors.size() != params.size())
+    fail_value(name, std::to_string(params.size()) + " tensors, one for each of params", std::to_string(tensors.size()));
+}
+
+// Whether the tensor's elements fill one run of memory.
+bool is_dense(const Tensor& tensor) {
+  int64_t span = 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) != 1) span += (tensor.size(d) - 1) * tensor.stride(d);
+  return tensor.is_contiguous() || span == tensor.numel();
+}
+
+bool has_layout_of(const Tensor& tensor, const Tensor& param) {
+  if (tensor.dim() != param.dim()) return false;
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) != param.size(d) || (tensor.size(d) != 1 && tensor.stride(d) != param.stride(d))) return false;
+  return true;
+}
+
+void check_params(const Tensors& params) {
+  for (size_t i = 0; i < params.size(); ++i) {
+    const std::string name = entry_name("params", i);
+    check_cpu(name.c_str(), params[i]);
+    check_same_kind(name.c_str(), params[i], "params[0]", params[0]);
+    if (params[i].numel() > 0 && !is_dense(params[i]))
+      fail_value(name.c_str(), "a tensor without gaps or overlaps", "one of shape " + params[i].shape_string());
+  }
+}
+
+void check_like_params(const char* name, const Tensors& tensors, const Tensors& params) {
+  check_length(name, tensors, params);
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (tensors[i].dtype() == params[i].dtype() && tensors[i].is_cpu() && has_layout_of(tensors[i], params[i])) continue;
+    const std::string entry = entry_name(name, i), param = entry_name("params", i);
+    check_same_kind(entry.c_str(), tensors[i], param.c_str(), params[i]);
+    fail_value(entry.c_str(), "shape and strides of " + param + ", " + params[i].shape_string(), tensors[i].shape_string());
+  }
+}
+
+std::vector<int64_t> running_ends(const Tensors& params) {
+  std::vector<int64_t> ends;
+  ends.reserve(params.size());
+  int64_t total = 0;
+  for (const Tensor& param : params) ends.push_back(total += param.numel());
+  return ends;
+}
+
+void adam_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+               const Tensors& max_exp_avg_sqs, const Tensors& steps, double lr, double beta1, double beta2, double eps,
+               double weight_decay, bool decoupled, bool amsgrad, bool maximize) {
+  if (params.empty()) return;
+  check_params(params);
+  check_like_params("grads", grads, params);
+  check_like_params("exp_avgs", exp_avgs, params);
+  check_like_params("exp_avg_sqs", exp_avg_sqs, params);
+  if (amsgrad) check_like_params("max_exp_avg_sqs", max_exp_avg_sqs, params);
+  check_length("steps", steps, params);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const std::string name = entry_name("steps", i);
+    check_cpu(name.c_str(), steps[i]);
+    check_dtype(name.c_str(), steps[i], DType::float32);
+    if (steps[i].numel() != 1) fail_value(name.c_str(), "one number", steps[i].shape_string());
+  }
+  adopt_torch_threads();
+  const AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize};
+  const std::vector<int64_t> ends = running_ends(params);
+  dispatch_floating("params[0]", params[0], [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<AdamTensor<T>> tensors;
+    tensors.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i) {
+      float* step = steps[i].data<float>();
+      *step += 1;
+      tensors.push_back({params[i].data<T>(), grads[i].data<T>(), exp_avgs[i].data<T>(), exp_avg_sqs[i].data<T>(),
+                         amsgrad ? max_exp_avg_sqs[i].data<T>() : nullptr, *step});
+    }
+    const py::gil_scoped_release release;
+    cpu::kernels<T>().adam_step(options, {static_cast<int64_t>(tensors.size()), tensors.data(), ends.data()});
+  });
+}
+
+// `first[i]`: momentum_buffers[i] holds nothing yet.
+void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers, const std::vector<bool>& first,
+              double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize) {
+  if (params.empty()) return;
+  check_params(params);
+  check_like_params("grads", grads, params);
+  if (momentum != 0) {
+    check_like_params("momentum_buffers", momentum_buffers, params);
+    if (first.size() != params.size())
+      fail_value("first", std::to_string(params.size()) + " booleans", std::to_string(first.size()));
+  }
+  adopt_torch_threads();
+  const SgdOptions options{lr, momentum, dampening, weight_decay, nesterov, maximize};
+  const std::vector<int64_t> ends = running_ends(params);
+  dispatch_floating("params[0]", params[0], [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<SgdTensor<T>> tensors;
+    tensors.reserve(params.size());
+    for (size_t i = 0; i < params.size(); ++i)
+      tensors.push_back({params[i].data<T>(), grads[i].data<T>(), momentum != 0 ? momentum_buffers[i].data<T>() : nullptr,
+                         momentum != 0 && first[i]});
+    const py::gil_scoped_release release;
+    cpu::kernels<T>().sgd_step(options, {static_cast<int64_t>(tensors.size()), tensors.data(), ends.data()});
+  });
+}
+
+}  // namespace
+
+void bind_optimizer(py::module_& module) {
+  module.def("adam_step", &adam_step, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+             py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+             py::arg("weight_decay"), py::arg("decoupled"), py::arg("amsgrad"), py::arg("maximize"));
+  module.def("sgd_step", &sgd_step, py::arg("params"), py::arg("grads"), py::arg("momentum_buffers"), py::arg("first"),
+             py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
+             py::arg("maximize"));
+}
+
+}  // namespace fastnn

@@ -249,8 +249,9 @@ void conv2d_backward(const Conv2dShape& s, const Conv2dBackward<T>& t) {
       trace<T>("conv2d_grad_weight", "sparse");
       sparse_grad_weight(s, t);
       dense.grad_weight = nullptr;
+    } else if (t.grad_bias) {
+      sparse_grad_bias(s, t);
     }
-    if (t.grad_bias) winner_sums(s, t);
     dense.grad_bias = nullptr;
   }
   if (!dense.grad_input && !dense.grad_weight && !dense.grad_bias) return;

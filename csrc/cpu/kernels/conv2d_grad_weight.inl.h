@@ -138,7 +138,8 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
       }
     });
   });
-  write_weight_gradient<T>(s, plan.chunks, padded, partials, buffer, grad_weight);
+  add_partials<T>(plan.chunks, elements, partials);
+  write_weight_gradient<T>(s, padded, partials, buffer, grad_weight);
 }
 
 // groups = in_channels = out_channels: partials are [tap][channel].

@@ -74,7 +74,7 @@ void pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T
   });
 }
 
-// partials[i] += the other chunks' partials[i], in chunk order; `elements` each.
+// partials[i] += the other chunks' partials[i], in chunk order; `elements` each. The sum stands in the first chunk.
 template <class T>
 void add_partials(int64_t chunks, int64_t elements, T* partials) {
   parallel_ranges(elements, 1 << 12, [&](int64_t begin, int64_t end) {
@@ -87,32 +87,28 @@ void add_partials(int64_t chunks, int64_t elements, T* partials) {
   });
 }
 
-// One group's weight gradient from `chunks` partial sums [tap][i][padded_outputs], which it overwrites. `buffer` holds one
-// group's weights.
+// One group's weight gradient from its sums [tap][i][padded_outputs]. `buffer` holds one group's weights.
 template <class T>
-void write_weight_gradient(const Conv2dShape& shape, int64_t chunks, int64_t padded_outputs, T* partials, T* buffer,
-                           T* grad_weight) {
+void write_weight_gradient(const Conv2dShape& shape, int64_t padded_outputs, const T* sums, T* buffer, T* grad_weight) {
   const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape), outputs = group_outputs(shape);
   const int64_t depth = taps * inputs;
-  add_partials(chunks, depth * padded_outputs, partials);
   T* ohwi = is_ohwi(shape) ? grad_weight : buffer;
   parallel_ranges(outputs, kLanes<T>, [&](int64_t begin, int64_t end) {
-    transpose_matrix(partials + begin, padded_outputs, depth, end - begin, ohwi + begin * depth, depth);
+    transpose_matrix(sums + begin, padded_outputs, depth, end - begin, ohwi + begin * depth, depth);
     if (ohwi == grad_weight) return;
     for (int64_t o = begin; o < end; ++o)
       transpose_matrix(ohwi + o * depth, inputs, taps, inputs, grad_weight + o * depth, taps);
   });
 }
 
-// The same from partial sums that are OHWI already.
+// The same from sums that are OHWI already.
 template <class T>
-void write_ohwi_gradient(const Conv2dShape& shape, int64_t chunks, T* partials, T* grad_weight) {
+void write_ohwi_gradient(const Conv2dShape& shape, const T* sums, T* grad_weight) {
   const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape), depth = taps * inputs;
-  add_partials(chunks, shape.out_channels * depth, partials);
   parallel_ranges(shape.out_channels, 16, [&](int64_t begin, int64_t end) {
-    if (is_ohwi(shape)) return copy_run(partials + begin * depth, (end - begin) * depth, grad_weight + begin * depth);
+    if (is_ohwi(shape)) return copy_run(sums + begin * depth, (end - begin) * depth, grad_weight + begin * depth);
     for (int64_t o = begin; o < end; ++o)
-      transpose_matrix(partials + o * depth, inputs, taps, inputs, grad_weight + o * depth, taps);
+      transpose_matrix(sums + o * depth, inputs, taps, inputs, grad_weight + o * depth, taps);
   });
 }
 

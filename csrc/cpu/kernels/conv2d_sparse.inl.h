@@ -6,7 +6,7 @@
 //   grad_w[o][ky][run] += g * source[y + ky][x .. x + kx)        run = (kx, i), contiguous in a source row
 //   grad_in[y + ky][x .. x + kx) += g * w[o][ky][run]
 //
-// for each winner (o, y, x) of gradient g. Three kernels:
+// for each winner (o, y, x) of gradient g; the bias gradient is summed on the way. Three kernels:
 //
 //   sparse_grad_weight    one output channel at a time: its part of the gradient stays in registers while the winners of a
 //                         bit mask pass by
@@ -108,25 +108,37 @@ inline bool sparse_serves_grad_weight(const Conv2dShape& s) {
   return s.groups == 1 && s.dilation_width == 1 && s.kernel_width * s.in_channels >= kLanes<T> / 2;
 }
 
+// sums[o] += grad of the windows that have a winner, for one window's channels.
+template <class T>
+FASTNN_INLINE void add_winners(const T* grad, const uint8_t* winner, int64_t channels, T* sums) {
+  int64_t o = 0;
+  for (; o + kLanes<T> <= channels; o += kLanes<T>) {
+    const Mask<T> place = widen_bytes<T>(winner + o);
+    store(sums + o, load(sums + o) + (place < Mask<T>{} + kNoWinner ? load(grad + o) : Vec<T>{}));
+  }
+  for (; o < channels; ++o) sums[o] += winner[o] < kNoWinner ? grad[o] : T(0);
+}
+
 template <class T>
 void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   using Vectors = typename MakeIndices<kSparseVectors>::type;
   const int64_t pooled_width = s.out_width / 2, windows = s.out_height / 2 * pooled_width, channels = s.out_channels;
   const int64_t run = s.kernel_width * s.in_channels, elements = s.kernel_height * run;
-  const int64_t chunks = image_chunks<T>(s, channels * elements);
+  const int64_t partial_elements = channels * elements + channels;  // the weight's, then the bias's
+  const int64_t chunks = image_chunks<T>(s, partial_elements);
   const WindowRange range = pooled_range(s);
   const int64_t window_elements = range.height * range.width * s.in_channels;
   const Scratch<T> buffers(max_threads() * (window_elements + 2 * kLanes<T>));
-  const Scratch<T> partials(chunks * channels * elements);
+  const Scratch<T> partials(chunks * partial_elements);
   // A run that ends inside a vector reads past it: from a copy, where that is safe.
   const bool copy = run % kLanes<T> != 0;
   // Runs are cut into even groups of at most kSparseVectors vectors.
   const int64_t vectors = (run + kLanes<T> - 1) / kLanes<T>, groups = (vectors + kSparseVectors - 1) / kSparseVectors;
 
   parallel_tasks(chunks, [&](int64_t chunk, int thread) {
-    T* partial = partials + chunk * channels * elements;
+    T* partial = partials + chunk * partial_elements;
     T* buffer = buffers + thread * (window_elements + 2 * kLanes<T>);
-    zero_run(channels * elements, partial);
+    zero_run(partial_elements, partial);
     for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
       const Image<T> source = window_of(image_of(s, t.input, image), range, s.in_channels, buffer, copy);
       const int64_t y_step = s.stride_height * source.row_stride, x_step = s.stride_width * source.pixel_stride;
@@ -136,8 +148,10 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
         const T* grad = t.grad_output + (image * windows + first) * channels;
         const uint8_t* winner = t.winner + (image * windows + first) * channels;
         int64_t offsets[32];
-        for (int64_t q = 0; q < count; ++q)
+        for (int64_t q = 0; q < count; ++q) {
           offsets[q] = (first + q) / pooled_width * 2 * y_step + (first + q) % pooled_width * 2 * x_step;
+          add_winners(grad + q * channels, winner + q * channels, channels, partial + channels * elements);
+        }
         for (int64_t o = 0; o < channels; o += 32) {
           const int64_t width = channels - o < 32 ? channels - o : 32;
           uint32_t masks[32] = {};
@@ -163,7 +177,9 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
       }
     }
   });
-  write_ohwi_gradient<T>(s, chunks, partials, t.grad_weight);
+  add_partials<T>(chunks, partial_elements, partials);
+  write_ohwi_gradient<T>(s, partials, t.grad_weight);
+  if (t.grad_bias) copy_run<T>(partials + channels * elements, channels, t.grad_bias);
 }
 
 // ----------------------------------------------------------------------------------------------- sparse_grad_input
@@ -321,7 +337,8 @@ inline bool lookup_serves_grad_weight(const Conv2dShape& s) {
          s.stride_width == 1;
 }
 
-// Adds one image's share to partial[tap][channels], for the channels [o, o + lanes) and kernel rows [first, first + rows).
+// Adds one image's share to partial[tap][channels], for the channels [o, o + lanes) and kernel rows [first, first + rows);
+// with the first row, also the bias's to partial[taps].
 template <class T, int width, int rows>
 void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* grad, const uint8_t* winner, int64_t o,
                        int64_t first, T* partial, int64_t padded) {
@@ -333,6 +350,8 @@ void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* gr
     FASTNN_UNROLL
     for (int x = 0; x < width; ++x) acc[y][x] = load(partial + ((first + y) * width + x) * padded + o);
   }
+  T* bias = partial + s.kernel_height * width * padded + o;
+  Vec<T> bias_acc = load(bias);
   for (int64_t q = 0; q < windows; ++q) {
     const T* pixel = source.data + (q / pooled_width * 2 + first) * source.row_stride + q % pooled_width * 2;
     Vec<T> pixels[rows + 1];
@@ -346,6 +365,7 @@ void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* gr
     }
     const Mask<T> place = widen_bytes<T>(code);
     const Vec<T> g = place < Mask<T>{} + kNoWinner ? load_upto(grad + q * channels + o, left) : Vec<T>{};
+    bias_acc += g;
     const Mask<T> column = place & 1, lower = (place & 2) != 0;
     FASTNN_UNROLL
     for (int x = 0; x < width; ++x) {
@@ -358,22 +378,24 @@ void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* gr
     FASTNN_UNROLL
     for (int x = 0; x < width; ++x) store(partial + ((first + y) * width + x) * padded + o, acc[y][x]);
   }
+  if (first == 0) store(bias, bias_acc);
 }
 
 template <class T>
 void lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t windows = (s.out_height / 2) * (s.out_width / 2), taps = kernel_taps(s);
   const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  const int64_t chunks = image_chunks<T>(s, taps * padded);
+  const int64_t elements = (taps + 1) * padded;  // the weight's taps, then the bias
+  const int64_t chunks = image_chunks<T>(s, elements);
   const WindowRange range = pooled_range(s);
   const int64_t window_elements = range.height * range.width;
   const Scratch<T> buffers(max_threads() * window_elements);
-  const Scratch<T> partials(chunks * taps * padded);
+  const Scratch<T> partials(chunks * elements);
   const Scratch<T> unused(0);
 
   parallel_tasks(chunks, [&](int64_t chunk, int thread) {
-    T* partial = partials + chunk * taps * padded;
-    zero_run(taps * padded, partial);
+    T* partial = partials + chunk * elements;
+    zero_run(elements, partial);
     for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
       const Image<T> source = window_of(image_of(s, t.input, image), range, 1, buffers + thread * window_elements);
       const T* grad = t.grad_output + image * windows * s.out_channels;
@@ -389,27 +411,18 @@ void lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
       }
     }
   });
-  write_weight_gradient<T>(s, chunks, padded, partials, unused, t.grad_weight);
+  add_partials<T>(chunks, elements, partials);
+  write_weight_gradient<T>(s, padded, partials, unused, t.grad_weight);
+  if (t.grad_bias) copy_run<T>(partials + taps * padded, s.out_channels, t.grad_bias);
 }
 
-// sums[o] = sum of grad over the windows that have a winner
+// The bias gradient alone, where a dense kernel computes the weight's.
 template <class T>
-void winner_sums(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+void sparse_grad_bias(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t windows = s.batch * (s.out_height / 2) * (s.out_width / 2), channels = s.out_channels;
-  parallel_for((channels + kLanes<T> - 1) / kLanes<T>, [&](int64_t i) {
-    const int64_t o = i * kLanes<T>, left = channels - o < kLanes<T> ? channels - o : kLanes<T>;
-    Vec<T> sum{};
-    for (int64_t q = 0; q < windows; ++q) {
-      if (left == kLanes<T>) {
-        const Mask<T> place = widen_bytes<T>(t.winner + q * channels + o);
-        sum += place < Mask<T>{} + kNoWinner ? load(t.grad_output + q * channels + o) : Vec<T>{};
-      } else {
-        for (int64_t l = 0; l < left; ++l)
-          if (t.winner[q * channels + o + l] < kNoWinner) sum[l] += t.grad_output[q * channels + o + l];
-      }
-    }
-    store_upto(t.grad_bias + o, sum, left);
-  });
+  zero_run(channels, t.grad_bias);
+  for (int64_t q = 0; q < windows; ++q)
+    add_winners(t.grad_output + q * channels, t.winner + q * channels, channels, t.grad_bias);
 }
 
 }  // namespace

@@ -90,3 +90,21 @@ class Program:
     def stop_recording(self) -> None: ...
     def run(self) -> None: ...
     def __len__(self) -> int: ...
+def max_pool2d_forward(
+    output: Tensor,
+    winners: Tensor | None,
+    input: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None: ...
+def max_pool2d_backward(
+    grad_input: Tensor,
+    grad_output: Tensor,
+    winners: Tensor,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None: ...

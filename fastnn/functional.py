@@ -17,8 +17,9 @@ from fastnn import reference
 from fastnn.autograd.common import needs_grad, route
 from fastnn.autograd.conv2d import Conv2dFunction, Geometry, Pair, conv2d_forward, conv2d_op
 from fastnn.autograd.linear import LinearFunction, linear_forward, linear_op
+from fastnn.autograd.max_pool2d import MaxPool2dFunction, max_pool2d_forward, max_pool2d_op
 
-__all__ = ["conv2d", "linear"]
+__all__ = ["conv2d", "linear", "max_pool2d"]
 
 
 def _wants_relu(activation: str | None) -> bool:
@@ -207,3 +208,58 @@ def _leaves_a_window(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
             for d in range(2)
         )
     )
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """The maximum of each window of an image.
+
+    NaN is larger than every number; among equal values the first in row-major order wins, and it alone
+    receives the gradient. Outside the image lies -inf. Channels-last images are pooled as they lie.
+
+    Args:
+        input: ``(batch, channels, height, width)`` or ``(channels, height, width)``.
+        kernel_size: window size, a number or ``(vertical, horizontal)``, as all sizes here.
+        stride: step from window to window; None for ``kernel_size``.
+        padding: rows and columns around the image, at most half of the window.
+        dilation: step between the elements of a window.
+        ceil_mode: whether a last window that the image fills only in part counts.
+        return_indices: whether to return int64 indices into the plane, ``row * width + column``, too.
+
+    Returns:
+        ``(batch, channels, out_height, out_width)``, in the memory format of the input; with
+        ``return_indices`` the pair ``(output, indices)``.
+
+    Raises:
+        ValueError: for shapes and parameters that do not fit; names what was expected and what came.
+        TypeError: where ``input`` is no tensor.
+
+    Equivalent to::
+
+        torch.nn.functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode,
+                                       return_indices=return_indices)
+    """
+    way = route("max_pool2d", input)
+    if way == "torch":
+        return reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    kernel = _pair("kernel_size", kernel_size)
+    window = (
+        kernel,
+        kernel if stride is None else _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
+    )
+    if way == "op":
+        output, winners = max_pool2d_op(input, *window, ceil_mode, return_indices)
+        return (output, winners) if return_indices else output
+    if needs_grad(input):
+        return MaxPool2dFunction.apply(input, *window, ceil_mode, return_indices)
+    output, winners = max_pool2d_forward(input, *window, ceil_mode, torch.int64 if return_indices else None)
+    return (output, winners) if return_indices else output

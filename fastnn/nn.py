@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastnn import functional
 
-__all__ = ["Conv2d", "Linear"]
+__all__ = ["Conv2d", "Linear", "MaxPool2d"]
 
 
 class Linear(torch.nn.Linear):
@@ -125,3 +125,25 @@ class Conv2d(torch.nn.Conv2d):
         if self.activation is not None:
             text += f", activation={self.activation!r}"
         return text if self.max_pool is None else text + f", max_pool={self.max_pool!r}"
+
+
+class MaxPool2d(torch.nn.MaxPool2d):
+    """``torch.nn.MaxPool2d``; see :func:`fastnn.functional.max_pool2d`.
+
+    Args:
+        kernel_size, stride, padding, dilation, return_indices, ceil_mode: as in :class:`torch.nn.MaxPool2d`.
+
+    Shape:
+        ``(batch, channels, height, width)`` or ``(channels, height, width)`` to the same, pooled.
+    """
+
+    def forward(self, input: Tensor) -> Any:
+        return functional.max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+        )

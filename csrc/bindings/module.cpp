@@ -8,4 +8,5 @@ PYBIND11_MODULE(_C, module) {
   fastnn::bind_conv2d(module);
   fastnn::bind_batch(module);
   fastnn::bind_optimizer(module);
+  fastnn::bind_max_pool2d(module);
 }

@@ -13,5 +13,6 @@ void bind_linear(py::module_& module);
 void bind_conv2d(py::module_& module);
 void bind_batch(py::module_& module);
 void bind_optimizer(py::module_& module);
+void bind_max_pool2d(py::module_& module);
 
 }  // namespace fastnn

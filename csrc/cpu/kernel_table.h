@@ -5,6 +5,7 @@
 #include "ops/conv2d.h"
 #include "ops/linear.h"
 #include "ops/optimizer.h"
+#include "ops/max_pool2d.h"
 
 namespace fastnn::cpu {
 
@@ -19,6 +20,8 @@ struct Kernels {
   void (*transpose)(const TransposeShape&, const TransposeBuffers<T>&);
   void (*gather_images)(const GatherImagesShape&, const GatherImagesBuffers<T>&);
   void (*count_correct)(const CountCorrectShape&, const CountCorrectBuffers<T>&);
+  void (*max_pool2d_forward)(const MaxPool2dShape&, const MaxPool2dForward<T>&);
+  void (*max_pool2d_backward)(const MaxPool2dShape&, const MaxPool2dBackward<T>&);
 };
 
 struct KernelTable {

@@ -27,6 +27,7 @@ inline void trace(const char* operation, const char* variant) {
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/linear.inl.h"
 #include "cpu/kernels/optimizer.inl.h"
+#include "cpu/kernels/max_pool2d.inl.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -43,6 +44,8 @@ constexpr Kernels<T> kernels_of_isa() {
       .transpose = transpose_batch<T>,
       .gather_images = gather_images<T>,
       .count_correct = count_correct<T>,
+      .max_pool2d_forward = max_pool2d_forward<T>,
+      .max_pool2d_backward = max_pool2d_backward<T>,
   };
 }
 

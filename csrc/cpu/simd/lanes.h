@@ -1,0 +1,67 @@
+// Lanes as integers: indices and bytes that accompany a Vec<T>, and the shuffles that deal vectors out.
+#pragma once
+
+#include "cpu/simd/vector.h"
+
+namespace fastnn::cpu {
+namespace {
+
+template <class T>
+constexpr T minus_infinity = -__builtin_inff();
+
+// The integer of T's size: what Mask<T> is made of.
+template <class T>
+struct LaneOf;
+template <>
+struct LaneOf<float> {
+  using type = int32_t;
+};
+template <>
+struct LaneOf<double> {
+  using type = int64_t;
+};
+template <class T>
+using LaneType = typename LaneOf<T>::type;
+
+template <class T>
+FASTNN_INLINE Mask<T> broadcast_lane(int64_t value) {
+  return static_cast<LaneType<T>>(value) - Mask<T>{};
+}
+
+template <class T>
+FASTNN_INLINE Mask<T> load_lanes(const LaneType<T>* p) {
+  typedef LaneType<T> Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  return *reinterpret_cast<const Unaligned*>(p);
+}
+
+// The low byte of every lane.
+template <class T>
+FASTNN_INLINE void store_bytes(uint8_t* p, Mask<T> lanes) {
+  *reinterpret_cast<typename VecTypes<T>::UnalignedBytes*>(p) =
+      __builtin_convertvector(lanes, typename VecTypes<T>::Bytes);
+}
+
+// The first n bytes, one to a lane, the other lanes 0.
+template <class T>
+FASTNN_INLINE Mask<T> load_bytes(const uint8_t* p, int64_t n) {
+  typename VecTypes<T>::Bytes bytes{};
+  if (n == kLanes<T>)
+    bytes = *reinterpret_cast<const typename VecTypes<T>::UnalignedBytes*>(p);
+  else
+    for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+  return __builtin_convertvector(bytes, Mask<T>);
+}
+
+template <class T, int first, int... Index>
+FASTNN_INLINE Vec<T> every_second_lane(Vec<T> a, Vec<T> b, Indices<Index...>) {
+  return __builtin_shufflevector(a, b, (2 * Index + first)...);
+}
+
+// Lanes first, first + 2, ... of a and b put one after the other.
+template <class T, int first>
+FASTNN_INLINE Vec<T> alternate_lanes(Vec<T> a, Vec<T> b) {
+  return every_second_lane<T, first>(a, b, LaneIndices<T>{});
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

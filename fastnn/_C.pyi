@@ -108,3 +108,69 @@ def max_pool2d_backward(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> None: ...
+def relu_forward(output: Tensor, input: Tensor) -> None: ...
+def relu_backward(grad_input: Tensor, grad_output: Tensor, output: Tensor) -> None: ...
+def softmax_forward(output: Tensor, input: Tensor, dim: int) -> None: ...
+def softmax_backward(grad_input: Tensor, grad_output: Tensor, output: Tensor, dim: int) -> None: ...
+def log_softmax_forward(output: Tensor, input: Tensor, dim: int) -> None: ...
+def log_softmax_backward(grad_input: Tensor, grad_output: Tensor, output: Tensor, dim: int) -> None: ...
+def exponentials(output: Tensor, input: Tensor) -> None: ...
+def logarithms(output: Tensor, input: Tensor) -> None: ...
+def cross_entropy_forward(
+    output: Tensor,
+    statistics: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+) -> None: ...
+def cross_entropy_backward(
+    grad_input: Tensor | None,
+    grad_target: Tensor | None,
+    grad_output: Tensor,
+    statistics: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+) -> None: ...
+def nll_loss_forward(
+    output: Tensor,
+    divisor: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+) -> None: ...
+def nll_loss_backward(
+    grad_input: Tensor,
+    grad_output: Tensor,
+    divisor: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+) -> None: ...
+def mse_loss_forward(
+    output: Tensor,
+    divisor: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+) -> None: ...
+def mse_loss_backward(
+    grad_input: Tensor | None,
+    grad_target: Tensor | None,
+    grad_output: Tensor,
+    divisor: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+) -> None: ...

@@ -9,4 +9,9 @@ PYBIND11_MODULE(_C, module) {
   fastnn::bind_batch(module);
   fastnn::bind_optimizer(module);
   fastnn::bind_max_pool2d(module);
+  fastnn::bind_relu(module);
+  fastnn::bind_softmax(module);
+  fastnn::bind_cross_entropy(module);
+  fastnn::bind_nll_loss(module);
+  fastnn::bind_mse_loss(module);
 }

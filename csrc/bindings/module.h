@@ -14,5 +14,10 @@ void bind_conv2d(py::module_& module);
 void bind_batch(py::module_& module);
 void bind_optimizer(py::module_& module);
 void bind_max_pool2d(py::module_& module);
+void bind_relu(py::module_& module);
+void bind_softmax(py::module_& module);
+void bind_cross_entropy(py::module_& module);
+void bind_nll_loss(py::module_& module);
+void bind_mse_loss(py::module_& module);
 
 }  // namespace fastnn

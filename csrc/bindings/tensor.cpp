@@ -85,6 +85,18 @@ bool Tensor::is_channels_last() const {
   return view_.ndim == 4 && runs_through(view_, order, 4);
 }
 
+bool Tensor::is_dense() const {
+  int64_t expected = 1;
+  const int64_t count = numel();
+  while (expected < count) {
+    int d = 0;
+    while (d < view_.ndim && (view_.shape[d] == 1 || view_.strides[d] != expected)) ++d;
+    if (d == view_.ndim) return false;
+    expected *= view_.shape[d];
+  }
+  return true;
+}
+
 std::string Tensor::shape_string() const {
   std::string text = "(";
   for (int d = 0; d < view_.ndim; ++d) text += (d ? ", " : "") + std::to_string(view_.shape[d]);
@@ -147,6 +159,23 @@ void check_channels_last(const char* name, const Tensor& tensor) {
   if (tensor.dim() != 4 || (tensor.numel() > 0 && !tensor.is_channels_last()))
     fail_value(name, "a (batch, channels, height, width) tensor in channels_last order",
                "one of shape " + tensor.shape_string() + " in another order");
+}
+
+void check_dense(const char* name, const Tensor& tensor) {
+  if (!tensor.is_dense()) fail_value(name, "a tensor without gaps", "one of shape " + tensor.shape_string() + " with gaps");
+}
+
+void check_same_layout(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  bool same_shape = tensor.dim() == other.dim(), same_strides = true;
+  for (int64_t d = 0; same_shape && d < tensor.dim(); ++d) {
+    same_shape = tensor.size(d) == other.size(d);
+    if (tensor.size(d) != 1 && tensor.stride(d) != other.stride(d)) same_strides = false;
+  }
+  if (!same_shape)
+    fail_value(name, "the shape of " + std::string(other_name) + ", " + other.shape_string(), tensor.shape_string());
+  check_same_kind(name, tensor, other_name, other);
+  if (!same_strides && tensor.numel() > 0)
+    fail_value(name, "the strides of " + std::string(other_name), "others, shape " + tensor.shape_string());
 }
 
 void check_dtype(const char* name, const Tensor& tensor, DType expected) {

@@ -34,6 +34,7 @@ class Tensor {
   int device_index() const { return view_.device.device_id; }
   DType dtype() const;
   bool is_contiguous() const;     // row-major; dimensions of size 1 do not count
+  bool is_dense() const;          // in the order of some permutation of its dimensions, without gaps or overlaps
   bool is_channels_last() const;  // (n, c, h, w) stored as n, h, w, c
 
   template <class T>
@@ -70,6 +71,9 @@ struct Size {
 void check_shape(const char* name, const Tensor& tensor, std::initializer_list<Size> expected);
 void check_contiguous(const char* name, const Tensor& tensor);
 void check_channels_last(const char* name, const Tensor& tensor);
+void check_dense(const char* name, const Tensor& tensor);
+// The same kind, shape and strides: elements in the same order.
+void check_same_layout(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
 void check_dtype(const char* name, const Tensor& tensor, DType expected);
 void check_same_kind(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
 void check_cpu(const char* name, const Tensor& tensor);

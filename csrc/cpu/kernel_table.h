@@ -3,9 +3,14 @@
 
 #include "ops/batch.h"
 #include "ops/conv2d.h"
+#include "ops/cross_entropy.h"
 #include "ops/linear.h"
 #include "ops/optimizer.h"
 #include "ops/max_pool2d.h"
+#include "ops/mse_loss.h"
+#include "ops/nll_loss.h"
+#include "ops/relu.h"
+#include "ops/softmax.h"
 
 namespace fastnn::cpu {
 
@@ -22,6 +27,20 @@ struct Kernels {
   void (*count_correct)(const CountCorrectShape&, const CountCorrectBuffers<T>&);
   void (*max_pool2d_forward)(const MaxPool2dShape&, const MaxPool2dForward<T>&);
   void (*max_pool2d_backward)(const MaxPool2dShape&, const MaxPool2dBackward<T>&);
+  int64_t (*cross_entropy_forward)(const CrossEntropyShape&, const CrossEntropyForward<T>&);
+  void (*cross_entropy_backward)(const CrossEntropyShape&, const CrossEntropyBackward<T>&);
+  int64_t (*nll_loss_forward)(const NllLossShape&, const NllLossForward<T>&);
+  void (*nll_loss_backward)(const NllLossShape&, const NllLossBackward<T>&);
+  void (*relu_forward)(const ReluShape&, const ReluForward<T>&);
+  void (*relu_backward)(const ReluShape&, const ReluBackward<T>&);
+  void (*softmax_forward)(const SoftmaxShape&, const SoftmaxForward<T>&);
+  void (*softmax_backward)(const SoftmaxShape&, const SoftmaxBackward<T>&);
+  void (*log_softmax_forward)(const SoftmaxShape&, const SoftmaxForward<T>&);
+  void (*log_softmax_backward)(const SoftmaxShape&, const SoftmaxBackward<T>&);
+  void (*mse_loss_forward)(const MseLossShape&, const MseLossForward<T>&);
+  void (*mse_loss_backward)(const MseLossShape&, const MseLossBackward<T>&);
+  void (*exponentials)(int64_t count, const T* input, T* output);
+  void (*logarithms)(int64_t count, const T* input, T* output);
 };
 
 struct KernelTable {

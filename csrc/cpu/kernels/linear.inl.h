@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/gemm.inl.h"
+#include "cpu/kernels/relu.inl.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -80,18 +81,6 @@ void linear_forward(const LinearShape& shape, const LinearForward<T>& t) {
     gemm<T>(shape.batch, shape.out_features, shape.in_features, {t.input, shape.in_features, 1},
             {t.weight, 1, shape.in_features}, t.bias, shape.relu, t.output);
   }
-}
-
-// masked[i] = grad_output[i] where ReLU let output[i] pass (NaN passes, as in torch), else 0
-template <class T>
-void relu_mask(int64_t count, const T* grad_output, const T* output, T* masked) {
-  parallel_ranges(count, 1 << 14, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes<T>) {
-      const int64_t left = end - i < kLanes<T> ? end - i : kLanes<T>;
-      const Vec<T> y = load_upto(output + i, left);
-      store_upto(masked + i, y <= Vec<T>{} ? Vec<T>{} : load_upto(grad_output + i, left), left);
-    }
-  });
 }
 
 // sums[column] = sum over rows of matrix[row * row_stride + column], in row order

@@ -25,9 +25,14 @@ inline void trace(const char* operation, const char* variant) {
 
 #include "cpu/kernels/batch.inl.h"
 #include "cpu/kernels/conv2d.inl.h"
+#include "cpu/kernels/cross_entropy.inl.h"
 #include "cpu/kernels/linear.inl.h"
 #include "cpu/kernels/optimizer.inl.h"
 #include "cpu/kernels/max_pool2d.inl.h"
+#include "cpu/kernels/mse_loss.inl.h"
+#include "cpu/kernels/nll_loss.inl.h"
+#include "cpu/kernels/relu.inl.h"
+#include "cpu/kernels/softmax.inl.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -46,6 +51,20 @@ constexpr Kernels<T> kernels_of_isa() {
       .count_correct = count_correct<T>,
       .max_pool2d_forward = max_pool2d_forward<T>,
       .max_pool2d_backward = max_pool2d_backward<T>,
+      .cross_entropy_forward = cross_entropy_forward<T>,
+      .cross_entropy_backward = cross_entropy_backward<T>,
+      .nll_loss_forward = nll_loss_forward<T>,
+      .nll_loss_backward = nll_loss_backward<T>,
+      .relu_forward = relu_forward<T>,
+      .relu_backward = relu_backward<T>,
+      .softmax_forward = softmax_forward<T>,
+      .softmax_backward = softmax_backward<T>,
+      .log_softmax_forward = log_softmax_forward<T>,
+      .log_softmax_backward = log_softmax_backward<T>,
+      .mse_loss_forward = mse_loss_forward<T>,
+      .mse_loss_backward = mse_loss_backward<T>,
+      .exponentials = exponentials<T>,
+      .logarithms = logarithms<T>,
   };
 }
 

@@ -28,6 +28,17 @@ FASTNN_INLINE Mask<T> broadcast_lane(int64_t value) {
   return static_cast<LaneType<T>>(value) - Mask<T>{};
 }
 
+template <class T, int... Index>
+FASTNN_INLINE Mask<T> numbers(Indices<Index...>) {
+  return Mask<T>{Index...};
+}
+
+// 0, 1, 2, ...
+template <class T>
+FASTNN_INLINE Mask<T> lane_numbers() {
+  return numbers<T>(LaneIndices<T>{});
+}
+
 template <class T>
 FASTNN_INLINE Mask<T> load_lanes(const LaneType<T>* p) {
   typedef LaneType<T> Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));

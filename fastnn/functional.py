@@ -7,6 +7,7 @@ result; :func:`fastnn.explain_dispatch` tells which it was. Results have the mem
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +17,31 @@ from torch import Tensor
 from fastnn import reference
 from fastnn.autograd.common import needs_grad, route
 from fastnn.autograd.conv2d import Conv2dFunction, Geometry, Pair, conv2d_forward, conv2d_op
+from fastnn.autograd.cross_entropy import (
+    REDUCTIONS,
+    CrossEntropyFunction,
+    cross_entropy_forward,
+    cross_entropy_op,
+)
 from fastnn.autograd.linear import LinearFunction, linear_forward, linear_op
 from fastnn.autograd.max_pool2d import MaxPool2dFunction, max_pool2d_forward, max_pool2d_op
+from fastnn.autograd.mse_loss import MseLossFunction, mse_loss_forward, mse_loss_op
+from fastnn.autograd.nll_loss import NllLossFunction, nll_loss_forward, nll_loss_op
+from fastnn.autograd.relu import ReluFunction, ReluInplaceFunction, relu_forward, relu_inplace, relu_op
+from fastnn.autograd.softmax import SoftmaxOperator, log_softmax_operator, softmax_operator
+from fastnn.runtime import note_fallback
 
-__all__ = ["conv2d", "linear", "max_pool2d"]
+__all__ = [
+    "conv2d",
+    "cross_entropy",
+    "linear",
+    "log_softmax",
+    "max_pool2d",
+    "mse_loss",
+    "nll_loss",
+    "relu",
+    "softmax",
+]
 
 
 def _wants_relu(activation: str | None) -> bool:
@@ -263,3 +285,304 @@ def max_pool2d(
         return MaxPool2dFunction.apply(input, *window, ceil_mode, return_indices)
     output, winners = max_pool2d_forward(input, *window, ceil_mode, torch.int64 if return_indices else None)
     return (output, winners) if return_indices else output
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``max(input, 0)`` elementwise; NaN stays NaN, and the gradient at 0 is 0.
+
+    Args:
+        input: any shape.
+        inplace: whether to overwrite ``input`` and return it.
+
+    Returns:
+        The shape and strides of ``input``.
+
+    Raises:
+        RuntimeError: where a leaf that requires a gradient would be overwritten.
+        TypeError: where ``input`` is no tensor.
+
+    Equivalent to::
+
+        torch.nn.functional.relu(input, inplace)
+    """
+    way = route("relu", input)
+    if way == "torch":
+        return reference.relu(input, inplace)
+    if inplace:
+        return _relu_inplace(input, way)
+    if way == "op":
+        return relu_op(input)
+    if needs_grad(input):
+        return ReluFunction.apply(input)
+    return relu_forward(input)
+
+
+def _relu_inplace(input: Tensor, way: str) -> Tensor:
+    if way == "op":
+        return input.copy_(relu_op(input))
+    if needs_grad(input):
+        leaf = input if input.is_leaf else input._base
+        if leaf is not None and leaf.is_leaf and leaf.requires_grad:
+            view = "" if leaf is input else "view of a "
+            raise RuntimeError(
+                f"a {view}leaf Variable that requires grad is being used in an in-place operation."
+            )
+        return ReluInplaceFunction.apply(input)
+    relu_inplace(input)
+    if not input.is_inference():
+        torch.autograd.graph.increment_version(input)
+    return input
+
+
+def _along_dim(
+    operator: SoftmaxOperator,
+    name: str,
+    input: Tensor,
+    dim: int | None,
+    stacklevel: int,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    if dim is None:
+        dim = torch.nn.functional._get_softmax_dim(name, input.dim(), stacklevel + 1)
+    if dtype is not None:
+        input = input.to(dtype)
+    way = route(name, input)
+    if way == "torch":
+        return operator.reference(input, dim)
+    dims = input.dim() or 1
+    if not -dims <= dim < dims:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})"
+        )
+    if input.dim() == 0:
+        return _along_dim(operator, name, input.reshape(1), 0, stacklevel, None).reshape(())
+    if dim < 0:
+        dim += dims
+    if way == "op":
+        return operator.op(input, dim)
+    if needs_grad(input):
+        return operator.function.apply(input, dim)
+    return operator.forward(input, dim)
+
+
+def softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``exp(input_i) / sum_j exp(input_j)`` along a dimension, the largest element subtracted first.
+
+    Args:
+        input: any shape.
+        dim: the dimension along which the result sums to 1; None is deprecated, as in torch.
+        dtype: to which ``input`` is cast first.
+
+    Returns:
+        The shape of ``input``.
+
+    Raises:
+        IndexError: where ``dim`` is out of range.
+        TypeError: where ``input`` is no tensor.
+
+    Equivalent to::
+
+        torch.nn.functional.softmax(input, dim, dtype=dtype)
+    """
+    return _along_dim(softmax_operator, "softmax", input, dim, _stacklevel, dtype)
+
+
+def log_softmax(
+    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``log(softmax(input))`` along a dimension, without the rounding of a tiny softmax.
+
+    Arguments, result and errors are those of :func:`softmax`.
+
+    Equivalent to::
+
+        torch.nn.functional.log_softmax(input, dim, dtype=dtype)
+    """
+    return _along_dim(log_softmax_operator, "log_softmax", input, dim, _stacklevel, dtype)
+
+
+def _reduction_number(size_average: bool | None, reduce: bool | None, reduction: str) -> int:
+    """torch's number of a reduction, the deprecated arguments having the last word."""
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    return torch.nn._reduction.get_enum(reduction)
+
+
+def _requires_weight_grad(operator: str, weight: Tensor | None) -> bool:
+    """Whether torch must run the loss because its weights are differentiated, which no kernel does."""
+    if weight is None or not needs_grad(weight):
+        return False
+    note_fallback(operator, "the gradient of weight")
+    return True
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy of logits against classes, softmax and loss in one pass.
+
+    Args:
+        input: logits, ``(batch, classes, ...)`` or ``(classes,)``.
+        target: int64 class numbers, the shape of ``input`` without its classes; or the probability of each
+            class, the shape and dtype of ``input``.
+        weight: ``(classes,)``, the weight of each class, or None for ones.
+        size_average, reduce: deprecated in torch; see ``reduction``.
+        ignore_index: target of samples that do not count; class numbers alone.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of the samples'
+            classes, or by the number of samples where targets are probabilities.
+        label_smoothing: how much of each target, from 0 to 1, is spread evenly over the classes.
+
+    Returns:
+        A scalar; with ``"none"`` the shape of ``input`` without its classes.
+
+    Raises:
+        IndexError: where a target is no class and not ``ignore_index``.
+        ValueError, TypeError: for shapes, dtypes and options that do not fit; names what was expected and
+            what came.
+
+    Equivalent to::
+
+        torch.nn.functional.cross_entropy(input, target, weight, ignore_index=ignore_index,
+                                          reduction=reduction, label_smoothing=label_smoothing)
+    """
+    number = _reduction_number(size_average, reduce, reduction)
+    integral = getattr(target, "dtype", None) in _CLASS_DTYPES
+    way = route("cross_entropy", input, weight, None if integral else target)
+    if way == "torch" or _requires_weight_grad("cross_entropy", weight):
+        return reference.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=REDUCTIONS[number],
+            label_smoothing=label_smoothing,
+        )
+    if target.dtype is torch.uint8:
+        target = target.long()
+    if way == "op":
+        return cross_entropy_op(input, target, weight, ignore_index, number, label_smoothing)[0]
+    if needs_grad(input, target):
+        return CrossEntropyFunction.apply(input, target, weight, ignore_index, number, label_smoothing)
+    return cross_entropy_forward(input, target, weight, ignore_index, number, label_smoothing, keep=False)[0]
+
+
+# Of class numbers, as in torch.
+_CLASS_DTYPES = (torch.int64, torch.uint8)
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Negative log-likelihood: ``-weight[target] * input[target]`` of each sample.
+
+    Args:
+        input: log-probabilities, ``(batch, classes, ...)`` or ``(classes,)``.
+        target: int64 class numbers, the shape of ``input`` without its classes.
+        weight: ``(classes,)``, the weight of each class, or None for ones.
+        size_average, reduce: deprecated in torch; see ``reduction``.
+        ignore_index: target of samples that do not count.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of the samples'
+            classes.
+
+    Returns:
+        A scalar; with ``"none"`` the shape of ``input`` without its classes.
+
+    Raises:
+        IndexError: where a target is no class and not ``ignore_index``.
+        ValueError, TypeError: for shapes and dtypes that do not fit; names what was expected and what
+            came.
+
+    Equivalent to::
+
+        torch.nn.functional.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=reduction)
+    """
+    number = _reduction_number(size_average, reduce, reduction)
+    way = route("nll_loss", input, weight)
+    if way == "torch" or _requires_weight_grad("nll_loss", weight):
+        return reference.nll_loss(
+            input, target, weight, ignore_index=ignore_index, reduction=REDUCTIONS[number]
+        )
+    if target.dtype is torch.uint8:
+        target = target.long()
+    if way == "op":
+        return nll_loss_op(input, target, weight, ignore_index, number)[0]
+    if needs_grad(input):
+        return NllLossFunction.apply(input, target, weight, ignore_index, number)
+    return nll_loss_forward(input, target, weight, ignore_index, number)[0]
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Squared error ``weight * (input - target)^2`` of each element.
+
+    Args:
+        input: any shape.
+        target: the shape of ``input``; others broadcast with a warning, as in torch.
+        size_average, reduce: deprecated in torch; see ``reduction``.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the sum of weights.
+        weight: the shape of ``input``, or None for ones.
+
+    Returns:
+        A scalar; with ``"none"`` the shape of ``input``.
+
+    Raises:
+        ValueError, RuntimeError: for shapes and options that do not fit.
+        TypeError: where an argument is no tensor.
+
+    Equivalent to::
+
+        torch.nn.functional.mse_loss(input, target, reduction=reduction, weight=weight)
+    """
+    number = _reduction_number(size_average, reduce, reduction)
+    way = route("mse_loss", input, target, weight)
+    if way == "torch" or _requires_weight_grad("mse_loss", weight):
+        return reference.mse_loss(input, target, reduction=REDUCTIONS[number], weight=weight)
+    if weight is not None and weight.shape != input.shape:
+        raise ValueError(
+            f"weight: expected the shape of input, {tuple(input.shape)}, got {tuple(weight.shape)}"
+        )
+    if target.shape != input.shape:
+        return _broadcast_mse_loss(input, target, number, weight)
+    if way == "op":
+        return mse_loss_op(input, target, weight, number)[0]
+    if needs_grad(input, target):
+        return MseLossFunction.apply(input, target, weight, number)
+    return mse_loss_forward(input, target, weight, number)[0]
+
+
+def _broadcast_mse_loss(input: Tensor, target: Tensor, number: int, weight: Tensor | None) -> Tensor:
+    warnings.warn(
+        f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). "
+        "This will likely lead to incorrect results due to broadcasting. "
+        "Please ensure they have the same size.",
+        stacklevel=3,
+    )
+    wide_input, wide_target = torch.broadcast_tensors(input, target)
+    if weight is None:
+        return mse_loss(wide_input, wide_target, reduction=REDUCTIONS[number])
+    wide_weight = weight.expand(wide_input.shape)
+    if REDUCTIONS[number] != "mean":
+        return mse_loss(wide_input, wide_target, reduction=REDUCTIONS[number], weight=wide_weight)
+    # The mean divides by the weights as they came, each counted once.
+    return mse_loss(wide_input, wide_target, reduction="sum", weight=wide_weight) / weight.sum()

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from fastnn import functional
 
-__all__ = ["Conv2d", "Linear", "MaxPool2d"]
+__all__ = [
+    "Conv2d",
+    "CrossEntropyLoss",
+    "Linear",
+    "LogSoftmax",
+    "MSELoss",
+    "MaxPool2d",
+    "NLLLoss",
+    "ReLU",
+    "Softmax",
+]
 
 
 class Linear(torch.nn.Linear):
@@ -147,3 +157,98 @@ class MaxPool2d(torch.nn.MaxPool2d):
             self.ceil_mode,
             self.return_indices,
         )
+
+
+class ReLU(torch.nn.ReLU):
+    """``torch.nn.ReLU``; see :func:`fastnn.functional.relu`.
+
+    Args:
+        inplace: whether to overwrite the input.
+
+    Shape:
+        Any, kept.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu(input, self.inplace)
+
+
+class Softmax(torch.nn.Softmax):
+    """``torch.nn.Softmax``; see :func:`fastnn.functional.softmax`.
+
+    Args:
+        dim: the dimension along which the result sums to 1.
+
+    Shape:
+        Any, kept.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.softmax(input, self.dim, _stacklevel=5)
+
+
+class LogSoftmax(torch.nn.LogSoftmax):
+    """``torch.nn.LogSoftmax``; see :func:`fastnn.functional.log_softmax`.
+
+    Args:
+        dim: the dimension along which the exponentials of the result sum to 1.
+
+    Shape:
+        Any, kept.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.log_softmax(input, self.dim, _stacklevel=5)
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """``torch.nn.CrossEntropyLoss``; see :func:`fastnn.functional.cross_entropy`.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in
+            :class:`torch.nn.CrossEntropyLoss`.
+
+    Shape:
+        Logits ``(batch, classes, ...)`` and targets ``(batch, ...)`` to a scalar, or ``(batch, ...)``.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+class NLLLoss(torch.nn.NLLLoss):
+    """``torch.nn.NLLLoss``; see :func:`fastnn.functional.nll_loss`.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction: as in :class:`torch.nn.NLLLoss`.
+
+    Shape:
+        Log-probabilities ``(batch, classes, ...)`` and targets ``(batch, ...)`` to a scalar, or
+        ``(batch, ...)``.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.nll_loss(
+            input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction
+        )
+
+
+class MSELoss(torch.nn.MSELoss):
+    """``torch.nn.MSELoss``; see :func:`fastnn.functional.mse_loss`.
+
+    Args:
+        size_average, reduce, reduction: as in :class:`torch.nn.MSELoss`.
+
+    Shape:
+        Input and target of one shape to a scalar, or to that shape unreduced.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return functional.mse_loss(input, target, reduction=self.reduction)

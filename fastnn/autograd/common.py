@@ -84,6 +84,23 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
+def gapless(tensor: Tensor) -> Tensor:
+    """The same values without gaps between them, in any order of dimensions; the negative bit applied."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if tensor.is_contiguous():
+        return tensor
+    like = torch.empty_like(tensor)
+    return tensor if like.stride() == tensor.stride() else like.copy_(tensor)
+
+
+def laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """The same values with the strides of `like`, which has no gaps; the negative bit applied."""
+    if tensor.stride() == like.stride() and not tensor.is_neg():
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
 _library = torch.library.Library("fastnn", "DEF")
 
 

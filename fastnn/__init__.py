@@ -2,12 +2,13 @@
 
 from fastnn import runtime  # first: it initialises the extension module  # isort: skip
 from fastnn import functional, nn, optim
-
+from fastnn.classifier import CNNClassifier
 from fastnn.runtime import available_isas, build_info, explain_dispatch, get_isa, set_isa
 
 __version__: str = runtime.build_info()["version"]
 
 __all__ = [
+    "CNNClassifier",
     "available_isas",
     "build_info",
     "explain_dispatch",

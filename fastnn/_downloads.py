@@ -138,9 +138,7 @@ def _fetch_file(file_name: str, sha256: str, mirrors: tuple[str, ...], folder: P
                 raise OSError(errno.ENOSPC, full, str(folder / file_name)) from error
             raise
     tried = "; ".join(failures)
-    raise DownloadError(
-        f"{file_name}: expected a download with SHA-256 {sha256}, no mirror gave it ({tried})"
-    )
+    raise DownloadError(f"{file_name}: expected a download with SHA-256 {sha256}, no mirror gave it ({tried})")
 
 
 def _network_reason(error: Any) -> str:

@@ -15,6 +15,4 @@ def require(module: str, feature: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingLibraryError(
-            f"{feature} needs fastnn[app]: pip install 'fastnn[app]' ({error})"
-        ) from error
+        raise MissingLibraryError(f"{feature} needs fastnn[app]: pip install 'fastnn[app]' ({error})") from error

@@ -41,11 +41,7 @@ def _print_line(line: str) -> None:
 
 def describe(record: Mapping[str, float]) -> str:
     """`loss 0.1234  accuracy 0.9678  …  41,234 images/s`"""
-    parts = [
-        f"{key} {record[key]:.4f}"
-        for key in ("loss", "accuracy", "val_loss", "val_accuracy")
-        if key in record
-    ]
+    parts = [f"{key} {record[key]:.4f}" for key in ("loss", "accuracy", "val_loss", "val_accuracy") if key in record]
     return "  ".join([*parts, f"{record['images_per_second']:,.0f} images/s"])
 
 

@@ -41,8 +41,7 @@ def write_tensor_file(
     header = json.dumps({"kind": kind, "format_version": FORMAT_VERSION, **document})
     # Cloned: the format refuses tensors that share memory, as the best epoch's and the last one's may.
     copies = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     content = safetensors.torch.save(copies, metadata={"format": "pt", "fastnn": header})
     with atomic_path(Path(path)) as temp:
@@ -81,31 +80,24 @@ def open_tensor_file(path: str | os.PathLike[str], kind: str) -> Iterator[Tensor
             document = _checked_document(path, kind, handle.metadata())
             yield TensorFile(path, document, handle)
     except safetensors.SafetensorError as error:
-        raise ModelFileError(
-            f"{path}: not a fastnn {kind} file, or truncated or damaged ({error})"
-        ) from error
+        raise ModelFileError(f"{path}: not a fastnn {kind} file, or truncated or damaged ({error})") from error
 
 
 def _checked_document(path: Path, kind: str, metadata: Mapping[str, str] | None) -> dict[str, Any]:
     if not metadata or "fastnn" not in metadata:
-        raise ModelFileError(
-            f'{path}: a safetensors file, but not a fastnn {kind}: its metadata has no "fastnn" entry'
-        )
+        raise ModelFileError(f'{path}: a safetensors file, but not a fastnn {kind}: its metadata has no "fastnn" entry')
     try:
         document = json.loads(metadata["fastnn"])
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: the fastnn metadata is not valid JSON ({error})") from error
     if not isinstance(document, dict):
-        raise ModelFileError(
-            f"{path}: the fastnn metadata: expected a JSON object, got {type(document).__name__}"
-        )
+        raise ModelFileError(f"{path}: the fastnn metadata: expected a JSON object, got {type(document).__name__}")
     version = document.get("format_version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise ModelFileError(f"{path}: format_version: expected a positive integer, got {version!r}")
     if version > FORMAT_VERSION:
         raise ModelFileError(
-            f"{path}: written in format version {version}, this fastnn reads up to {FORMAT_VERSION}; "
-            "update fastnn"
+            f"{path}: written in format version {version}, this fastnn reads up to {FORMAT_VERSION}; update fastnn"
         )
     if document.get("kind") != kind:
         raise ModelFileError(f"{path}: expected a fastnn {kind}, got a fastnn {document.get('kind')!r} file")
@@ -125,16 +117,14 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
         tag = "counter" if isinstance(value, collections.Counter) else "dict"
         return {
             tag: [
-                [pack(key, tensors, f"{name}.key"), pack(item, tensors, f"{name}.{key}")]
-                for key, item in value.items()
+                [pack(key, tensors, f"{name}.key"), pack(item, tensors, f"{name}.{key}")] for key, item in value.items()
             ]
         }
     if isinstance(value, (list, tuple)):
         items = [pack(item, tensors, f"{name}.{index}") for index, item in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     raise TypeError(
-        f"{name}: a checkpoint stores numbers, strings, tensors and containers of them, "
-        f"got {type(value).__name__}"
+        f"{name}: a checkpoint stores numbers, strings, tensors and containers of them, got {type(value).__name__}"
     )
 
 

@@ -73,6 +73,9 @@ class CNNClassifier(torch.nn.Sequential):
     classes_: list[Hashable]
     history_: History
 
+    # forward() checks the shape and then calls the layers in order: training steps may be compiled.
+    runs_layers_in_order = True
+
     def __init__(
         self,
         input_shape: Sequence[int] = (1, 28, 28),
@@ -139,9 +142,7 @@ class CNNClassifier(torch.nn.Sequential):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Logits (n, num_classes) of float images (n, channels, height, width)."""
         if input.shape[1:] != self.input_shape:
-            raise ValueError(
-                f"input: expected shape (n, {_sizes(self.input_shape)}), got {tuple(input.shape)}"
-            )
+            raise ValueError(f"input: expected shape (n, {_sizes(self.input_shape)}), got {tuple(input.shape)}")
         return super().forward(input)  # type: ignore[no-untyped-call, no-any-return]
 
     def fit(
@@ -268,12 +269,11 @@ class CNNClassifier(torch.nn.Sequential):
         probabilities = torch.empty(len(images), classes)
         softmax = nn.Softmax(dim=1)
         nothing = torch.empty(len(images), dtype=torch.int64)
-        batches = Batches(
-            images, nothing, whole_number(batch_size, "batch_size", 1), self._dtype, self._device
-        )
+        batches = Batches(images, nothing, whole_number(batch_size, "batch_size", 1), self._dtype, self._device)
         with self._eval_mode():
             start = 0
-            for batch, _ in batches.in_order():
+            for rows in batches.in_order():
+                batch, _ = batches.gather(rows)
                 # Logits beyond the classes have never had an image.
                 probabilities[start : start + len(batch)] = softmax(self(batch)[:, :classes])
                 start += len(batch)
@@ -326,15 +326,11 @@ class CNNClassifier(torch.nn.Sequential):
                 if file.shapes[name] != shape:
                     raise ModelFileError(f"{path}: {name}: expected shape {shape}, got {file.shapes[name]}")
             if unknown := sorted(file.shapes.keys() - expected.keys()):
-                raise ModelFileError(
-                    f"{path}: expected the tensors {', '.join(expected)}, got also {unknown[0]}"
-                )
+                raise ModelFileError(f"{path}: expected the tensors {', '.join(expected)}, got also {unknown[0]}")
             state = {name: file.take(name) for name in expected}
         dtypes = {tensor.dtype for tensor in state.values()}
         if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
-            raise ModelFileError(
-                f"{path}: expected tensors of one float type, got {sorted(map(str, dtypes))}"
-            )
+            raise ModelFileError(f"{path}: expected tensors of one float type, got {sorted(map(str, dtypes))}")
         model.load_state_dict(state, assign=True)
         return model
 
@@ -369,8 +365,7 @@ class CNNClassifier(torch.nn.Sequential):
             return optimizer
         if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
             raise ValueError(
-                f"optimizer: expected one of {sorted(OPTIMIZERS)} or a torch.optim.Optimizer, "
-                f"got {optimizer!r}"
+                f"optimizer: expected one of {sorted(OPTIMIZERS)} or a torch.optim.Optimizer, got {optimizer!r}"
             )
         if isinstance(lr, bool) or not isinstance(lr, (int, float, np.floating)):
             raise TypeError(f"lr: expected a positive number, got {lr!r}")
@@ -392,8 +387,7 @@ class CNNClassifier(torch.nn.Sequential):
             return list(range(self.num_classes))
         if len(found) > self.num_classes:
             raise ValueError(
-                f"y: expected at most num_classes={self.num_classes} different labels, got {len(found)}: "
-                f"{_some(found)}"
+                f"y: expected at most num_classes={self.num_classes} different labels, got {len(found)}: {_some(found)}"
             )
         try:
             return cast(list[Hashable], sorted(cast(list[Any], found)))
@@ -499,9 +493,7 @@ def _label_list(y: Any, name: str, count: int) -> list[Hashable]:
             y = y[:, 0]
         if y.ndim != 1:
             hint = "; for one-hot labels pass y.argmax(1)" if y.ndim == 2 else ""
-            raise ValueError(
-                f"{name}: expected one label per image, shape ({count},), got shape {y.shape}{hint}"
-            )
+            raise ValueError(f"{name}: expected one label per image, shape ({count},), got shape {y.shape}{hint}")
         labels = y.tolist()
     elif isinstance(y, (str, bytes)) or not hasattr(y, "__iter__"):
         raise TypeError(f"{name}: expected a list or array of labels, got {type(y).__name__}")
@@ -525,8 +517,7 @@ def _targets(labels: list[Hashable], classes: list[Hashable], name: str) -> torc
     except KeyError as error:
         label = error.args[0]
         raise ValueError(
-            f"{name}: expected one of the classes {_some(classes)}, "
-            f"got {label!r} at index {labels.index(label)}"
+            f"{name}: expected one of the classes {_some(classes)}, got {label!r} at index {labels.index(label)}"
         ) from None
 
 

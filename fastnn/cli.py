@@ -107,12 +107,8 @@ ValidationSplitOption = Annotated[
     float | None,
     typer.Option(help="Fraction of the images kept for testing, where the data has no test set of its own."),
 ]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads of the processor; all when left out.")
-]
-ModelArgument = Annotated[
-    Path, typer.Argument(help="A model file that `fastnn train` wrote.", show_default=False)
-]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the processor; all when left out.")]
+ModelArgument = Annotated[Path, typer.Argument(help="A model file that `fastnn train` wrote.", show_default=False)]
 
 
 def parse_image_size(text: str | None) -> tuple[int, int] | None:
@@ -121,9 +117,7 @@ def parse_image_size(text: str | None) -> tuple[int, int] | None:
         return None
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise ValueError(
-            f"--image-size: expected a number such as 32, or height and width as 32x48, got {text!r}"
-        )
+        raise ValueError(f"--image-size: expected a number such as 32, or height and width as 32x48, got {text!r}")
     return int(sides[0]), int(sides[-1])
 
 
@@ -326,8 +320,7 @@ def evaluate(
     unknown = [name for name in test_set.classes if name not in names]
     if unknown:
         raise data.DataError(
-            f"{test_set.name}: expected the model's classes ({', '.join(names)}), "
-            f"got also {', '.join(unknown)}"
+            f"{test_set.name}: expected the model's classes ({', '.join(names)}), got also {', '.join(unknown)}"
         )
     truth = np.array([names.index(name) for name in test_set.classes])[test_set.labels]
     images = data.with_channels(test_set.images, channels, test_set.name)
@@ -339,9 +332,7 @@ def evaluate(
         truth, predicted, labels=labels, zero_division=0
     )
     accuracy = float((truth == predicted).mean())
-    typer.echo(
-        f"{test_set.name}: accuracy {accuracy:.2%} ({int((truth == predicted).sum())} of {len(truth)} images)"
-    )
+    typer.echo(f"{test_set.name}: accuracy {accuracy:.2%} ({int((truth == predicted).sum())} of {len(truth)} images)")
     print_class_table(names, precision, recall, support)
     matrix = metrics.confusion_matrix(truth, predicted, labels=labels)
     picture = picture or model_file.with_suffix(".confusion.png")
@@ -355,9 +346,7 @@ def model_classes(model: CNNClassifier) -> list[str]:
     return [str(label) for label in classes]
 
 
-def print_class_table(
-    names: Sequence[str], precision: np.ndarray, recall: np.ndarray, support: np.ndarray
-) -> None:
+def print_class_table(names: Sequence[str], precision: np.ndarray, recall: np.ndarray, support: np.ndarray) -> None:
     """Precision: of a class's predictions, the share that is right; recall: of its images."""
     table = require("rich.table", "the table by class").Table("class")
     for heading in ("precision", "recall", "support"):
@@ -450,9 +439,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print a JSON obje
         typer.echo(f"{name:<{width}}  {shown}")
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
-)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 @reports_errors
 def bench(context: typer.Context) -> None:
     """Time the kernels against torch; `fastnn bench --help` lists its own options."""

@@ -71,14 +71,12 @@ class Dataset:
             raise DataError(f"{self.name}: expected at least one image, got shape {self.images.shape}")
         if len(self.classes) < 2:
             raise DataError(
-                f"{self.name}: expected at least 2 classes, "
-                f"got {len(self.classes)} ({', '.join(self.classes)})"
+                f"{self.name}: expected at least 2 classes, got {len(self.classes)} ({', '.join(self.classes)})"
             )
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < 0 or high >= len(self.classes):
             raise DataError(
-                f"{self.name}: expected labels from 0 to {len(self.classes) - 1}, "
-                f"got labels from {low} to {high}"
+                f"{self.name}: expected labels from 0 to {len(self.classes) - 1}, got labels from {low} to {high}"
             )
 
     def __len__(self) -> int:
@@ -209,8 +207,7 @@ def _as_images(array: np.ndarray, name: str) -> np.ndarray:
         array = np.moveaxis(array, 3, 1)
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise DataError(
-            f"{name}: expected images of shape (n, height, width) or (n, height, width, 1 or 3), "
-            f"got {array.shape}"
+            f"{name}: expected images of shape (n, height, width) or (n, height, width, 1 or 3), got {array.shape}"
         )
     if array.size == 0:
         raise DataError(f"{name}: expected at least one image, got shape {array.shape}")
@@ -222,9 +219,7 @@ def _as_images(array: np.ndarray, name: str) -> np.ndarray:
     if math.isnan(low) or math.isnan(high):
         raise DataError(f"{name}: expected pixels from 0 to 255, got NaN")
     if low < 0 or high > 255:
-        raise DataError(
-            f"{name}: expected pixels from 0 to 255 (or fractions from 0 to 1), got {low:g} to {high:g}"
-        )
+        raise DataError(f"{name}: expected pixels from 0 to 255 (or fractions from 0 to 1), got {low:g} to {high:g}")
     if array.dtype.kind == "f" and high <= 1:
         array = array * 255
     return np.ascontiguousarray(np.rint(array).astype(np.uint8))
@@ -263,9 +258,7 @@ def _from_label_values(
     def part(images: np.ndarray, labels: np.ndarray, which: str) -> Dataset:
         title = f"{name} ({which})"
         if len(images) != len(labels):
-            raise DataError(
-                f"{title}: expected one label per image, got {len(images)} images, {len(labels)} labels"
-            )
+            raise DataError(f"{title}: expected one label per image, got {len(images)} images, {len(labels)} labels")
         strange = np.setdiff1d(labels, values)
         if len(strange):
             raise DataError(f"{title}: label {strange[0]} is out of range, expected one of {_listed(names)}")
@@ -317,9 +310,7 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(
-            f"{path}: expected an IDX file, got {'a folder' if path.is_dir() else 'nothing there'}"
-        )
+        raise DataError(f"{path}: expected an IDX file, got {'a folder' if path.is_dir() else 'nothing there'}")
     file_size = path.stat().st_size
     with path.open("rb") as raw:
         compressed = raw.read(2) == b"\x1f\x8b"
@@ -380,9 +371,7 @@ def _find_idx(folder: Path, stem: str) -> Path | None:
 def _load_idx_folder(folder: Path, classes: tuple[str, ...] | None = None) -> tuple[Dataset, Dataset | None]:
     found = {role: _find_idx(folder, stem) for role, stem in IDX_STEMS.items()}
     # A folder without any test file is split; half of a pair is a mistake.
-    roles = [
-        role for role in IDX_STEMS if role.startswith("train") or found["test images"] or found["test labels"]
-    ]
+    roles = [role for role in IDX_STEMS if role.startswith("train") or found["test images"] or found["test labels"]]
     arrays = {}
     for role in roles:
         path = found[role]
@@ -410,9 +399,7 @@ def _load_npz(path: Path) -> tuple[Dataset, Dataset | None]:
         keys = _npz_keys(archive)
         wanted = ["x_train", "y_train"] + (["x_test", "y_test"] if {"x_test", "y_test"} & keys else [])
         if not set(wanted) <= keys:
-            raise DataError(
-                f"{path}: expected arrays {', '.join(wanted)}, got {', '.join(sorted(keys)) or 'none'}"
-            )
+            raise DataError(f"{path}: expected arrays {', '.join(wanted)}, got {', '.join(sorted(keys)) or 'none'}")
         arrays = {key: _read_npy(archive, key, path) for key in wanted}
     parts = [
         (
@@ -430,8 +417,7 @@ def _as_labels(array: np.ndarray, name: str) -> np.ndarray:
         array = array[:, 0]
     if array.ndim != 1 or array.dtype.kind not in "iuU":
         raise DataError(
-            f"{name}: expected labels of shape (n,), whole numbers or text, "
-            f"got {array.dtype} of shape {array.shape}"
+            f"{name}: expected labels of shape (n,), whole numbers or text, got {array.dtype} of shape {array.shape}"
         )
     if array.dtype.kind == "i" and len(array) and array.min() < 0:
         raise DataError(f"{name}: label {array.min()} is out of range, expected labels from 0")
@@ -462,9 +448,7 @@ def _read_npy(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
     with archive.open(info) as member:
         try:
             version = np.lib.format.read_magic(member)
-            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[
-                version[0]
-            ]
+            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
             shape, fortran_order, dtype = read_header(member)
         except (ValueError, KeyError) as error:
             raise DataError(f"{path} {key}: expected a numpy array, got damaged data ({error})") from error
@@ -490,9 +474,7 @@ PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 
 
-def _load_picture_folders(
-    folder: Path, size: tuple[int, int] | None, progress: bool
-) -> tuple[Dataset, Dataset | None]:
+def _load_picture_folders(folder: Path, size: tuple[int, int] | None, progress: bool) -> tuple[Dataset, Dataset | None]:
     tests = [folder / name for name in TEST_FOLDERS if (folder / name).is_dir()]
     if not (folder / "train").is_dir():
         classes = _class_folders(folder)
@@ -587,9 +569,7 @@ def _read_picture(path: Path) -> np.ndarray:
     except (image_module.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk or the permissions, not the picture
-        raise DataError(
-            f"{path}: expected a PNG or JPEG picture, got damaged or other data ({error})"
-        ) from error
+        raise DataError(f"{path}: expected a PNG or JPEG picture, got damaged or other data ({error})") from error
     return pixels[None] if grey else np.moveaxis(pixels, 2, 0)
 
 
@@ -629,13 +609,9 @@ def _read_image_file(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".npz":
         with _open_npz(path) as archive:
             keys = _npz_keys(archive)
-            key = next(
-                (key for key in ("x_test", "x") if key in keys), next(iter(keys)) if len(keys) == 1 else None
-            )
+            key = next((key for key in ("x_test", "x") if key in keys), next(iter(keys)) if len(keys) == 1 else None)
             if key is None:
-                raise DataError(
-                    f"{path}: expected an array x_test or x, got {', '.join(sorted(keys)) or 'none'}"
-                )
+                raise DataError(f"{path}: expected an array x_test or x, got {', '.join(sorted(keys)) or 'none'}")
             return _as_images(_read_npy(archive, key, path), f"{path} {key}")
     if path.suffix.lower() == ".gz" or "idx" in path.name:
         return _as_images(read_idx(path), str(path))
@@ -669,16 +645,12 @@ def _load_cifar10(path: Path, classes: tuple[str, ...]) -> tuple[Dataset, Datase
                     assert stream is not None
                     parts[name] = stream.read(min(member.size, 10_000 * record + 1))
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"{path}: expected the CIFAR-10 binary archive, got damaged data ({error})"
-        ) from error
+        raise DataError(f"{path}: expected the CIFAR-10 binary archive, got damaged data ({error})") from error
     train_files = [f"data_batch_{index}.bin" for index in range(1, 6)]
     for name in [*train_files, "test_batch.bin"]:
         size = len(parts.get(name, b""))
         if size == 0 or size % record or size > 10_000 * record:
-            raise DataError(
-                f"{path}: expected {name} with up to 10000 records of {record} bytes, got {size} bytes"
-            )
+            raise DataError(f"{path}: expected {name} with up to 10000 records of {record} bytes, got {size} bytes")
 
     def arrays(content: bytes) -> tuple[np.ndarray, np.ndarray]:
         records = np.frombuffer(content, dtype=np.uint8).reshape(-1, record)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fastnn import reference
+from fastnn.arguments import FUSED_POOL, Pair, pair, pool_arguments, wants_relu
 from fastnn.autograd.common import needs_grad, route
-from fastnn.autograd.conv2d import Conv2dFunction, Geometry, Pair, conv2d_forward, conv2d_op
+from fastnn.autograd.conv2d import Conv2dFunction, Geometry, conv2d_forward, conv2d_op
 from fastnn.autograd.cross_entropy import (
     REDUCTIONS,
     CrossEntropyFunction,
@@ -44,17 +45,7 @@ __all__ = [
 ]
 
 
-def _wants_relu(activation: str | None) -> bool:
-    if activation is None:
-        return False
-    if activation == "relu":
-        return True
-    raise ValueError(f'activation: expected None or "relu", got {activation!r}')
-
-
-def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
-) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
     """Affine map ``input @ weight.T + bias``, with an optional ReLU in the same pass.
 
     Args:
@@ -75,7 +66,7 @@ def linear(
         output = torch.nn.functional.linear(input, weight, bias)
         if activation == "relu": output = torch.relu(output)
     """
-    relu = _wants_relu(activation)
+    relu = wants_relu(activation)
     way = route("linear", input, weight, bias)
     if way == "kernel":
         if needs_grad(input, weight, bias):
@@ -84,42 +75,6 @@ def linear(
     if way == "op":
         return linear_op(input, weight, bias, relu)
     return reference.linear(input, weight, bias, activation=activation)
-
-
-def _pair(name: str, value: int | Sequence[int]) -> Pair:
-    """(height, width) of an argument that takes one number for both."""
-    if isinstance(value, (int, torch.SymInt)):
-        return value, value
-    if isinstance(value, (tuple, list)) and all(isinstance(v, (int, torch.SymInt)) for v in value):
-        if len(value) == 2:
-            return value[0], value[1]
-        if len(value) == 1:
-            return value[0], value[0]
-    raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
-
-
-def _pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
-    """(kernel_size, stride, padding) from the forms that ``max_pool=`` takes."""
-    if max_pool is None:
-        return None
-    if isinstance(max_pool, int):
-        max_pool = (max_pool, max_pool, 0)
-    if not isinstance(max_pool, (tuple, list)) or len(max_pool) != 3:
-        raise ValueError(
-            f"max_pool: expected None, an int or (kernel_size, stride, padding), got {max_pool!r}"
-        )
-    kernel_size, stride, padding = max_pool
-    kernel_size = _pair("max_pool", kernel_size)
-    if min(kernel_size) < 1:
-        raise ValueError(f"max_pool: expected a kernel_size of at least 1, got {kernel_size}")
-    return (
-        kernel_size,
-        kernel_size if stride is None else _pair("max_pool", stride),
-        _pair("max_pool", padding),
-    )
-
-
-_FUSED_POOL = ((2, 2), (2, 2), (0, 0))
 
 
 def conv2d(
@@ -163,8 +118,8 @@ def conv2d(
         if activation == "relu": output = torch.relu(output)
         if max_pool is not None: output = torch.nn.functional.max_pool2d(output, max_pool)
     """
-    relu = _wants_relu(activation)
-    pool = _pool_arguments(max_pool)
+    relu = wants_relu(activation)
+    pool = pool_arguments(max_pool)
     way = route("conv2d", input, weight, bias)
     if way == "torch":
         return reference.conv2d(
@@ -182,15 +137,13 @@ def conv2d(
             activation=activation,
             max_pool=max_pool,
         ).squeeze(0)
-    stride, dilation = _pair("stride", stride), _pair("dilation", dilation)
+    stride, dilation = pair("stride", stride), pair("dilation", dilation)
     if isinstance(padding, str):
         input, padding = _resolve_padding(input, weight, stride, padding, dilation)
-    geometry = Geometry(stride, _pair("padding", padding), dilation, groups)
+    geometry = Geometry(stride, pair("padding", padding), dilation, groups)
     # Depthwise kernels keep channels in vectors and have no window in registers to pool.
     fused = (
-        pool == _FUSED_POOL
-        and (groups == 1 or groups != weight.shape[0])
-        and _leaves_a_window(input, weight, geometry)
+        pool == FUSED_POOL and (groups == 1 or groups != weight.shape[0]) and _leaves_a_window(input, weight, geometry)
     )
     if way == "op":
         output = conv2d_op(input, weight, bias, *geometry, relu, fused)[0]
@@ -203,9 +156,7 @@ def conv2d(
     return max_pool2d(output, *pool)
 
 
-def _resolve_padding(
-    input: Tensor, weight: Tensor, stride: Pair, padding: str, dilation: Pair
-) -> tuple[Tensor, Pair]:
+def _resolve_padding(input: Tensor, weight: Tensor, stride: Pair, padding: str, dilation: Pair) -> tuple[Tensor, Pair]:
     """Numbers for ``"valid"`` and ``"same"``; the odd element of an uneven padding goes to the end, as in torch."""
     if padding == "valid":
         return input, (0, 0)
@@ -271,12 +222,12 @@ def max_pool2d(
     way = route("max_pool2d", input)
     if way == "torch":
         return reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    kernel = _pair("kernel_size", kernel_size)
+    kernel = pair("kernel_size", kernel_size)
     window = (
         kernel,
-        kernel if stride is None else _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
+        kernel if stride is None else pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
     )
     if way == "op":
         output, winners = max_pool2d_op(input, *window, ceil_mode, return_indices)
@@ -324,9 +275,7 @@ def _relu_inplace(input: Tensor, way: str) -> Tensor:
         leaf = input if input.is_leaf else input._base
         if leaf is not None and leaf.is_leaf and leaf.requires_grad:
             view = "" if leaf is input else "view of a "
-            raise RuntimeError(
-                f"a {view}leaf Variable that requires grad is being used in an in-place operation."
-            )
+            raise RuntimeError(f"a {view}leaf Variable that requires grad is being used in an in-place operation.")
         return ReluInplaceFunction.apply(input)
     relu_inplace(input)
     if not input.is_inference():
@@ -351,9 +300,7 @@ def _along_dim(
         return operator.reference(input, dim)
     dims = input.dim() or 1
     if not -dims <= dim < dims:
-        raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})"
-        )
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})")
     if input.dim() == 0:
         return _along_dim(operator, name, input.reshape(1), 0, stacklevel, None).reshape(())
     if dim < 0:
@@ -365,9 +312,7 @@ def _along_dim(
     return operator.forward(input, dim)
 
 
-def softmax(
-    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> Tensor:
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """``exp(input_i) / sum_j exp(input_j)`` along a dimension, the largest element subtracted first.
 
     Args:
@@ -514,9 +459,7 @@ def nll_loss(
     number = _reduction_number(size_average, reduce, reduction)
     way = route("nll_loss", input, weight)
     if way == "torch" or _requires_weight_grad("nll_loss", weight):
-        return reference.nll_loss(
-            input, target, weight, ignore_index=ignore_index, reduction=REDUCTIONS[number]
-        )
+        return reference.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=REDUCTIONS[number])
     if target.dtype is torch.uint8:
         target = target.long()
     if way == "op":
@@ -559,9 +502,7 @@ def mse_loss(
     if way == "torch" or _requires_weight_grad("mse_loss", weight):
         return reference.mse_loss(input, target, reduction=REDUCTIONS[number], weight=weight)
     if weight is not None and weight.shape != input.shape:
-        raise ValueError(
-            f"weight: expected the shape of input, {tuple(input.shape)}, got {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight: expected the shape of input, {tuple(input.shape)}, got {tuple(weight.shape)}")
     if target.shape != input.shape:
         return _broadcast_mse_loss(input, target, number, weight)
     if way == "op":

@@ -75,7 +75,7 @@ class Conv2d(torch.nn.Conv2d):
 
     Equivalent to::
 
-        torch.nn.Sequential(torch.nn.Conv2d(in_channels, out_channels, kernel_size), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
+        torch.nn.Sequential(torch.nn.Conv2d(1, 32, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
     """
 
     def __init__(
@@ -114,9 +114,7 @@ class Conv2d(torch.nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
-            input = torch.nn.functional.pad(
-                input, self._reversed_padding_repeated_twice, mode=self.padding_mode
-            )
+            input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
         return functional.conv2d(
             input,
@@ -235,9 +233,7 @@ class NLLLoss(torch.nn.NLLLoss):
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return functional.nll_loss(
-            input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction
-        )
+        return functional.nll_loss(input, target, self.weight, ignore_index=self.ignore_index, reduction=self.reduction)
 
 
 class MSELoss(torch.nn.MSELoss):

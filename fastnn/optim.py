@@ -86,9 +86,7 @@ class _KernelUpdate:
             if tensor.stride() != param.stride():
                 tensors[i] = self.state[param][key] = _in_layout_of(param, tensor)
 
-    def _split(
-        self, operator: str, group: dict[str, Any]
-    ) -> tuple[dict[torch.dtype, list[Tensor]], list[Tensor]]:
+    def _split(self, operator: str, group: dict[str, Any]) -> tuple[dict[torch.dtype, list[Tensor]], list[Tensor]]:
         """The parameters with a gradient: those for a kernel by dtype, and those for torch."""
         covered: dict[torch.dtype, list[Tensor]] = {}
         rest = []
@@ -156,9 +154,7 @@ class Adam(_KernelUpdate, torch.optim.Adam):
                 group["amsgrad"],
                 group["maximize"],
             )
-            torch.autograd.graph.increment_version(
-                [*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps]
-            )
+            torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *steps])
         if rest:
             with torch.set_grad_enabled(group["differentiable"]):
                 grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps = self._gather({**group, "params": rest})

@@ -56,9 +56,7 @@ def _pool_arguments(max_pool: Pool) -> tuple[Any, Any, Any]:
     raise ValueError(f"max_pool: expected None, an int or (kernel_size, stride, padding), got {max_pool!r}")
 
 
-def linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
-) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
     """``output[..., o] = act(sum_i input[..., i] * weight[o, i] + bias[o])``.
 
     Shapes: input ``(..., in_features)``, weight ``(out_features, in_features)``, bias ``(out_features,)``,
@@ -113,9 +111,7 @@ def max_pool2d(
     """
     # torch's stubs know return_indices as a literal only.
     max_pool: Any = F.max_pool2d
-    return max_pool(
-        input, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode, return_indices=return_indices
-    )
+    return max_pool(input, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode, return_indices=return_indices)
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -123,9 +119,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     return F.relu(input, inplace)
 
 
-def softmax(
-    input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> Tensor:
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """``output_i = exp(input_i - max) / sum_j exp(input_j - max)`` along ``dim``."""
     return F.softmax(input, dim, _stacklevel + 1, dtype)
 
@@ -153,9 +147,7 @@ def cross_entropy(
     class indices. ``"mean"`` divides by ``sum weight[target]`` over the samples that are not ignored when the
     target holds indices, and by the number of samples when it holds probabilities.
     """
-    return F.cross_entropy(
-        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-    )
+    return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
 def nll_loss(

@@ -30,8 +30,20 @@ from fastnn._tensor_files import (
     unpack,
     write_tensor_file,
 )
+from fastnn.compiled import CompiledStep, NotCompilable
+from fastnn.runtime import note_fallback
 
-__all__ = ["EarlyStopping", "History", "ModelFileError", "TrainingError", "make_step", "train"]
+__all__ = [
+    "CompiledStep",
+    "EarlyStopping",
+    "History",
+    "ModelFileError",
+    "NotCompilable",
+    "TrainingError",
+    "compile_step",
+    "make_step",
+    "train",
+]
 
 # What one epoch left behind: epoch, loss, accuracy, seconds, images_per_second, val_loss, val_accuracy.
 Record = dict[str, float]
@@ -116,8 +128,7 @@ def make_loss(loss: str | Loss) -> Loss:
 class Batches:
     """Images (n, …) with targets (n,) in memory, handed out in batches as `dtype` on `device`.
 
-    The images stay as they came; a batch is converted when it is gathered, uint8 scaled to 0..1. The tensors
-    handed out are overwritten by the next batch.
+    The images stay as they came; a batch is converted when it is gathered, uint8 scaled to 0..1.
     """
 
     def __init__(
@@ -141,35 +152,20 @@ class Batches:
     def steps(self) -> int:
         return math.ceil(len(self) / self.batch_size)
 
-    def in_order(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        targets = self.targets.to(self.device)
-        converted = self._buffer(self.dtype, self.device)
-        for start in range(0, len(self), self.batch_size):
-            stop = start + self.batch_size
-            yield self._convert(self.images[start:stop], converted), targets[start:stop]
+    def in_order(self) -> Iterator[torch.Tensor]:
+        """The row numbers of each batch, every image once, in the order of the data."""
+        return iter(torch.arange(len(self), device=self.images.device).split(self.batch_size))
 
-    def shuffled(self, seed: int, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Every image once, in an order that depends on (seed, epoch) alone."""
-        order = epoch_order(len(self), seed, epoch)
-        targets = self.targets[order.to(self.targets.device)].to(self.device)
-        order = order.to(self.images.device)
-        gathered = self._buffer(self.images.dtype, self.images.device)
-        converted = self._buffer(self.dtype, self.device)
-        for start in range(0, len(self), self.batch_size):
-            index = order[start : start + self.batch_size]
-            images = torch.index_select(self.images, 0, index, out=gathered[: len(index)])
-            yield self._convert(images, converted), targets[start : start + self.batch_size]
+    def shuffled(self, seed: int, epoch: int) -> Iterator[torch.Tensor]:
+        """The row numbers of each batch, every image once, in an order that depends on (seed, epoch) alone."""
+        return iter(epoch_order(len(self), seed, epoch).to(self.images.device).split(self.batch_size))
 
-    def _buffer(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        size = min(self.batch_size, len(self))
-        return torch.empty((size, *self.images.shape[1:]), dtype=dtype, device=device)
-
-    def _convert(self, images: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
-        """`images` themselves where they already are as asked, else copied into `buffer`."""
-        if (images.dtype, images.device) == (buffer.dtype, buffer.device):
-            return images
-        converted = buffer[: len(images)].copy_(images)
-        return converted.div_(255) if images.dtype == torch.uint8 else converted
+    def gather(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and targets of these rows, as a model takes them."""
+        images = self.images.index_select(0, rows).to(self.device, self.dtype)
+        if self.images.dtype == torch.uint8:
+            images.div_(255)
+        return images, self.targets.index_select(0, rows.to(self.targets.device)).to(self.device)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
@@ -181,12 +177,11 @@ def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
 class Step(Protocol):
     """One training step: forward, loss, backward, update.
 
-    Takes a batch and its targets, returns the mean loss and the number of right answers, both 0-dimensional
-    and on the model's device. The learning rate is read from the optimizer at every call. Parameters and
-    optimizer state are replaced from outside only before the first call and after the last.
+    Takes rows of `batches`, returns the mean loss and the number of right answers, both 0-dimensional and on the
+    model's device; the next step may overwrite them. The learning rate is read from the optimizer at every call.
     """
 
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def __call__(self, batches: Batches, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class AutogradStep:
@@ -197,7 +192,8 @@ class AutogradStep:
         self.loss = loss
         self.optimizer = optimizer
 
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, batches: Batches, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images, targets = batches.gather(rows)
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.model(images)
         loss = self.loss(logits, targets)
@@ -206,9 +202,39 @@ class AutogradStep:
         return loss.detach(), (logits.detach().argmax(1) == targets).sum()
 
 
-def make_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> Step:
-    """The fastest step that serves this model, loss and optimizer."""
-    return AutogradStep(model, loss, optimizer)
+class ProgramStep:
+    """A step that gathers its batch and replays a recorded program."""
+
+    def __init__(self, step: CompiledStep) -> None:
+        self.step = step
+
+    def __call__(self, batches: Batches, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.step.on_rows(batches.images, batches.targets, rows)
+
+
+def compile_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> CompiledStep:
+    """A whole training step with preallocated memory and no Python between kernels; see `CompiledStep`.
+
+    Raises:
+        NotCompilable: where a program cannot express the model, loss or optimizer; says what stands in the way.
+
+    Example:
+        >>> step = fastnn.training.compile_step(model, fastnn.nn.CrossEntropyLoss(), optimizer)
+        >>> for images, targets in loader:
+        ...     loss, correct = step(images, targets)
+    """
+    return CompiledStep(model, loss, optimizer)
+
+
+def make_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, batches: Batches) -> Step:
+    """The fastest step that serves this model, loss, optimizer and data."""
+    try:
+        step = compile_step(model, loss, optimizer)
+        step.prepare_rows(batches.images, batches.targets, min(batches.batch_size, len(batches)))
+    except NotCompilable as error:
+        note_fallback("training_step", str(error))
+        return AutogradStep(model, loss, optimizer)
+    return ProgramStep(step)
 
 
 @torch.inference_mode()
@@ -219,7 +245,8 @@ def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss) -> tuple[floa
     try:
         loss_sum = torch.zeros((), dtype=torch.float64, device=batches.device)
         correct = torch.zeros((), dtype=torch.int64, device=batches.device)
-        for images, targets in batches.in_order():
+        for rows in batches.in_order():
+            images, targets = batches.gather(rows)
             logits = model(images)
             loss_sum += loss(logits, targets) * len(targets)
             correct += (logits.argmax(1) == targets).sum()
@@ -367,12 +394,10 @@ def train(
             run.restore(stored)
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             run.restore(complete)
-            raise ModelFileError(
-                f"{file.path}: the state does not fit the model or optimizer ({error})"
-            ) from error
+            raise ModelFileError(f"{file.path}: the state does not fit the model or optimizer ({error})") from error
         complete = stored
 
-    step = make_step(model, loss_function, optimizer)
+    step = make_step(model, loss_function, optimizer, batches)
     bar = make_progress(progress)
     was_training = model.training
     stopped = early_stopping is not None and early_stopping.stopped
@@ -404,9 +429,7 @@ def train(
     except TrainingError as error:
         run.restore(complete)
         kept = f"the end of epoch {complete.epoch}" if complete.epoch else "before the training"
-        raise TrainingError(
-            f"{error}; the parameters are again those of {kept}", error.epoch, error.step
-        ) from None
+        raise TrainingError(f"{error}; the parameters are again those of {kept}", error.epoch, error.step) from None
     except KeyboardInterrupt:
         run.restore(complete)
         if not complete.epoch:
@@ -423,7 +446,7 @@ def train(
 
 def _train_epoch(
     step: Step,
-    ordered: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    ordered: Iterator[torch.Tensor],
     batches: Batches,
     epoch: int,
     scheduler: Scheduler | None,
@@ -433,11 +456,11 @@ def _train_epoch(
     correct = torch.zeros((), dtype=torch.int64, device=batches.device)
     checked = seen = 0
     began = time.perf_counter()
-    for number, (images, targets) in enumerate(ordered, start=1):
-        loss, right = step(images, targets)
+    for number, rows in enumerate(ordered, start=1):
+        loss, right = step(batches, rows)
         losses[number - 1] = loss
         correct += right
-        seen += len(targets)
+        seen += len(rows)
         if scheduler is not None:
             scheduler.step()
         if number % STEPS_PER_CHECK == 0 or number == batches.steps:
@@ -507,9 +530,7 @@ def _make_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Schedul
 def _hook(callback: Any) -> Callable[[torch.nn.Module, Record], Any]:
     hook = getattr(callback, "on_epoch_end", callback)
     if not callable(hook):
-        raise TypeError(
-            f"callbacks: expected callables or objects with on_epoch_end, got {type(callback).__name__}"
-        )
+        raise TypeError(f"callbacks: expected callables or objects with on_epoch_end, got {type(callback).__name__}")
     return hook  # type: ignore[no-any-return]
 
 
@@ -617,9 +638,7 @@ class Checkpoint:
                 tensor.shape,
                 tensor.dtype,
             ):
-                raise ModelFileError(
-                    f"{self.path}: {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got other"
-                )
+                raise ModelFileError(f"{self.path}: {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got other")
 
 
 def _readable(packed: Any) -> str:

@@ -396,8 +396,7 @@ def test_opcheck(operator: Operator) -> None:
         name = op._schema.name
         if "backward" not in name and "grad" not in name:
             tracked = [
-                a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
-                for a in arguments
+                a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
             ]
             torch.library.opcheck(op, tuple(tracked))
 

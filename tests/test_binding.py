@@ -79,9 +79,7 @@ NO_MEMORY = r"(?i)memory|storage|data pointer|not on cpu|meta|device"
 @pytest.mark.parametrize("argument", ["input", "weight", "bias", "output"])
 def test_tensors_without_memory_raise(make: object, argument: str) -> None:
     shape = tuple(linear_arguments()[argument].shape)
-    with pytest.raises(
-        (RuntimeError, ValueError, TypeError, BufferError, NotImplementedError), match=NO_MEMORY
-    ):
+    with pytest.raises((RuntimeError, ValueError, TypeError, BufferError, NotImplementedError), match=NO_MEMORY):
         _C.linear_forward(**linear_arguments(**{argument: make(*shape)}))
 
 
@@ -94,9 +92,7 @@ def test_zero_size_tensors_have_no_memory_and_are_fine() -> None:
     _C.linear_forward(**linear_arguments(input=torch.empty(0, 8), output=torch.empty(0, 3)))
     output = torch.full((4, 3), float("nan"))
     _C.linear_forward(
-        **linear_arguments(
-            input=torch.empty(4, 0), weight=torch.empty(3, 0), bias=torch.arange(3.0), output=output
-        )
+        **linear_arguments(input=torch.empty(4, 0), weight=torch.empty(3, 0), bias=torch.arange(3.0), output=output)
     )
     assert torch.equal(output, torch.arange(3.0).expand(4, 3))
     assert functional.linear(torch.ones(4, 8), torch.empty(0, 8)).shape == (4, 0)
@@ -320,9 +316,7 @@ def test_gil_is_released_during_a_kernel() -> None:
 
 def test_concurrent_calls_give_the_right_numbers() -> None:
     rng = generator("threads")
-    arguments = [
-        (integers((33, 65), torch.float32, rng), integers((17, 65), torch.float32, rng)) for _ in range(4)
-    ]
+    arguments = [(integers((33, 65), torch.float32, rng), integers((17, 65), torch.float32, rng)) for _ in range(4)]
     wrong: list[int] = []
 
     def work(number: int) -> None:
@@ -455,11 +449,7 @@ def test_the_application_does_not_reach_below_the_public_layer() -> None:
 
 @pytest.mark.parametrize("layer", sorted(INCLUDE_LAYERS))
 def test_cpp_includes_go_one_way(layer: str) -> None:
-    files = [
-        p
-        for p in sorted((REPOSITORY / "csrc" / layer).rglob("*"))
-        if p.suffix in {".h", ".cpp", ".cu", ".cuh"}
-    ]
+    files = [p for p in sorted((REPOSITORY / "csrc" / layer).rglob("*")) if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
     if not files:
         pytest.skip(f"csrc/{layer} is not in this checkout")
     for path in files:
@@ -473,6 +463,4 @@ def test_only_bindings_know_python() -> None:
     for layer in ("ops", "cpu", "cuda"):
         for path in sorted((REPOSITORY / "csrc" / layer).rglob("*")):
             if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
-                assert not re.search(
-                    r"#\s*include\s+[<\"](pybind11|Python\.h|torch/|ATen)", path.read_text()
-                ), path
+                assert not re.search(r"#\s*include\s+[<\"](pybind11|Python\.h|torch/|ATen)", path.read_text()), path

@@ -66,9 +66,7 @@ def small_data(count: int = 60, channels: int = 1, size: int = 8) -> tuple[np.nd
 
 
 def fit(model: CNNClassifier, x: Any, y: Any, **options: Any) -> Any:
-    return model.fit(
-        x, y, **{"epochs": 6, "batch_size": 8, "lr": 1e-2, "seed": 0, "progress": False, **options}
-    )
+    return model.fit(x, y, **{"epochs": 6, "batch_size": 8, "lr": 1e-2, "seed": 0, "progress": False, **options})
 
 
 def torch_reference() -> torch.nn.Sequential:
@@ -108,9 +106,7 @@ def test_probabilities_are_the_softmax_of_the_logits(
     with torch.no_grad():
         logits = trained(torch.from_numpy(images).unsqueeze(1) / 255)
     np.testing.assert_allclose(probabilities, logits.softmax(1), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(
-        trained.predict_proba(images, batch_size=7), probabilities, rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(trained.predict_proba(images, batch_size=7), probabilities, rtol=1e-4, atol=1e-6)
     expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).item()
     assert trained.evaluate(images, labels)["loss"] == pytest.approx(expected, rel=1e-4)
 
@@ -139,9 +135,7 @@ def test_starts_with_torchs_initial_parameters() -> None:
     torch.manual_seed(4)
     ours = CNNClassifier()
     torch.manual_seed(4)
-    for (name, parameter), expected in zip(
-        ours.named_parameters(), torch_reference().parameters(), strict=True
-    ):
+    for (name, parameter), expected in zip(ours.named_parameters(), torch_reference().parameters(), strict=True):
         assert torch.equal(parameter, expected), name
 
 
@@ -172,9 +166,7 @@ def test_other_shapes_agree_with_plain_torch(options: dict[str, Any], tmp_path: 
     layers: list[torch.nn.Module] = []
     for layer in model:
         if isinstance(layer, torch.nn.Conv2d):
-            plain = torch.nn.Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding
-            )
+            plain = torch.nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding)
             layers += [plain, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
         elif isinstance(layer, torch.nn.Linear):
             layers += [torch.nn.Linear(layer.in_features, layer.out_features), torch.nn.ReLU()]
@@ -204,9 +196,7 @@ def test_learns_colour_images() -> None:
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse", "callable"])
 def test_every_optimizer_lowers_every_loss(optimizer: str, loss: str) -> None:
     model = small_model()
-    chosen: Any = (
-        optim.SGD(model.parameters(), lr=0.2, momentum=0.9) if optimizer == "instance" else optimizer
-    )
+    chosen: Any = optim.SGD(model.parameters(), lr=0.2, momentum=0.9) if optimizer == "instance" else optimizer
     function: Any = torch.nn.functional.cross_entropy if loss == "callable" else loss
     lr = 1.0 if optimizer == "sgd" else 1e-2
     history = fit(model, *small_data(), optimizer=chosen, loss=function, lr=lr)
@@ -393,9 +383,7 @@ def test_labels_keep_their_type_in_the_file(labels: list[Any], tmp_path: Path) -
 
 
 def test_other_label_types_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    with pytest.raises(
-        TypeError, match=r"labels of type str, int, float or bool, got \('b', 1\) of type tuple"
-    ):
+    with pytest.raises(TypeError, match=r"labels of type str, int, float or bool, got \('b', 1\) of type tuple"):
         small_model(classes=["a", ("b", 1), "c"]).save(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -457,11 +445,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "trailing bytes": (raw(lambda old: old + b"x"), "truncated or damaged"),
     "huge header length": (raw(lambda old: header(2**63, b"{}")), "truncated or damaged"),
     "tensor beyond the file": (
-        raw(
-            lambda old: header(
-                64, b'{"0.weight":{"dtype":"F32","shape":[99999999,99999],"data_of":0}}'.ljust(64)
-            )
-        ),
+        raw(lambda old: header(64, b'{"0.weight":{"dtype":"F32","shape":[99999999,99999],"data_of":0}}'.ljust(64))),
         "truncated or damaged",
     ),
     "pickle": (raw(lambda old: pickle.dumps({"0.weight": 1})), "not a fastnn model file"),
@@ -515,9 +499,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "got also extra",
     ),
     "integer tensor": (
-        lambda path: rewrite(
-            path, tensors=lambda state: state.update({"4.bias": torch.zeros(8, dtype=torch.int64)})
-        ),
+        lambda path: rewrite(path, tensors=lambda state: state.update({"4.bias": torch.zeros(8, dtype=torch.int64)})),
         "expected tensors of one float type",
     ),
     "too many classes": (
@@ -743,9 +725,7 @@ def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
     other = optim.SGD(small_model().parameters(), lr=0.1)
-    with pytest.raises(
-        ValueError, match="optimizer: expected one of this model's parameters, got one of others"
-    ):
+    with pytest.raises(ValueError, match="optimizer: expected one of this model's parameters, got one of others"):
         fit(small_model(), *small_data(), optimizer=other)
 
 

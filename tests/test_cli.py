@@ -122,9 +122,7 @@ def test_resume_ends_where_an_uninterrupted_run_ends(small_npz: Path, tmp_path: 
     printed = run_well(*common, tmp_path / "parts.safetensors", "--epochs", 3, "--resume")
     assert "epoch 3/3" in printed
     assert "epoch 2/3" not in printed
-    whole, parts = (
-        safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parts")
-    )
+    whole, parts = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
@@ -142,9 +140,7 @@ def test_train_shapes_the_network_as_told(small_npz: Path, tmp_path: Path) -> No
         "--image-size",
         "16x20",
     ]
-    printed = run_well(
-        "train", "--data", small_npz, "--epochs", 1, "--validation-split", 0.25, "--out", out, *shape
-    )
+    printed = run_well("train", "--data", small_npz, "--epochs", 1, "--validation-split", 0.25, "--out", out, *shape)
     model = CNNClassifier.load(out)
     assert model.input_shape == (1, 16, 20)
     assert (tuple(model.conv_channels), tuple(model.hidden)) == ((4,), ())
@@ -167,9 +163,7 @@ def test_an_interrupt_keeps_the_last_complete_epoch(tmp_path: Path) -> None:
         str(out),
         *SMALL,
     ]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:
@@ -188,9 +182,7 @@ def test_an_interrupt_keeps_the_last_complete_epoch(tmp_path: Path) -> None:
     assert f"epoch {kept}/" not in printed
 
 
-def test_an_interrupt_in_the_first_epoch_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_in_the_first_epoch_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(self: CNNClassifier, *args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
@@ -215,9 +207,7 @@ def test_a_loss_that_turns_nan_stops_the_training(tmp_path: Path) -> None:
 def test_evaluate_prints_a_row_per_class_and_draws_the_confusion_matrix(trained: tuple[Path, str]) -> None:
     out, printed_by_train = trained
     printed = run_well("evaluate", out)
-    accuracy = next(
-        line for line in printed_by_train.splitlines() if line.startswith("test accuracy")
-    ).split()[2]
+    accuracy = next(line for line in printed_by_train.splitlines() if line.startswith("test accuracy")).split()[2]
     assert f"digits (test): accuracy {accuracy}" in printed
     rows = [line.replace("│", " ").split() for line in printed.splitlines() if line.startswith("│")]
     assert [row[0] for row in rows] == list("0123456789")
@@ -322,9 +312,7 @@ def test_threads_limits_the_command_and_not_the_caller(
     assert torch.get_num_threads() == before
 
 
-def test_a_nan_in_a_later_epoch_points_at_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_nan_in_a_later_epoch_points_at_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: CNNClassifier, *args: object, **kwargs: object) -> None:
         raise TrainingError("the loss became nan at epoch 3", 3, 7)
 
@@ -344,9 +332,7 @@ def test_info_tells_what_runs() -> None:
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (1, 1)])
-def test_bench_passes_its_arguments_on(
-    monkeypatch: pytest.MonkeyPatch, returned: int | None, code: int
-) -> None:
+def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, returned: int | None, code: int) -> None:
     seen = []
 
     def bench_main(arguments: list[str]) -> int | None:
@@ -359,9 +345,7 @@ def test_bench_passes_its_arguments_on(
 
 
 def test_the_package_runs_as_a_module() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fastnn", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "fastnn", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     for command in ("train", "evaluate", "predict", "info", "bench"):
         assert f"  {command} " in done.stdout
@@ -423,9 +407,7 @@ def test_resume_refuses_other_settings(small_npz: Path, tmp_path: Path) -> None:
     assert (tmp_path / "m.safetensors").read_bytes() == before
 
 
-def test_a_full_disk_leaves_the_old_model(
-    small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_old_model(small_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -477,9 +459,7 @@ def test_unusable_models(trained: tuple[Path, str], tmp_path: Path, case: str, c
     assert files_in(tmp_path) == before
 
 
-def test_evaluate_refuses_classes_that_the_model_does_not_know(
-    trained: tuple[Path, str], tmp_path: Path
-) -> None:
+def test_evaluate_refuses_classes_that_the_model_does_not_know(trained: tuple[Path, str], tmp_path: Path) -> None:
     images = np.zeros((20, 28, 28), dtype=np.uint8)
     np.savez(tmp_path / "a.npz", x_train=images, y_train=["cat", "dog"] * 10)
     error = error_of("evaluate", trained[0], "--data", tmp_path / "a.npz")

@@ -124,9 +124,7 @@ def check(case: Conv2dCase, fill: str, dtype: torch.dtype, layout: str = "contig
 
     names = ("grad_input", "grad_weight", "grad_bias")
     lengths = (sizes.grad_input, sizes.grad_weight, sizes.grad_weight)
-    for name, actual, expected, magnitude, length in zip(
-        names, grads, grads64, magnitudes, lengths, strict=False
-    ):
+    for name, actual, expected, magnitude, length in zip(names, grads, grads64, magnitudes, lengths, strict=False):
         assert actual.dtype == dtype
         if fill == "integers":
             assert_identical(actual, expected, name)
@@ -166,13 +164,9 @@ def test_layouts(case: Conv2dCase, layout: str, isa: str, dtype: torch.dtype) ->
     check(case, "integers", dtype, layout)
 
 
-@pytest.mark.parametrize(
-    "case", find(CONV2D_CASES, "3x3_pad1", "1x1", "groups2", "relu_pool2_odd", "depthwise")
-)
+@pytest.mark.parametrize("case", find(CONV2D_CASES, "3x3_pad1", "1x1", "groups2", "relu_pool2_odd", "depthwise"))
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_output_has_the_memory_format_of_the_input(
-    case: Conv2dCase, memory_format: torch.memory_format
-) -> None:
+def test_output_has_the_memory_format_of_the_input(case: Conv2dCase, memory_format: torch.memory_format) -> None:
     x = torch.ones(case.input).contiguous(memory_format=memory_format).requires_grad_()
     w = torch.ones(case.weight).requires_grad_()
     y = functional.conv2d(x, w, **case.kwargs)
@@ -197,9 +191,7 @@ def test_fused_equals_separate_operators() -> None:
     assert_close_bound(fused, separate.double(), 2 * bound)
 
 
-@pytest.mark.parametrize(
-    "case", find(CONV2D_CASES, "relu_pool2_32_to_64", "groups2", "5x5_stride2_pad2", "depthwise")
-)
+@pytest.mark.parametrize("case", find(CONV2D_CASES, "relu_pool2_32_to_64", "groups2", "5x5_stride2_pad2", "depthwise"))
 def test_same_bits_for_every_thread_count(case: Conv2dCase, isa: str) -> None:
     rng = generator("threads", case.id)
     x = random((9, *case.input[1:]), torch.float32, rng).requires_grad_()
@@ -235,9 +227,7 @@ def test_ties_go_to_the_first_element(activation: str | None, isa: str) -> None:
     assert_identical(grads[0], grads[1])
 
 
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"activation": "relu"}, {"activation": "relu", "max_pool": 2}], ids=str
-)
+@pytest.mark.parametrize("kwargs", [{}, {"activation": "relu"}, {"activation": "relu", "max_pool": 2}], ids=str)
 def test_nan_reaches_exactly_where_torch_puts_it(kwargs: dict, isa: str) -> None:
     rng = generator("nan")
     x = random((1, 3, 9, 9), torch.float32, rng)
@@ -327,9 +317,7 @@ def test_any_geometry(data: st.DataObject) -> None:
     if padding == "same":
         conv_size = list(size)
     else:
-        conv_size = [
-            (n + 2 * p - e) // s + 1 for n, p, e, s in zip(size, around, extents, stride, strict=True)
-        ]
+        conv_size = [(n + 2 * p - e) // s + 1 for n, p, e, s in zip(size, around, extents, stride, strict=True)]
         assume(all(n + 2 * p >= e for n, p, e in zip(size, around, extents, strict=True)))
     kwargs: dict = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     if draw(st.booleans()):

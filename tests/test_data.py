@@ -35,9 +35,7 @@ def idx_bytes(array: np.ndarray, type_code: int = 0x08) -> bytes:
     return header + array.astype(data.IDX_TYPES[type_code]).tobytes()
 
 
-def write_idx_folder(
-    folder: Path, *, compressed: bool = False, test: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
+def write_idx_folder(folder: Path, *, compressed: bool = False, test: bool = True) -> tuple[np.ndarray, np.ndarray]:
     images, labels = make_arrays()
     parts = {"train images": images, "train labels": labels}
     if test:
@@ -50,9 +48,7 @@ def write_idx_folder(
     return images, labels
 
 
-def write_pictures(
-    folder: Path, counts: dict[str, int], *, size: tuple[int, int] = (6, 6), mode: str = "L"
-) -> None:
+def write_pictures(folder: Path, counts: dict[str, int], *, size: tuple[int, int] = (6, 6), mode: str = "L") -> None:
     generator = np.random.default_rng(1)
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)
@@ -116,9 +112,7 @@ def test_read_idx_knows_every_element_type(tmp_path: Path, type_code: int) -> No
     assert array.dtype.isnative
 
 
-def test_a_folder_may_bear_the_name_of_a_known_data_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_may_bear_the_name_of_a_known_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_idx_folder(tmp_path / "mnist")
     monkeypatch.chdir(tmp_path)
     assert len(data.load("./mnist")[0]) == len(data.load(Path("mnist"))[0]) == 24
@@ -193,9 +187,7 @@ def test_a_coloured_picture_among_grey_ones_makes_all_three_channels(tmp_path: P
     assert grey.shape == (2, 3, 6, 6)
     np.testing.assert_array_equal(grey[:, 0], grey[:, 2])
     names = (tmp_path / "a").glob("*.png")
-    assert {image[0].tobytes() for image in grey} == {
-        np.asarray(Image.open(name)).tobytes() for name in names
-    }
+    assert {image[0].tobytes() for image in grey} == {np.asarray(Image.open(name)).tobytes() for name in names}
 
 
 def test_image_size_scales_mixed_pictures(tmp_path: Path) -> None:
@@ -611,9 +603,7 @@ def test_atomic_path_replaces_a_file_and_keeps_its_suffix(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_atomic_path_leaves_the_old_file_when_writing_fails(
-    tmp_path: Path, error: type[BaseException]
-) -> None:
+def test_atomic_path_leaves_the_old_file_when_writing_fails(tmp_path: Path, error: type[BaseException]) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
     with pytest.raises(error), atomic_path(target) as temporary:
@@ -623,9 +613,7 @@ def test_atomic_path_leaves_the_old_file_when_writing_fails(
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_atomic_path_names_the_file_when_the_disk_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_atomic_path_names_the_file_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -123,9 +123,7 @@ def test_a_damaged_file_in_the_cache_is_downloaded_again(
 
 
 @pytest.mark.parametrize("first", ["dead", "missing", "wrong", "half"])
-def test_the_next_mirror_is_tried(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, first: str
-) -> None:
+def test_the_next_mirror_is_tried(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch, first: str) -> None:
     mirror = dead_mirror() if first == "dead" else server.mirror(first)
     use_mirrors(monkeypatch, mirror, server.mirror("good"))
     train, _ = data.load("mnist", progress=False)
@@ -157,9 +155,7 @@ def test_without_a_good_mirror_nothing_is_kept(
     assert kept_files(cache) == []
 
 
-def test_a_full_disk_is_not_blamed_on_the_mirror(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_not_blamed_on_the_mirror(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(source: str, target: str) -> None:
         raise OSError(28, "No space left on device")
 
@@ -196,9 +192,7 @@ def cifar10_archive(*, records: int = 4, cut: int = 0) -> bytes:
     output = io.BytesIO()
     with tarfile.open(fileobj=output, mode="w:gz") as archive:
         for name in [*(f"data_batch_{index}.bin" for index in range(1, 6)), "test_batch.bin"]:
-            content = b"".join(
-                bytes([label % 10]) + bytes([label % 10 * 10]) * 3072 for label in range(records)
-            )
+            content = b"".join(bytes([label % 10]) + bytes([label % 10 * 10]) * 3072 for label in range(records))
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
             member.size = len(content) - cut
             archive.addfile(member, io.BytesIO(content))
@@ -212,9 +206,7 @@ def serve_cifar10(server: Server, monkeypatch: pytest.MonkeyPatch, content: byte
     monkeypatch.setitem(DOWNLOADS, "cifar10", Download((server.mirror("good"),), files, classes))
 
 
-def test_cifar10_is_read_from_its_archive(
-    server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar10_is_read_from_its_archive(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     serve_cifar10(server, monkeypatch, cifar10_archive(records=10))
     train, test = data.load("cifar10", progress=False)
     assert train.images.shape == (50, 3, 32, 32)

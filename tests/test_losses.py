@@ -41,9 +41,7 @@ def make(case: LossCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | N
         target = torch.randint(0, classes, shape, generator=rng)
         if case.ignore:
             target.view(-1)[::3] = kwargs.get("ignore_index", -100)
-    weight = (
-        (torch.rand(classes, generator=rng, dtype=torch.float64) + 0.5).to(dtype) if case.weight else None
-    )
+    weight = (torch.rand(classes, generator=rng, dtype=torch.float64) + 0.5).to(dtype) if case.weight else None
     return x, target, weight, kwargs
 
 
@@ -207,9 +205,7 @@ def test_unknown_reduction(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", "mse_loss"])
 @pytest.mark.filterwarnings("ignore:size_average")
-@pytest.mark.parametrize(
-    "legacy", [{"size_average": False}, {"reduce": False}, {"size_average": True}], ids=str
-)
+@pytest.mark.parametrize("legacy", [{"size_average": False}, {"reduce": False}, {"size_average": True}], ids=str)
 def test_legacy_reductions(name: str, legacy: dict[str, bool]) -> None:
     x = random((3, 4), torch.float32, generator("legacy"))
     target = torch.ones(3, 4) if name == "mse_loss" else torch.tensor([0, 1, 2])

@@ -60,9 +60,7 @@ def test_layouts(case: PoolCase, layout: str, isa: str, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("case", find(POOL_CASES, "2", "3_stride2_pad1"))
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_output_has_the_memory_format_of_the_input(
-    case: PoolCase, memory_format: torch.memory_format
-) -> None:
+def test_output_has_the_memory_format_of_the_input(case: PoolCase, memory_format: torch.memory_format) -> None:
     x = torch.ones(case.input).contiguous(memory_format=memory_format)
     assert functional.max_pool2d(x, **case.kwargs).stride() == F.max_pool2d(x, **case.kwargs).stride()
 

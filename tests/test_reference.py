@@ -77,9 +77,7 @@ SGD_OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "options", SGD_OPTIONS, ids=lambda o: ",".join(k for k, v in o.items() if v and k != "lr")
-)
+@pytest.mark.parametrize("options", SGD_OPTIONS, ids=lambda o: ",".join(k for k, v in o.items() if v and k != "lr"))
 def test_sgd_step_is_torchs(options: dict[str, Any]) -> None:
     parameter, buffer = torch.linspace(-1, 1, 7, dtype=torch.float64), None
     for grad, expected in zip(gradients(5), torch_steps(torch.optim.SGD, options), strict=True):

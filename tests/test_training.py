@@ -208,9 +208,7 @@ def test_bar_on_a_terminal_leaves_one_line_per_epoch(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(_progress, "REFRESH_RATE", math.inf)
     screen = io.StringIO()
-    bar = _progress.BarProgress(
-        rich_console.Console(file=screen, force_terminal=True, color_system=None, width=80)
-    )
+    bar = _progress.BarProgress(rich_console.Console(file=screen, force_terminal=True, color_system=None, width=80))
     for epoch in (1, 2):
         bar.start_epoch(epoch, 2, 100)
         bar.advance(50, 1.0, 0.5)
@@ -230,9 +228,7 @@ def test_nan_loss_names_the_step_and_rolls_back_to_the_last_complete_epoch(step:
     expected = make_model()
     fit(expected, epochs=1, loss=InterruptingLoss(0, math.nan))
     model = make_model()
-    with pytest.raises(
-        TrainingError, match=rf"became nan at epoch 2, step {step} of 5 .*end of epoch 1"
-    ) as caught:
+    with pytest.raises(TrainingError, match=rf"became nan at epoch 2, step {step} of 5 .*end of epoch 1") as caught:
         fit(model, loss=InterruptingLoss(5 + step, math.nan))
     assert (caught.value.epoch, caught.value.step) == (2, step)
     assert torch.equal(parameters(model), parameters(expected))
@@ -252,9 +248,7 @@ def test_nan_is_found_beyond_the_first_check() -> None:
     images, targets = make_data(2 * STEPS_PER_CHECK + 10)
     step = STEPS_PER_CHECK + 7
     with pytest.raises(TrainingError, match=f"epoch 1, step {step} of"):
-        make_model().fit(
-            images, targets, batch_size=1, epochs=1, loss=InterruptingLoss(step, math.nan), progress=False
-        )
+        make_model().fit(images, targets, batch_size=1, epochs=1, loss=InterruptingLoss(step, math.nan), progress=False)
 
 
 def test_parameters_that_turn_nan_in_the_last_step_are_not_kept() -> None:
@@ -371,9 +365,7 @@ def test_one_cycle_steps_with_every_batch() -> None:
 
 
 def test_plateau_scheduler_sees_the_loss() -> None:
-    scheduler = partial(
-        lr_scheduler.ReduceLROnPlateau, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs"
-    )
+    scheduler = partial(lr_scheduler.ReduceLROnPlateau, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs")
     assert learning_rates(scheduler=scheduler) == pytest.approx([1.0, 0.5, 0.25, 0.125])
 
 

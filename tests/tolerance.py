@@ -130,9 +130,7 @@ def _assert_same_shape(actual: Tensor, expected: Tensor, name: str) -> None:
     assert wanted == got, f"{name}: expected shape {wanted}, got {got}"
 
 
-def assert_close_bound(
-    actual: Tensor, expected64: Tensor, bound: Tensor | float, name: str = "result"
-) -> None:
+def assert_close_bound(actual: Tensor, expected64: Tensor, bound: Tensor | float, name: str = "result") -> None:
     """Every element within its own bound of the oracle; the message names the worst one."""
     _assert_same_shape(actual, expected64, name)
     if actual.numel() == 0:

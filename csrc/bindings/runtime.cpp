@@ -85,6 +85,7 @@ void bind_runtime(py::module_& module) {
     adopt_torch_threads();
     return cpu::max_threads();
   });
+  module.def("set_own_threads", &cpu::set_own_threads, py::arg("own"));
   module.def("scratch_bytes", &cpu::scratch_thread_bytes);
   module.def("trace_start", &cpu::trace_start);
   module.def("trace_stop", &trace_stop);

@@ -1,8 +1,24 @@
+// Threads. A loop's tasks are claimed from one counter, by one of two crews:
+//
+//   OpenMP      the pool that torch's own operators use, for single operators between torch's: two pools side by side
+//               would fight for cores, since OpenMP's threads spin for a while after each region
+//   own threads for compiled training steps, whose loops follow each other without torch between them
+//
+// OpenMP ends a region with a barrier of all its threads, also those that found no task. When another process holds a
+// core, the barrier waits for a thread that is not running, while the others spin: training collapses to a fraction. A
+// crew of our own needs no such wait: whoever runs takes the tasks, and the region ends when no claimed task is left.
 #include "cpu/parallel.h"
 
 #include <dlfcn.h>
 #include <omp.h>
 #include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 namespace fastnn::cpu {
 namespace {
@@ -10,13 +26,129 @@ namespace {
 bool forked_child = false;
 [[maybe_unused]] const int fork_hook = pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
 
+thread_local bool in_task = false;
+thread_local bool use_own_threads = false;
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// One parallel loop.
+struct Loop {
+  int64_t tasks;
+  int64_t run;  // tasks claimed at a time
+  int threads;
+  Work work;
+  const void* context;
+  alignas(64) std::atomic<int64_t> next{0};
+
+  void take_part(int thread) {
+    in_task = true;
+    for (;;) {
+      const int64_t begin = next.fetch_add(run, std::memory_order_relaxed);
+      if (begin >= tasks) break;
+      work(context, begin, std::min(begin + run, tasks), thread);
+    }
+    in_task = false;
+  }
+};
+
+// Our own threads. One loop at a time; a caller that finds the crew busy works alone.
+//
+// A worker enters a loop by raising `inside` and then looking whether a loop is open; the owner closes the loop and then
+// waits for `inside` to fall to 0. Both orders are sequentially consistent, so either the worker sees the loop closed and
+// leaves without touching it, or the owner sees the worker and waits.
+class Crew {
+ public:
+  // False where the crew serves another caller.
+  bool run(Loop& loop) {
+    const std::unique_lock<std::mutex> lock(owner_, std::try_to_lock);
+    if (!lock) return false;
+    while (static_cast<int>(workers_.size()) < loop.threads - 1) {
+      const int thread = static_cast<int>(workers_.size()) + 1;
+      workers_.emplace_back([this, thread] { serve(thread); });
+      workers_.back().detach();
+    }
+    open_.store(&loop);
+    round_.fetch_add(1);
+    round_.notify_all();
+    loop.take_part(0);
+    open_.store(nullptr);
+    for (int spins = 0; inside_.load() != 0; ++spins) wait_a_moment(spins);
+    return true;
+  }
+
+ private:
+  // A thread that waits first spins, some 20 microseconds, then offers its core to whoever wants it. A worker that found
+  // nothing for some 500 microseconds - longer than the gaps in a training step - sleeps: waking it costs as much as a loop.
+  static constexpr int kSpins = 500;
+  static constexpr int kWaits = 1500;
+
+  static void wait_a_moment(int waited) {
+    if (waited < kSpins)
+      pause_briefly();
+    else
+      sched_yield();
+  }
+
+  void serve(int thread) {
+    uint32_t seen = 0;
+    for (;;) {
+      for (int waited = 0; round_.load(std::memory_order_relaxed) == seen && waited < kWaits; ++waited) wait_a_moment(waited);
+      round_.wait(seen);
+      seen = round_.load();
+      inside_.fetch_add(1);
+      Loop* loop = open_.load();
+      if (loop && thread < loop->threads) loop->take_part(thread);
+      inside_.fetch_sub(1);
+    }
+  }
+
+  std::mutex owner_;
+  std::vector<std::thread> workers_;
+  alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<Loop*> open_{nullptr};
+  alignas(64) std::atomic<int> inside_{0};
+};
+
+Crew& crew() {
+  static Crew* const instance = new Crew;  // never destroyed: its threads outlive static destruction
+  return *instance;
+}
+
 }  // namespace
 
-int max_threads() { return forked_child || omp_in_parallel() ? 1 : omp_get_max_threads(); }
+int max_threads() { return forked_child || in_task || omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
 const char* openmp_library() {
   Dl_info info;
   return dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &info) ? info.dli_fname : "unknown";
+}
+
+void run_tasks(int64_t tasks, Work work, const void* context) {
+  const int threads = static_cast<int>(std::min<int64_t>(max_threads(), tasks));
+  if (threads <= 1) {
+    if (tasks > 0) work(context, 0, tasks, 0);
+    return;
+  }
+  // Eight runs a thread even out what other processes take, at little cost in claims.
+  Loop loop{tasks, std::max<int64_t>(1, tasks / (8 * threads)), threads, work, context};
+  if (use_own_threads) {
+    if (!crew().run(loop)) work(context, 0, tasks, 0);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  loop.take_part(omp_get_thread_num());
+}
+
+bool set_own_threads(bool own) {
+  const bool before = use_own_threads;
+  use_own_threads = own;
+  return before;
 }
 
 }  // namespace fastnn::cpu

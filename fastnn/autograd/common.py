@@ -118,9 +118,7 @@ def define_op(
     _library.impl(name, implementation, "CPU")
     torch.library.register_fake(f"fastnn::{name}", fake, lib=_library)
     if backward is not None:
-        torch.library.register_autograd(
-            f"fastnn::{name}", backward, setup_context=setup_context, lib=_library
-        )
+        torch.library.register_autograd(f"fastnn::{name}", backward, setup_context=setup_context, lib=_library)
     return getattr(torch.ops.fastnn, name).default
 
 

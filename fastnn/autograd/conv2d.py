@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastnn import _C, reference
+from fastnn.arguments import Pair
 from fastnn.autograd.common import (
     define_op,
     dense,
@@ -17,8 +18,6 @@ from fastnn.autograd.common import (
     goes_through_op,
     wanted,
 )
-
-Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
@@ -130,9 +129,7 @@ def conv2d_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
     input, weight, bias, stride, padding, dilation, groups, relu, pool = inputs
     result, winner = output
-    ctx.save_for_backward(
-        input, weight, bias, result if relu and not pool else None, winner if pool else None
-    )
+    ctx.save_for_backward(input, weight, bias, result if relu and not pool else None, winner if pool else None)
     ctx.geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     ctx.relu = relu
 
@@ -169,9 +166,7 @@ class Conv2dFunction(torch.autograd.Function):
         relu: bool,
         pool: bool,
     ) -> Tensor:
-        output, winner = conv2d_forward(
-            input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool
-        )
+        output, winner = conv2d_forward(input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool)
         _save(ctx, (input, weight, bias, stride, padding, dilation, groups, relu, pool), (output, winner))
         return output
 
@@ -189,9 +184,7 @@ def _conv2d(
     relu: bool,
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
-    output, winner = conv2d_forward(
-        input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool
-    )
+    output, winner = conv2d_forward(input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool)
     return output, input.new_empty(0, dtype=torch.uint8) if winner is None else winner
 
 
@@ -207,14 +200,10 @@ def _conv2d_fake(
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = _output_shape(input, weight, Geometry(stride, padding, dilation, groups), pool)
-    output = torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=_result_format(input, weight)
-    )
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_result_format(input, weight))
     if not pool:
         return output, input.new_empty(0, dtype=torch.uint8)
-    return output, torch.empty(
-        shape, dtype=torch.uint8, device=input.device, memory_format=torch.channels_last
-    )
+    return output, torch.empty(shape, dtype=torch.uint8, device=input.device, memory_format=torch.channels_last)
 
 
 conv2d_op = define_op(

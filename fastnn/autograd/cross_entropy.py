@@ -30,7 +30,7 @@ def loss_shape(input: Tensor, reduction: int) -> Sequence[int]:
     return (*input.shape[:1], *input.shape[2:]) if reduction == 0 and input.dim() > 1 else ()
 
 
-def _statistics_size(input: Tensor, target: Tensor) -> int:
+def statistics_size(input: Tensor, target: Tensor) -> int:
     """Two or, where the target holds probabilities, three numbers per sample, and the divisor."""
     samples = 1
     if input.dim() > 1:
@@ -51,7 +51,7 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and what backward needs if `keep`."""
     output = torch.empty(loss_shape(input, reduction), dtype=input.dtype)
-    statistics = torch.empty(_statistics_size(input, target), dtype=input.dtype) if keep else None
+    statistics = torch.empty(statistics_size(input, target), dtype=input.dtype) if keep else None
     if weight is not None:
         weight = dense(weight)
     _C.cross_entropy_forward(
@@ -104,9 +104,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
     needed = ctx.needs_input_grad[:2]
     rest = (None,) * 4
     if goes_through_op(grad_output):
-        grads = cross_entropy_backward_op(
-            grad_output, statistics, input, target, weight, *ctx.options, needed
-        )
+        grads = cross_entropy_backward_op(grad_output, statistics, input, target, weight, *ctx.options, needed)
         return *wanted(grads, needed), *rest
     ignore_index, reduction, label_smoothing = ctx.options
     if torch.is_grad_enabled():
@@ -146,9 +144,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         reduction: int,
         label_smoothing: float,
     ) -> Tensor:
-        output, statistics = cross_entropy_forward(
-            input, target, weight, ignore_index, reduction, label_smoothing
-        )
+        output, statistics = cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing)
         ctx.options = ignore_index, reduction, label_smoothing
         ctx.save_for_backward(input, target, weight, statistics)
         return output
@@ -163,7 +159,7 @@ cross_entropy_op = define_op(
     cross_entropy_forward,
     lambda input, target, weight, ignore_index, reduction, label_smoothing: (
         input.new_empty(loss_shape(input, reduction)),
-        input.new_empty(_statistics_size(input, target)),
+        input.new_empty(statistics_size(input, target)),
     ),
     backward=_backward,
     setup_context=_save,

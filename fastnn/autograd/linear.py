@@ -32,9 +32,7 @@ def linear_backward(
     grad_input = torch.empty(input.shape, dtype=input.dtype) if needed[0] else None
     grad_weight = torch.empty(weight.shape, dtype=weight.dtype) if needed[1] else None
     grad_bias = torch.empty(weight.shape[0], dtype=weight.dtype) if needed[2] else None
-    _C.linear_backward(
-        grad_input, grad_weight, grad_bias, dense(grad_output), dense(input), dense(weight), output
-    )
+    _C.linear_backward(grad_input, grad_weight, grad_bias, dense(grad_output), dense(input), dense(weight), output)
     return grad_input, grad_weight, grad_bias
 
 

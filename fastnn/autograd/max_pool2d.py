@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastnn import _C, reference
+from fastnn.arguments import Pair
 from fastnn.autograd.common import (
     define_op,
     differentiable_backward,
@@ -21,14 +22,10 @@ from fastnn.autograd.common import (
 )
 from fastnn.autograd.conv2d import prefers_channels_last
 
-Pair = tuple[int, int]
-
 MAX_BYTE_TAPS = 256
 
 
-def _axis_size(
-    name: str, size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
-) -> int:
+def _axis_size(name: str, size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
     """Number of windows along one axis."""
     if kernel < 1:
         raise ValueError(f"kernel_size: expected at least 1 along {name}, got {kernel}")
@@ -38,9 +35,7 @@ def _axis_size(
         raise ValueError(f"dilation: expected at least 1 along {name}, got {dilation}")
     reach = (kernel - 1) * dilation + 1
     if padding < 0 or padding > reach // 2:
-        raise ValueError(
-            f"padding: expected 0 to {reach // 2} along {name}, half of the kernel's reach, got {padding}"
-        )
+        raise ValueError(f"padding: expected 0 to {reach // 2} along {name}, half of the kernel's reach, got {padding}")
     room = size + 2 * padding - reach
     if ceil_mode:
         count = (room + stride - 1) // stride + 1
@@ -113,9 +108,7 @@ def max_pool2d_forward(
     winners = None
     if winners_dtype is not None:
         winners = torch.empty(shape, dtype=winners_dtype, memory_format=memory_format)
-    _C.max_pool2d_forward(
-        output, winners, _dense_image(input, memory_format), kernel_size, stride, padding, dilation
-    )
+    _C.max_pool2d_forward(output, winners, _dense_image(input, memory_format), kernel_size, stride, padding, dilation)
     return output, winners
 
 

@@ -24,9 +24,7 @@ from fastnn.autograd.common import (
 from fastnn.autograd.cross_entropy import REDUCTIONS
 
 
-def mse_loss_forward(
-    input: Tensor, target: Tensor, weight: Tensor | None, reduction: int
-) -> tuple[Tensor, Tensor]:
+def mse_loss_forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
     """The loss and the divisor of its mean."""
     input = gapless(input)
     output = torch.empty_like(input) if reduction == 0 else torch.empty((), dtype=input.dtype)
@@ -120,8 +118,7 @@ mse_loss_backward_op = define_op(
     "mse_loss_backward(Tensor grad_output, Tensor divisor, Tensor input, Tensor target, Tensor? weight, "
     "int reduction, bool[2] needed) -> (Tensor, Tensor)",
     lambda grad_output, divisor, input, *others: tuple(
-        input.new_empty(0) if grad is None else grad
-        for grad in mse_loss_backward(grad_output, divisor, input, *others)
+        input.new_empty(0) if grad is None else grad for grad in mse_loss_backward(grad_output, divisor, input, *others)
     ),
     lambda grad_output, divisor, input, *others: tuple(
         torch.empty_like(input) if need else input.new_empty(0) for need in others[-1]

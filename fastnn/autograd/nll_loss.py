@@ -36,9 +36,7 @@ def nll_loss_backward(
     grad_input = torch.empty(input.shape, dtype=input.dtype)
     if weight is not None:
         weight = dense(weight)
-    _C.nll_loss_backward(
-        grad_input, dense(grad_output), divisor, dense(target), weight, ignore_index, reduction
-    )
+    _C.nll_loss_backward(grad_input, dense(grad_output), divisor, dense(target), weight, ignore_index, reduction)
     return grad_input
 
 
@@ -60,9 +58,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
         ignore_index, reduction = ctx.options
 
         def function(x: Tensor) -> Tensor:
-            return reference.nll_loss(
-                x, target, weight, ignore_index=ignore_index, reduction=REDUCTIONS[reduction]
-            )
+            return reference.nll_loss(x, target, weight, ignore_index=ignore_index, reduction=REDUCTIONS[reduction])
 
         (grad_input,) = differentiable_backward(function, (input,), (True,), grad_output)
     else:
@@ -84,8 +80,7 @@ class NllLossFunction(torch.autograd.Function):
 
 
 nll_loss_op = define_op(
-    "nll_loss(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction) "
-    "-> (Tensor, Tensor)",
+    "nll_loss(Tensor input, Tensor target, Tensor? weight, int ignore_index, int reduction) -> (Tensor, Tensor)",
     nll_loss_forward,
     lambda input, target, weight, ignore_index, reduction: (
         input.new_empty(loss_shape(input, reduction)),

@@ -1,0 +1,50 @@
+"""Reading the arguments that operators and layers share: pairs, activations, pooling windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+Pair = tuple[int, int]  # (height, width)
+
+# The window that a convolution pools in registers: (kernel_size, stride, padding).
+FUSED_POOL = ((2, 2), (2, 2), (0, 0))
+
+
+def wants_relu(activation: str | None) -> bool:
+    """Whether ``activation=`` asks for a ReLU."""
+    if activation is None:
+        return False
+    if activation == "relu":
+        return True
+    raise ValueError(f'activation: expected None or "relu", got {activation!r}')
+
+
+def pair(name: str, value: int | Sequence[int]) -> Pair:
+    """(height, width) of an argument that takes one number for both."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value, value
+    if isinstance(value, (tuple, list)) and all(isinstance(v, (int, torch.SymInt)) for v in value):
+        if len(value) == 2:
+            return value[0], value[1]
+        if len(value) == 1:
+            return value[0], value[0]
+    raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
+
+
+def pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
+    """(kernel_size, stride, padding) from the forms that ``max_pool=`` takes."""
+    if max_pool is None:
+        return None
+    if isinstance(max_pool, int):
+        max_pool = (max_pool, max_pool, 0)
+    if not isinstance(max_pool, (tuple, list)) or len(max_pool) != 3:
+        raise ValueError(f"max_pool: expected None, an int or (kernel_size, stride, padding), got {max_pool!r}")
+    kernel_size, stride, padding = max_pool
+    kernel_size = pair("max_pool", kernel_size)
+    if min(kernel_size) < 1:
+        raise ValueError(f"max_pool: expected a kernel_size of at least 1, got {kernel_size}")
+    stride = kernel_size if stride is None else pair("max_pool", stride)
+    return kernel_size, stride, pair("max_pool", padding)

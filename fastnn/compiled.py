@@ -1,0 +1,380 @@
+"""A whole training step as one recorded program: forward, loss and backward without Python between kernels.
+
+`compile_step` walks a Sequential once, allocates every activation and gradient, and records the kernel calls. A
+step then copies its batch in, replays the program and lets the optimizer update. Activations stay in channels_last
+order throughout; a Flatten is one transposition. A model, loss or optimizer that cannot be recorded raises
+`NotCompilable`, whose message says why; `fastnn.training.make_step` then runs it through autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnn import _C, nn, optim
+from fastnn.arguments import FUSED_POOL, pair, pool_arguments, wants_relu
+from fastnn.autograd.cross_entropy import REDUCTIONS, statistics_size
+from fastnn.autograd.max_pool2d import pool_size, winners_dtype
+
+__all__ = ["CompiledStep", "NotCompilable"]
+
+
+class NotCompilable(ValueError):  # noqa: N818 - names the verdict, not a failure
+    """The model, loss or optimizer is none that a program can express."""
+
+
+@dataclass
+class _Recording:
+    """One batch size's program and the tensors it works in."""
+
+    images: Tensor
+    targets: Tensor
+    loss: Tensor
+    correct: Tensor
+    program: _C.Program
+    tensors: list[Tensor] = field(default_factory=list)  # kept alive for the program
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        tensor = torch.empty(shape, dtype=dtype, memory_format=memory_format)
+        self.tensors.append(tensor)
+        return tensor
+
+    def new_like(self, tensor: Tensor) -> Tensor:
+        return self.new(tuple(tensor.shape), tensor.dtype, channels_last=tensor.dim() == 4)
+
+
+# A stage records its forward call on an input and returns the output with a function that records its backward:
+# given grad_output and whether the input's gradient is wanted, it returns that gradient or None.
+Backward = Callable[[Tensor, bool], "Tensor | None"]
+Stage = Callable[[_Recording, Tensor, dict[Tensor, Tensor]], tuple[Tensor, Backward]]
+
+
+def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise NotCompilable(f"{layer}: expected numeric zero padding")
+    pool = pool_arguments(layer.max_pool)
+    relu = wants_relu(layer.activation)
+    geometry = (tuple(layer.stride), tuple(layer.padding), tuple(layer.dilation), layer.groups)
+    depthwise = layer.groups == layer.out_channels and layer.groups > 1
+    fused = pool == FUSED_POOL and not depthwise
+
+    def stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+        if input.dim() != 4:
+            raise NotCompilable(f"{layer}: expected images, got shape {tuple(input.shape)}")
+        sizes = []
+        for d in range(2):
+            span = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
+            size = (input.shape[2 + d] + 2 * int(layer.padding[d]) - span) // layer.stride[d] + 1
+            sizes.append(size // 2 if fused else size)
+        shape = (input.shape[0], layer.out_channels, sizes[0], sizes[1])
+        output = recording.new(shape, input.dtype, channels_last=True)
+        winner = recording.new(shape, torch.uint8, channels_last=True) if fused else None
+        weight, bias = layer.weight, layer.bias
+        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu)
+
+        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+            grad_input = recording.new_like(input) if needs_input else None
+            _C.conv2d_backward(
+                grad_input,
+                grads.get(weight),
+                None if bias is None else grads.get(bias),
+                grad_output,
+                input,
+                weight,
+                output if relu and not fused else None,
+                winner,
+                *geometry,
+            )
+            return grad_input
+
+        return output, backward
+
+    if pool is None or fused:
+        return [stage]
+    return [stage, _max_pool2d_stage(*pool, dilation=(1, 1), ceil_mode=False)]
+
+
+def _linear_stage(layer: nn.Linear) -> Stage:
+    relu = wants_relu(layer.activation)
+
+    def stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+        if input.dim() != 2:
+            raise NotCompilable(f"{layer}: expected rows, got shape {tuple(input.shape)}")
+        weight, bias = layer.weight, layer.bias
+        output = recording.new((len(input), layer.out_features), input.dtype)
+        _C.linear_forward(output, input, weight, bias, relu)
+
+        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+            grad_input = recording.new(tuple(input.shape), input.dtype) if needs_input else None
+            _C.linear_backward(
+                grad_input,
+                grads.get(weight),
+                None if bias is None else grads.get(bias),
+                grad_output,
+                input,
+                weight,
+                output if relu else None,
+            )
+            return grad_input
+
+        return output, backward
+
+    return stage
+
+
+def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Stage:
+    window = (kernel_size, stride, padding, dilation)
+
+    def stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+        height, width = pool_size(input.shape[2], input.shape[3], *window, ceil_mode)
+        shape = (input.shape[0], input.shape[1], height, width)
+        output = recording.new(shape, input.dtype, channels_last=True)
+        winners = recording.new(shape, winners_dtype(kernel_size, return_indices=False), channels_last=True)
+        _C.max_pool2d_forward(output, winners, input, *window)
+
+        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+            if not needs_input:
+                return None
+            grad_input = recording.new_like(input)
+            _C.max_pool2d_backward(grad_input, grad_output, winners, *window)
+            return grad_input
+
+        return output, backward
+
+    return stage
+
+
+def _relu_stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    output = recording.new_like(input)
+    _C.relu_forward(output, input)
+
+    def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+        if not needs_input:
+            return None
+        grad_input = recording.new_like(input)
+        _C.relu_backward(grad_input, grad_output, output)
+        return grad_input
+
+    return output, backward
+
+
+def _flatten_stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    if input.dim() == 2:
+        return input, lambda grad_output, needs_input: grad_output
+    batch, channels, height, width = input.shape
+    pixels = height * width
+    stored = input.permute(0, 2, 3, 1).reshape(batch, pixels, channels)
+    if pixels == 1 or channels == 1:  # the same order either way
+        flat = stored.reshape(batch, channels * pixels)
+    else:
+        flat = recording.new((batch, channels * pixels), input.dtype)
+        _C.transpose(flat.view(batch, channels, pixels), stored)
+
+    def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+        if not needs_input:
+            return None
+        if flat.data_ptr() == stored.data_ptr():
+            return grad_output.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        grad_input = recording.new_like(input)
+        to = grad_input.permute(0, 2, 3, 1).reshape(batch, pixels, channels)
+        _C.transpose(to, grad_output.view(batch, channels, pixels))
+        return grad_input
+
+    return flat, backward
+
+
+def _stages_of(layer: torch.nn.Module) -> list[Stage]:
+    """The stages of one layer of a Sequential; exact types alone, since a subclass may compute something else."""
+    if _has_hooks(layer):
+        raise NotCompilable(f"{layer}: expected a layer without hooks")
+    if type(layer) is nn.Conv2d:
+        return _conv2d_stage(layer)
+    if type(layer) is nn.Linear:
+        return [_linear_stage(layer)]
+    if type(layer) is nn.ReLU:
+        return [_relu_stage]
+    if type(layer) is nn.MaxPool2d and not layer.return_indices:
+        kernel_size = pair("kernel_size", layer.kernel_size)
+        stride = pair("stride", layer.stride)
+        padding, dilation = pair("padding", layer.padding), pair("dilation", layer.dilation)
+        return [_max_pool2d_stage(kernel_size, stride, padding, dilation, layer.ceil_mode)]
+    if type(layer) is torch.nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
+        return [_flatten_stage]
+    if type(layer) is torch.nn.Identity:
+        return []
+    raise NotCompilable(f"{layer}: expected a layer of fastnn.nn, Flatten or Identity")
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            torch.nn.modules.module._has_any_global_hook(),
+        )
+    )
+
+
+def _runs_in_order(model: torch.nn.Module) -> bool:
+    """Whether calling the model calls its layers one after another and nothing else."""
+    forward = type(model).forward
+    return isinstance(model, torch.nn.Sequential) and (
+        forward is torch.nn.Sequential.forward or getattr(type(model), "runs_layers_in_order", False)
+    )
+
+
+class CompiledStep:
+    """One training step - forward, loss, backward, update - with preallocated memory and no Python between kernels.
+
+    Args:
+        model: a Sequential of fastnn layers, Flatten and Identity on the CPU, in float32 or float64.
+        loss: a CrossEntropyLoss that takes the mean.
+        optimizer: of the model's parameters.
+
+    Calling it with images ``(n, channels, height, width)`` and class numbers ``(n,)`` makes one step and returns
+    the mean loss and the number of right answers, 0-dimensional tensors that the next step overwrites. Each batch
+    size is recorded once. Parameters keep their storage; their ``grad`` is the step's own memory.
+
+    Raises:
+        NotCompilable: where a program cannot express the model, loss or optimizer; says what stands in the way.
+
+    Equivalent to::
+
+        optimizer.zero_grad()
+        logits = model(images)
+        loss = loss_function(logits, targets)
+        loss.backward()
+        optimizer.step()
+    """
+
+    def __init__(self, model: torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer) -> None:
+        if not _runs_in_order(model) or _has_hooks(model):
+            raise NotCompilable(f"model: expected a Sequential without hooks, got {type(model).__name__}")
+        self._stages = [
+            (stage, any(parameter.requires_grad for parameter in layer.parameters()))
+            for layer in model
+            for stage in _stages_of(layer)
+        ]
+        if type(loss) not in (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss) or loss.reduction != "mean":
+            raise NotCompilable(f"loss: expected a CrossEntropyLoss of the mean, got {loss}")
+        self._loss = loss
+        self._optimizer = optimizer
+        self._parameters = list(model.parameters())
+        if not self._parameters or len(self._parameters) != sum(len(m._parameters) for m in model.modules()) - sum(
+            parameter is None for m in model.modules() for parameter in m._parameters.values()
+        ):
+            raise NotCompilable("model: expected parameters, none of them shared between layers")
+        self._dtype = self._parameters[0].dtype
+        for parameter in self._parameters:
+            if type(parameter) is not torch.nn.Parameter or parameter.device.type != "cpu":
+                raise NotCompilable("model: expected plain parameters on the CPU")
+            if parameter.dtype is not self._dtype or self._dtype not in (torch.float32, torch.float64):
+                raise NotCompilable("model: expected parameters all float32 or all float64")
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise NotCompilable("model: expected parameters without hooks")
+            dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
+            if not dense:
+                raise NotCompilable("model: expected parameters in contiguous or channels_last memory")
+        self._grads = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
+        self._recordings: dict[tuple[int, ...], _Recording] = {}
+        self._has_own_update = isinstance(optimizer, (optim.Adam, optim.SGD))
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        recording = self._recording(tuple(images.shape))
+        recording.images.copy_(images)
+        recording.targets.copy_(targets)
+        return self._run(recording)
+
+    def on_rows(self, images: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """As a call with ``images[index]`` (uint8 scaled to 0..1) and ``targets[index]``, gathered in one pass."""
+        recording = self._recording((len(index), *images.shape[1:]))
+        scale = 1 / 255 if images.dtype is torch.uint8 else 1.0
+        _C.gather_images(recording.images, images, index, scale)
+        torch.index_select(targets, 0, index, out=recording.targets)
+        return self._run(recording)
+
+    def prepare_rows(self, images: Tensor, targets: Tensor, batch_size: int) -> None:
+        """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
+        if images.device.type != "cpu" or targets.device.type != "cpu":
+            raise NotCompilable("images: expected images and targets on the CPU")
+        if not images.is_contiguous() or images.dtype not in (torch.uint8, self._dtype):
+            raise NotCompilable(f"images: expected contiguous uint8 or {self._dtype}, got {images.dtype}")
+        self._recording((batch_size, *images.shape[1:]))
+
+    def _run(self, recording: _Recording) -> tuple[Tensor, Tensor]:
+        before = _C.set_own_threads(True)
+        try:
+            recording.program.run()
+            for parameter, grad in self._grads.items():
+                parameter.grad = grad
+            self._update()
+        finally:
+            _C.set_own_threads(before)
+        return recording.loss, recording.correct
+
+    def _update(self) -> None:
+        optimizer: Any = self._optimizer
+        if self._has_own_update and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks):
+            optimizer.update()
+        else:
+            optimizer.step()
+
+    def _recording(self, shape: tuple[int, ...]) -> _Recording:
+        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        if addresses != self._addresses:  # the parameters moved: programs hold their old places
+            self._addresses = addresses
+            self._recordings.clear()
+        recording = self._recordings.get(shape)
+        if recording is None:
+            recording = self._recordings[shape] = self._record(shape)
+        return recording
+
+    @torch.no_grad()
+    def _record(self, shape: tuple[int, ...]) -> _Recording:
+        if len(shape) != 4 or shape[0] < 1:
+            raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
+        recording = _Recording(
+            torch.empty(shape, dtype=self._dtype, memory_format=torch.channels_last),
+            torch.empty(shape[0], dtype=torch.int64),
+            torch.empty((), dtype=self._dtype),
+            torch.empty((), dtype=torch.int64),
+            _C.Program(),
+        )
+        recording.program.start_recording()
+        try:
+            self._record_calls(recording)
+        finally:
+            recording.program.stop_recording()
+        return recording
+
+    def _record_calls(self, recording: _Recording) -> None:
+        output = recording.images
+        backwards: list[tuple[Backward, bool]] = []
+        trained = False  # whether a stage before this one has parameters that are trained
+        for stage, trains in self._stages:
+            output, backward = stage(recording, output, self._grads)
+            backwards.append((backward, trained))
+            trained = trained or trains
+        if output.dim() != 2:
+            raise NotCompilable(f"model: expected an output (n, classes), got {tuple(output.shape)}")
+        loss = self._loss
+        options = (loss.weight, loss.ignore_index, REDUCTIONS.index("mean"), loss.label_smoothing)
+        statistics = recording.new((statistics_size(output, recording.targets),), self._dtype)
+        _C.cross_entropy_forward(recording.loss, statistics, output, recording.targets, *options)
+        _C.count_correct(recording.correct, output, recording.targets)
+        one = recording.new((), self._dtype).fill_(1)
+        grad = recording.new_like(output)
+        _C.cross_entropy_backward(grad, None, one, statistics, output, recording.targets, *options)
+        for backward, needs_input in reversed(backwards):
+            grad_input = backward(grad, needs_input)
+            if grad_input is None:
+                break
+            grad = grad_input

@@ -296,8 +296,7 @@ class CompiledStep:
     def on_rows(self, images: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """As a call with ``images[index]`` (uint8 scaled to 0..1) and ``targets[index]``, gathered in one pass."""
         recording = self._recording((len(index), *images.shape[1:]))
-        scale = 1 / 255 if images.dtype is torch.uint8 else 1.0
-        _C.gather_images(recording.images, images, index, scale)
+        _C.gather_images(recording.images, images, index, 255.0 if images.dtype is torch.uint8 else 1.0)
         torch.index_select(targets, 0, index, out=recording.targets)
         return self._run(recording)
 
@@ -324,6 +323,7 @@ class CompiledStep:
         optimizer: Any = self._optimizer
         if self._has_own_update and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks):
             optimizer.update()
+            optimizer._opt_called = True  # what learning-rate schedulers look for
         else:
             optimizer.step()
 

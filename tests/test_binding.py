@@ -395,10 +395,12 @@ def test_optimizers_bump_the_version_counter(name: str) -> None:
 PYTHON_LAYERS = {
     "runtime": {"_C"},
     "reference": set(),
-    "autograd": {"_C", "runtime", "reference"},
-    "functional": {"autograd", "reference", "runtime"},
+    "arguments": set(),
+    "autograd": {"_C", "arguments", "runtime", "reference"},
+    "functional": {"arguments", "autograd", "reference", "runtime"},
     "nn": {"functional", "autograd", "reference", "runtime"},
     "optim": {"_C", "runtime"},
+    "compiled": {"_C", "arguments", "autograd", "nn", "optim"},
     "convert": {"nn"},
 }
 # Modules that build on the operators: none of those may import one of these.

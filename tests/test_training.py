@@ -23,6 +23,7 @@ from fastnn.training import (
     Batches,
     EarlyStopping,
     History,
+    ProgramStep,
     ModelFileError,
     SoftmaxMSELoss,
     TrainingError,
@@ -104,7 +105,7 @@ def test_every_epoch_has_every_image_once_in_its_own_order() -> None:
     batches = Batches(images, torch.arange(10), batch_size=4)
     orders = []
     for epoch in (1, 2):
-        seen = [(x.clone(), y.clone()) for x, y in batches.shuffled(7, epoch)]
+        seen = [batches.gather(rows) for rows in batches.shuffled(7, epoch)]
         assert [len(y) for _, y in seen] == [4, 4, 2]
         order = torch.cat([y for _, y in seen])
         assert torch.equal(torch.cat([x for x, _ in seen]).flatten(), order / 255)
@@ -123,7 +124,8 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 def test_uint8_images_stay_uint8_and_come_out_as_floats_up_to_one() -> None:
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
     batches = Batches(images, torch.zeros(3, dtype=torch.int64), batch_size=3)
-    ((batch, _),) = batches.in_order()
+    (rows,) = batches.in_order()
+    batch, _ = batches.gather(rows)
     assert batches.images.dtype == torch.uint8
     assert batch.dtype == torch.float32
     assert torch.equal(batch.flatten(), torch.tensor([0, 51, 255]) / 255)
@@ -135,8 +137,10 @@ def test_uint8_images_stay_uint8_and_come_out_as_floats_up_to_one() -> None:
 def test_step_returns_the_loss_and_right_answers_and_updates_as_torch_does() -> None:
     images, targets = make_data(16)
     model, expected = make_model(), make_model()
-    step = make_step(model, make_loss("cross_entropy"), optim.SGD(model.parameters(), lr=0.1))
-    loss, correct = step(images, targets)
+    batches = Batches(images, targets, batch_size=16)
+    step = make_step(model, make_loss("cross_entropy"), optim.SGD(model.parameters(), lr=0.1), batches)
+    assert isinstance(step, ProgramStep)
+    loss, correct = step(batches, torch.arange(16))
 
     logits = expected(images)
     expected_loss = torch.nn.functional.cross_entropy(logits, targets)

@@ -1,7 +1,7 @@
 // What a training step does to its batch besides the network's operators.
 //
 //   transpose:      output[b][c][r] = input[b][r][c]: channels_last activations into rows that linear reads, and back
-//   gather_images:  output[b] = input[index[b]] * scale, in channels_last order
+//   gather_images:  output[b] = input[index[b]] / divisor, in channels_last order
 //   count_correct:  correct = how many rows of logits have their maximum at the target
 #pragma once
 
@@ -22,7 +22,7 @@ struct TransposeBuffers {
 struct GatherImagesShape {
   int64_t images, batch, channels, pixels;
   bool from_uint8;
-  double scale;
+  double divisor;
 };
 
 template <class T>

@@ -26,14 +26,14 @@ void transpose_batch(const TransposeShape& s, const TransposeBuffers<T>& t) {
 template <class T, class Source>
 void gather_images_from(const GatherImagesShape& s, const GatherImagesBuffers<T>& t) {
   const int64_t elements = s.channels * s.pixels;
-  const T scale = static_cast<T>(s.scale);
+  const T divisor = static_cast<T>(s.divisor);
   parallel_ranges(s.batch, kBatchGrain / (elements + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const Source* from = static_cast<const Source*>(t.input) + t.index[b] * elements;
       T* to = t.output + b * elements;
       for (int64_t c = 0; c < s.channels; ++c)
         for (int64_t p = 0; p < s.pixels; ++p)
-          to[p * s.channels + c] = static_cast<T>(from[c * s.pixels + p]) * scale;
+          to[p * s.channels + c] = static_cast<T>(from[c * s.pixels + p]) / divisor;
     }
   });
 }

@@ -1,0 +1,271 @@
+"""compile_step: the same training as through autograd, whatever it can express, and a clear word where it cannot."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fastnn
+from fastnn import nn, optim
+from fastnn.training import AutogradStep, Batches, CompiledStep, NotCompilable, compile_step, make_step
+
+DTYPES = [torch.float32, torch.float64]
+
+
+def mnist_like() -> torch.nn.Sequential:
+    return torch.nn.Sequential(
+        nn.Conv2d(1, 32, 3, activation="relu", max_pool=2),
+        nn.Conv2d(32, 64, 3, activation="relu", max_pool=2),
+        torch.nn.Flatten(),
+        nn.Linear(1600, 64, activation="relu"),
+        nn.Linear(64, 10),
+    )
+
+
+def cifar_like() -> torch.nn.Sequential:
+    return torch.nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, activation="relu", max_pool=2),
+        torch.nn.Identity(),
+        nn.Conv2d(16, 24, 5, padding=2, activation="relu", max_pool=(3, 2, 1)),
+        nn.Conv2d(24, 24, 3, padding=1, groups=24),
+        nn.ReLU(),
+        nn.Conv2d(24, 32, 3, stride=2, bias=False),
+        nn.MaxPool2d(2),
+        torch.nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
+
+def odd_sizes() -> torch.nn.Sequential:
+    return torch.nn.Sequential(
+        nn.Conv2d(2, 5, 3, max_pool=2), torch.nn.Flatten(), nn.Linear(5 * 4 * 5, 7, activation="relu"), nn.Linear(7, 3)
+    )
+
+
+MODELS: dict[str, tuple[Callable[[], torch.nn.Sequential], tuple[int, int, int], int]] = {
+    "mnist": (mnist_like, (1, 28, 28), 10),
+    "cifar": (cifar_like, (3, 20, 20), 10),
+    "odd": (odd_sizes, (2, 11, 13), 3),
+}
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": lambda parameters: optim.Adam(parameters, lr=2e-3),
+    "sgd": lambda parameters: optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "torch adam": lambda parameters: torch.optim.Adam(parameters, lr=2e-3),
+}
+
+
+def data(
+    shape: tuple[int, int, int], classes: int, count: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(count, *shape, generator=generator, dtype=dtype)
+    return images, torch.randint(classes, (count,), generator=generator)
+
+
+def both(
+    build: Callable[[], torch.nn.Sequential], dtype: torch.dtype
+) -> tuple[torch.nn.Sequential, torch.nn.Sequential]:
+    torch.manual_seed(0)
+    model = build().to(dtype)
+    return model, copy.deepcopy(model)
+
+
+def autograd_step(model: Any, loss: Any, optimizer: Any, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    optimizer.zero_grad()
+    value = loss(model(images), targets)
+    value.backward()
+    optimizer.step()
+    return value.detach()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_fifty_steps_end_at_the_bits_of_autograd(name: str, dtype: torch.dtype, optimizer: str) -> None:
+    build, shape, classes = MODELS[name]
+    compiled, eager = both(build, dtype)
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    step = compile_step(compiled, loss, OPTIMIZERS[optimizer](compiled.parameters()))
+    eager_optimizer = OPTIMIZERS[optimizer](eager.parameters())
+    images, targets = data(shape, classes, 90, dtype)
+    for i in range(50):
+        rows = torch.arange(9 * i, 9 * i + (9 if i % 5 else 4)) % 90  # two batch sizes
+        got, correct = step(images[rows], targets[rows])
+        right = int((eager(images[rows]).argmax(1) == targets[rows]).sum())
+        expected = autograd_step(eager, loss, eager_optimizer, images[rows], targets[rows])
+        assert torch.equal(got, expected)
+        assert int(correct) == right
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("isa", fastnn.available_isas())
+def test_every_isa_runs_its_own_kernels(isa: str) -> None:
+    before = fastnn.get_isa()
+    fastnn.set_isa(isa)
+    try:
+        model, _ = both(mnist_like, torch.float32)
+        step = compile_step(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()))
+        images, targets = data((1, 28, 28), 10, 8, torch.float32)
+        step(images, targets)
+        with fastnn.explain_dispatch() as log:
+            step(images, targets)
+    finally:
+        fastnn.set_isa(before)
+    assert {record.isa for record in log} == {isa}
+    assert {"conv2d_forward", "conv2d_grad_weight", "linear_backward", "cross_entropy_backward", "adam_step"} <= {
+        record.operator for record in log
+    }
+    assert "sparse" in {record.kernel for record in log if record.operator == "conv2d_grad_input"}
+
+
+def test_the_thread_count_does_not_change_a_bit() -> None:
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        model, _ = both(mnist_like, torch.float32)
+        step = compile_step(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()))
+        images, targets = data((1, 28, 28), 10, 32, torch.float32)
+        for _ in range(5):
+            step(images, targets)
+        results.append([parameter.clone() for parameter in model.parameters()])
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_rows_of_uint8_images_are_gathered_and_scaled() -> None:
+    compiled, eager = both(odd_sizes, torch.float32)
+    loss = nn.CrossEntropyLoss()
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(256, (20, 2, 11, 13), generator=generator, dtype=torch.uint8)
+    targets = torch.randint(3, (20,), generator=generator)
+    rows = torch.tensor([3, 19, 0, 3])
+    step = compile_step(compiled, loss, optim.SGD(compiled.parameters(), lr=0.1))
+    got, _ = step.on_rows(images, targets, rows)
+    expected = autograd_step(eager, loss, optim.SGD(eager.parameters(), lr=0.1), images[rows] / 255, targets[rows])
+    assert torch.equal(got, expected)
+    with pytest.raises(ValueError, match="index: expected numbers from 0 to 19, got 20"):
+        step.on_rows(images, targets, torch.tensor([0, 20]))
+
+
+def test_frozen_parameters_stay_and_the_rest_trains() -> None:
+    compiled, eager = both(mnist_like, torch.float32)
+    for model in (compiled, eager):
+        model[0].requires_grad_(False)
+        model[3].weight.requires_grad_(False)
+    loss = nn.CrossEntropyLoss()
+    images, targets = data((1, 28, 28), 10, 6, torch.float32)
+    step = compile_step(compiled, loss, optim.SGD(compiled.parameters(), lr=0.1))
+    optimizer = optim.SGD(eager.parameters(), lr=0.1)
+    for _ in range(3):
+        assert torch.equal(step(images, targets)[0], autograd_step(eager, loss, optimizer, images, targets))
+    assert all(torch.equal(a, b) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))
+    assert compiled[0].weight.grad is None
+
+
+def test_parameters_that_moved_are_found_again() -> None:
+    compiled, eager = both(odd_sizes, torch.float32)
+    loss = nn.CrossEntropyLoss()
+    images, targets = data((2, 11, 13), 3, 6, torch.float32)
+    step = compile_step(compiled, loss, optim.SGD(compiled.parameters(), lr=0.1))
+    optimizer = optim.SGD(eager.parameters(), lr=0.1)
+    step(images, targets)
+    autograd_step(eager, loss, optimizer, images, targets)
+    compiled[0].weight.data = compiled[0].weight.data.clone()
+    for _ in range(2):
+        assert torch.equal(step(images, targets)[0], autograd_step(eager, loss, optimizer, images, targets))
+
+
+def test_schedulers_hooks_and_targets_count_in_every_step() -> None:
+    model, _ = both(odd_sizes, torch.float32)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.0)
+    step = compile_step(model, nn.CrossEntropyLoss(), optimizer)
+    images, targets = data((2, 11, 13), 3, 6, torch.float32)
+    step(images, targets)
+    scheduler.step()  # the learning rate is now 0
+    before = [parameter.clone() for parameter in model.parameters()]
+    calls: list[int] = []
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    step(images, targets)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert calls == [1]
+    with pytest.raises(IndexError, match="Target 3 is out of bounds"):
+        step(images, torch.full_like(targets, 3))
+
+
+class Doubling(torch.nn.Sequential):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
+def with_hook() -> torch.nn.Module:
+    model = odd_sizes()
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_parameter_hook() -> torch.nn.Module:
+    model = odd_sizes()
+    model[0].weight.register_hook(lambda grad: grad)
+    return model
+
+
+def with_shared_weight() -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Flatten(), nn.Linear(286, 286), nn.Linear(286, 286), nn.Linear(286, 3))
+    model[2].weight = model[1].weight
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
+    "own forward": (lambda: Doubling(*odd_sizes()), "Sequential without hooks, got Doubling"),
+    "torch layer": (lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(286, 3)), "layer of fastnn.nn"),
+    "dropout": (lambda: odd_sizes().append(torch.nn.Dropout()), "layer of fastnn.nn"),
+    "forward hook": (with_hook, "without hooks"),
+    "parameter hook": (with_parameter_hook, "parameters without hooks"),
+    "shared weight": (with_shared_weight, "none of them shared"),
+    "mixed dtypes": (lambda: odd_sizes().append(nn.Linear(3, 3).double()), "all float32 or all float64"),
+    "circular padding": (
+        lambda: torch.nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")),
+        "numeric zero padding",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_program_cannot_express_is_named_and_trains_through_autograd(name: str) -> None:
+    build, words = REFUSED[name]
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(NotCompilable, match=words):
+        compile_step(model, nn.CrossEntropyLoss(), optimizer)
+    images, targets = data((2, 11, 13), 3, 4, torch.float32)
+    with fastnn.explain_dispatch() as log:
+        step = make_step(model, nn.CrossEntropyLoss(), optimizer, Batches(images, targets, 4))
+    assert isinstance(step, AutogradStep)
+    assert [record.operator for record in log] == ["training_step"]
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss(reduction="sum"), lambda x, y: x.sum()])
+def test_other_losses_go_through_autograd(loss: Any) -> None:
+    model = odd_sizes()
+    with pytest.raises(NotCompilable, match="CrossEntropyLoss of the mean"):
+        compile_step(model, loss, optim.SGD(model.parameters()))
+
+
+def test_images_of_a_wrong_shape_are_refused() -> None:
+    model = odd_sizes()
+    step = compile_step(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters()))
+    assert isinstance(step, CompiledStep)
+    with pytest.raises(ValueError, match="images: expected shape"):
+        step(torch.rand(2, 11, 13), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        step(torch.rand(2, 2, 9, 9), torch.zeros(2, dtype=torch.int64))

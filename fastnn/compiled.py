@@ -230,6 +230,16 @@ def _runs_in_order(model: torch.nn.Module) -> bool:
     )
 
 
+class _own_threads:  # noqa: N801 - used as a statement
+    """Runs the block's kernels on fastnn's own threads: OpenMP's would spin beside them after each of their loops."""
+
+    def __enter__(self) -> None:
+        self._before = _C.set_own_threads(True)
+
+    def __exit__(self, *_: object) -> None:
+        _C.set_own_threads(self._before)
+
+
 class CompiledStep:
     """One training step - forward, loss, backward, update - with preallocated memory and no Python between kernels.
 
@@ -291,14 +301,16 @@ class CompiledStep:
         recording = self._recording(tuple(images.shape))
         recording.images.copy_(images)
         recording.targets.copy_(targets)
-        return self._run(recording)
+        with _own_threads():
+            return self._run(recording)
 
     def on_rows(self, images: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """As a call with ``images[index]`` (uint8 scaled to 0..1) and ``targets[index]``, gathered in one pass."""
         recording = self._recording((len(index), *images.shape[1:]))
-        _C.gather_images(recording.images, images, index, 255.0 if images.dtype is torch.uint8 else 1.0)
         torch.index_select(targets, 0, index, out=recording.targets)
-        return self._run(recording)
+        with _own_threads():
+            _C.gather_images(recording.images, images, index, 255.0 if images.dtype is torch.uint8 else 1.0)
+            return self._run(recording)
 
     def prepare_rows(self, images: Tensor, targets: Tensor, batch_size: int) -> None:
         """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
@@ -309,14 +321,10 @@ class CompiledStep:
         self._recording((batch_size, *images.shape[1:]))
 
     def _run(self, recording: _Recording) -> tuple[Tensor, Tensor]:
-        before = _C.set_own_threads(True)
-        try:
-            recording.program.run()
-            for parameter, grad in self._grads.items():
-                parameter.grad = grad
-            self._update()
-        finally:
-            _C.set_own_threads(before)
+        recording.program.run()
+        for parameter, grad in self._grads.items():
+            parameter.grad = grad
+        self._update()
         return recording.loss, recording.correct
 
     def _update(self) -> None:

@@ -9,7 +9,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml con
 .PHONY: train test check bench clean
 
 train: $(VENV)/app  ## Train the classifier on the bundled handwritten digits: model.safetensors, model.png
-	$(BIN)/fastnn train --data digits --epochs 15 --seed 0 --out model.safetensors
+	$(BIN)/fastnn train --data digits --epochs 20 --seed 0 --out model.safetensors
 
 test: $(VENV)/test  ## The whole test suite
 	$(BIN)/pytest

@@ -380,6 +380,8 @@ def train(
             "loss": loss if isinstance(loss, str) else _name(loss),
             "optimizer": type(optimizer).__name__,
             "scheduler": type(run.scheduler).__name__,
+            # A schedule laid out for so many epochs or steps cannot be gone on with for more.
+            "schedule_length": getattr(run.scheduler, "T_max", getattr(run.scheduler, "total_steps", None)),
             "early_stopping": early_stopping.patience if early_stopping else None,
             **(settings or {}),
         }

@@ -116,7 +116,7 @@ def test_train_repeats_with_its_seed(small_npz: Path, tmp_path: Path) -> None:
 
 
 def test_resume_ends_where_an_uninterrupted_run_ends(small_npz: Path, tmp_path: Path) -> None:
-    common = ["train", "--data", small_npz, "--optimizer", "sgd", *SMALL, "--out"]
+    common = ["train", "--data", small_npz, "--optimizer", "sgd", "--schedule", "constant", *SMALL, "--out"]
     run_well(*common, tmp_path / "whole.safetensors", "--epochs", 3)
     run_well(*common, tmp_path / "parts.safetensors", "--epochs", 2)
     printed = run_well(*common, tmp_path / "parts.safetensors", "--epochs", 3, "--resume")
@@ -124,6 +124,21 @@ def test_resume_ends_where_an_uninterrupted_run_ends(small_npz: Path, tmp_path: 
     assert "epoch 2/3" not in printed
     whole, parts = (safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_schedule_laid_out_for_fewer_epochs_is_not_gone_on_with(small_npz: Path, tmp_path: Path) -> None:
+    common = ["train", "--data", small_npz, *SMALL, "--out", tmp_path / "m.safetensors"]
+    run_well(*common, "--epochs", 1)
+    result = run(*common, "--epochs", 2, "--resume")
+    assert result.exit_code == 2
+    assert "schedule_length" in result.output
+
+
+def test_a_recipe_gives_the_defaults_that_options_override(small_npz: Path, tmp_path: Path) -> None:
+    common = ["train", "--data", small_npz, *SMALL, "--out", tmp_path / "m.safetensors"]
+    assert "epoch 2/2" in run_well(*common, "--recipe", "fast")
+    assert "epoch 1/1" in run_well(*common, "--recipe", "fast", "--epochs", 1)
+    assert cli.choose_recipe("fast", epochs=None, batch_size=7) == {**cli.RECIPES["fast"], "batch_size": 7}
 
 
 def test_train_shapes_the_network_as_told(small_npz: Path, tmp_path: Path) -> None:
@@ -362,6 +377,8 @@ def test_without_typer_the_command_says_what_to_install() -> None:
 
 BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "data": (["--data", "nope"], "expected digits, mnist"),
+    "recipe": (["--recipe", "slow"], "--recipe: expected one of standard, fast, got 'slow'"),
+    "schedule": (["--schedule", "linear"], "--schedule: expected one of constant, cosine, one-cycle"),
     "split": (["--validation-split", "2"], "validation_split: expected a fraction between 0 and 1"),
     "image size": (["--image-size", "8by8"], "--image-size: expected a number such as 32"),
     "image size 0": (["--image-size", "0"], "expected one or two numbers from 1 to 4096"),

@@ -8,7 +8,7 @@ order throughout; a Flatten is one transposition. A model, loss or optimizer tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastnn import _C, nn, optim
 from fastnn.arguments import FUSED_POOL, pair, pool_arguments, wants_relu
+from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.cross_entropy import REDUCTIONS, statistics_size
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
 
@@ -51,7 +52,7 @@ class _Recording:
 # A stage records its forward call on an input and returns the output with a function that records its backward:
 # given grad_output and whether the input's gradient is wanted, it returns that gradient or None.
 Backward = Callable[[Tensor, bool], "Tensor | None"]
-Stage = Callable[[_Recording, Tensor, dict[Tensor, Tensor]], tuple[Tensor, Backward]]
+Stage = Callable[[_Recording, Tensor, Mapping[Tensor, Tensor]], tuple[Tensor, Backward]]
 
 
 def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
@@ -59,19 +60,16 @@ def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
         raise NotCompilable(f"{layer}: expected numeric zero padding")
     pool = pool_arguments(layer.max_pool)
     relu = wants_relu(layer.activation)
-    geometry = (tuple(layer.stride), tuple(layer.padding), tuple(layer.dilation), layer.groups)
+    geometry = Geometry(
+        pair("stride", layer.stride), pair("padding", layer.padding), pair("dilation", layer.dilation), layer.groups
+    )
     depthwise = layer.groups == layer.out_channels and layer.groups > 1
     fused = pool == FUSED_POOL and not depthwise
 
-    def stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    def stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
         if input.dim() != 4:
             raise NotCompilable(f"{layer}: expected images, got shape {tuple(input.shape)}")
-        sizes = []
-        for d in range(2):
-            span = layer.dilation[d] * (layer.kernel_size[d] - 1) + 1
-            size = (input.shape[2 + d] + 2 * int(layer.padding[d]) - span) // layer.stride[d] + 1
-            sizes.append(size // 2 if fused else size)
-        shape = (input.shape[0], layer.out_channels, sizes[0], sizes[1])
+        shape = output_shape(input, layer.weight, geometry, fused)
         output = recording.new(shape, input.dtype, channels_last=True)
         winner = recording.new(shape, torch.uint8, channels_last=True) if fused else None
         weight, bias = layer.weight, layer.bias
@@ -102,7 +100,7 @@ def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
 def _linear_stage(layer: nn.Linear) -> Stage:
     relu = wants_relu(layer.activation)
 
-    def stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    def stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
         if input.dim() != 2:
             raise NotCompilable(f"{layer}: expected rows, got shape {tuple(input.shape)}")
         weight, bias = layer.weight, layer.bias
@@ -130,7 +128,7 @@ def _linear_stage(layer: nn.Linear) -> Stage:
 def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Stage:
     window = (kernel_size, stride, padding, dilation)
 
-    def stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    def stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
         height, width = pool_size(input.shape[2], input.shape[3], *window, ceil_mode)
         shape = (input.shape[0], input.shape[1], height, width)
         output = recording.new(shape, input.dtype, channels_last=True)
@@ -149,7 +147,7 @@ def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any
     return stage
 
 
-def _relu_stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+def _relu_stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
     output = recording.new_like(input)
     _C.relu_forward(output, input)
 
@@ -163,7 +161,7 @@ def _relu_stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor
     return output, backward
 
 
-def _flatten_stage(recording: _Recording, input: Tensor, grads: dict[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+def _flatten_stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
     if input.dim() == 2:
         return input, lambda grad_output, needs_input: grad_output
     batch, channels, height, width = input.shape
@@ -267,19 +265,18 @@ class CompiledStep:
     def __init__(self, model: torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer) -> None:
         if not _runs_in_order(model) or _has_hooks(model):
             raise NotCompilable(f"model: expected a Sequential without hooks, got {type(model).__name__}")
+        layers = [layer for layer in model._modules.values() if layer is not None]  # one may stand there twice
         self._stages = [
             (stage, any(parameter.requires_grad for parameter in layer.parameters()))
-            for layer in model
+            for layer in layers
             for stage in _stages_of(layer)
         ]
         if type(loss) not in (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss) or loss.reduction != "mean":
             raise NotCompilable(f"loss: expected a CrossEntropyLoss of the mean, got {loss}")
         self._loss = loss
         self._optimizer = optimizer
-        self._parameters = list(model.parameters())
-        if not self._parameters or len(self._parameters) != sum(len(m._parameters) for m in model.modules()) - sum(
-            parameter is None for m in model.modules() for parameter in m._parameters.values()
-        ):
+        self._parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        if not self._parameters or len(set(self._parameters)) != len(self._parameters):
             raise NotCompilable("model: expected parameters, none of them shared between layers")
         self._dtype = self._parameters[0].dtype
         for parameter in self._parameters:
@@ -292,7 +289,7 @@ class CompiledStep:
             dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
             if not dense:
                 raise NotCompilable("model: expected parameters in contiguous or channels_last memory")
-        self._grads = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
+        self._grads: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         self._recordings: dict[tuple[int, ...], _Recording] = {}
         self._has_own_update = isinstance(optimizer, (optim.Adam, optim.SGD))
@@ -307,9 +304,9 @@ class CompiledStep:
     def on_rows(self, images: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """As a call with ``images[index]`` (uint8 scaled to 0..1) and ``targets[index]``, gathered in one pass."""
         recording = self._recording((len(index), *images.shape[1:]))
-        torch.index_select(targets, 0, index, out=recording.targets)
         with _own_threads():
             _C.gather_images(recording.images, images, index, 255.0 if images.dtype is torch.uint8 else 1.0)
+            torch.index_select(targets, 0, index, out=recording.targets)
             return self._run(recording)
 
     def prepare_rows(self, images: Tensor, targets: Tensor, batch_size: int) -> None:

@@ -292,7 +292,9 @@ def _along_dim(
     dtype: torch.dtype | None,
 ) -> Tensor:
     if dim is None:
-        dim = torch.nn.functional._get_softmax_dim(name, input.dim(), stacklevel + 1)
+        dim = torch.nn.functional._get_softmax_dim(  # type: ignore[attr-defined]
+            name, input.dim(), stacklevel + 1
+        )
     if dtype is not None:
         input = input.to(dtype)
     way = route(name, input)

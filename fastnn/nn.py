@@ -88,7 +88,7 @@ class Conv2d(torch.nn.Conv2d):
         dilation: Any = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Any = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -112,7 +112,7 @@ class Conv2d(torch.nn.Conv2d):
         self.max_pool = max_pool
 
     def forward(self, input: Tensor) -> Tensor:
-        padding = self.padding
+        padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0

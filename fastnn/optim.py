@@ -57,11 +57,8 @@ def _in_layout_of(param: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(param).copy_(tensor)
 
 
-class _KernelUpdate:
+class _KernelUpdate(torch.optim.Optimizer):
     """``step`` of the optimizers below: `_update_group` once for each parameter group."""
-
-    param_groups: list[dict[str, Any]]
-    state: dict[Tensor, Any]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; `closure` reevaluates the model and returns the loss."""
@@ -246,10 +243,11 @@ class SGD(_KernelUpdate, torch.optim.SGD):
             torch.autograd.graph.increment_version([*params, *buffers])
         if rest:
             with torch.set_grad_enabled(group["differentiable"]):
-                params, grads, held = [], [], []
-                has_sparse_grad = self._init_group({**group, "params": rest}, params, grads, held)
+                grads: list[Tensor] = []
+                held: list[Tensor | None] = []
+                has_sparse_grad = self._init_group({**group, "params": rest}, [], grads, held)
                 torch_sgd(
-                    params,
+                    rest,
                     grads,
                     held,
                     has_sparse_grad=has_sparse_grad,
@@ -263,5 +261,5 @@ class SGD(_KernelUpdate, torch.optim.SGD):
                     fused=group["fused"],
                 )
                 if momentum != 0:
-                    for param, buffer in zip(params, held, strict=True):
+                    for param, buffer in zip(rest, held, strict=True):
                         self.state[param]["momentum_buffer"] = buffer

@@ -11,6 +11,7 @@ test can run them in float64 beside a fused float32 update.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,9 +70,9 @@ def conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: Size2 = 1,
-    padding: Size2 | str = 0,
-    dilation: Size2 = 1,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
     groups: int = 1,
     *,
     activation: str | None = None,

@@ -27,13 +27,15 @@ def mnist_like() -> torch.nn.Sequential:
 
 
 def cifar_like() -> torch.nn.Sequential:
+    relu = nn.ReLU()
     return torch.nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1, activation="relu", max_pool=2),
         torch.nn.Identity(),
         nn.Conv2d(16, 24, 5, padding=2, activation="relu", max_pool=(3, 2, 1)),
         nn.Conv2d(24, 24, 3, padding=1, groups=24),
-        nn.ReLU(),
+        relu,
         nn.Conv2d(24, 32, 3, stride=2, bias=False),
+        relu,
         nn.MaxPool2d(2),
         torch.nn.Flatten(),
         nn.Linear(32, 10),
@@ -225,6 +227,11 @@ def with_shared_weight() -> torch.nn.Module:
     return model
 
 
+def with_the_same_layer_twice() -> torch.nn.Module:
+    layer = nn.Linear(286, 286)
+    return torch.nn.Sequential(torch.nn.Flatten(), layer, layer, nn.Linear(286, 3))
+
+
 REFUSED: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
     "own forward": (lambda: Doubling(*odd_sizes()), "Sequential without hooks, got Doubling"),
     "torch layer": (lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(286, 3)), "layer of fastnn.nn"),
@@ -232,6 +239,7 @@ REFUSED: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
     "forward hook": (with_hook, "without hooks"),
     "parameter hook": (with_parameter_hook, "parameters without hooks"),
     "shared weight": (with_shared_weight, "none of them shared"),
+    "shared layer": (with_the_same_layer_twice, "none of them shared"),
     "mixed dtypes": (lambda: odd_sizes().append(nn.Linear(3, 3).double()), "all float32 or all float64"),
     "circular padding": (
         lambda: torch.nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")),

@@ -21,9 +21,9 @@ _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _is_tracing = torch._C._get_tracing_state
 
 
-def route(operator: str, *tensors: Tensor | None) -> str:
-    """Which way a call goes: ``"kernel"``, ``"op"`` or ``"torch"``; `tensors` are its floating-point arguments."""
-    first = tensors[0]
+def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
+    """Which way a call goes, ``"kernel"``, ``"op"`` or ``"torch"``, by its floating-point arguments."""
+    tensors = (first, *others)
     plain = True
     for tensor in tensors:
         if tensor is None:

@@ -58,7 +58,7 @@ def _kernel_layout(weight: Tensor) -> Tensor:
     return weight.contiguous()
 
 
-def _output_shape(input: Tensor, weight: Tensor, geometry: Geometry, pool: bool) -> tuple[int, int, int, int]:
+def output_shape(input: Tensor, weight: Tensor, geometry: Geometry, pool: bool) -> tuple[int, int, int, int]:
     sizes = []
     for d in range(2):
         span = geometry.dilation[d] * (weight.shape[2 + d] - 1) + 1
@@ -79,7 +79,7 @@ def conv2d_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and with `pool` each maximum's place in its window (uint8, channels_last)."""
     try:
-        shape = _output_shape(input, weight, geometry, pool)
+        shape = output_shape(input, weight, geometry, pool)
         output = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
     except (IndexError, RuntimeError, ZeroDivisionError):  # not a convolution: the binding says in what way
         shape = (0, 0, 0, 0)
@@ -199,7 +199,7 @@ def _conv2d_fake(
     relu: bool,
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
-    shape = _output_shape(input, weight, Geometry(stride, padding, dilation, groups), pool)
+    shape = output_shape(input, weight, Geometry(stride, padding, dilation, groups), pool)
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_result_format(input, weight))
     if not pool:
         return output, input.new_empty(0, dtype=torch.uint8)

@@ -1,6 +1,7 @@
 """Builds fastnn._C by running CMake; every compiler flag is in CMakeLists.txt."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ class BuildWithCMake(build_ext):
             "FASTNN_VERSION": self.distribution.get_version(),
             "FASTNN_CUDA": os.environ.get("FASTNN_CUDA", "AUTO"),
         }
-        configure = ["cmake", "-S", source, "-B", build, "-G", "Ninja", "--fresh"]
+        # Named anew each time: pip's build environments come and go, and the cache would keep a ninja that is gone.
+        options["CMAKE_MAKE_PROGRAM"] = shutil.which("ninja")
+        configure = ["cmake", "-S", source, "-B", build, "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in options.items()]
         configure += os.environ.get("CMAKE_ARGS", "").split()
         subprocess.run(configure, check=True)

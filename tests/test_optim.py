@@ -1,0 +1,346 @@
+"""Optimizers: torch's results for every option, torch's state in and out, torch's update where no kernel serves."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import fastnn
+from fastnn import _C, optim, reference
+
+DTYPES = [torch.float32, torch.float64]
+SHAPES = [(3,), (17, 5), (4, 3, 3, 3), (1,), (0, 4), (20_011,), ()]
+STEPS = 6
+
+ADAM_OPTIONS = [
+    dict(zip(("amsgrad", "maximize", "weight_decay", "decoupled_weight_decay"), values, strict=True))
+    for values in itertools.product((False, True), (False, True), (0.0, 0.1), (False, True))
+]
+SGD_OPTIONS = [
+    dict(zip(("momentum", "dampening", "nesterov", "maximize", "weight_decay"), values, strict=True))
+    for values in itertools.product((0.0, 0.9), (0.0, 0.3), (False, True), (False, True), (0.0, 0.1))
+    if not values[2] or (values[0] and not values[1])  # nesterov needs momentum and no dampening
+]
+CASES = [("Adam", options) for options in ADAM_OPTIONS] + [("SGD", options) for options in SGD_OPTIONS]
+CASES += [("AdamW", {}), ("AdamW", {"amsgrad": True, "maximize": True})]
+
+
+def identify(case: tuple[str, dict[str, Any]]) -> str:
+    return case[0] + "".join(f",{key}={value}" for key, value in case[1].items() if value)
+
+
+def make_parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+    tensors[2] = tensors[2].contiguous(memory_format=torch.channels_last)
+    return [torch.nn.Parameter(tensor) for tensor in tensors]
+
+
+def clones(parameters: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in parameters]
+
+
+def give_gradients(step: int, *lists: list[torch.nn.Parameter]) -> None:
+    """The same gradients, all contiguous and as the first list's dtype rounds them, to each list."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for parameters in zip(*lists, strict=True):
+        gradient = torch.randn(parameters[0].shape, generator=generator, dtype=torch.float64)
+        for parameter in parameters:
+            parameter.grad = gradient.to(parameters[0].dtype).to(parameter.dtype, copy=True)
+
+
+def worst_ratio(got: list[Any], expected: list[Any], exact: list[Any], dtype: torch.dtype) -> float:
+    """The largest distance from the exact values, in units of rounding of the largest parameter after STEPS steps.
+
+    Each step rounds a dozen intermediate results that are at most as large as the parameter or the update.
+    """
+    unit = torch.finfo(dtype).eps * 12 * STEPS
+    ratios = [
+        ((a.detach().double() - e).abs().max() / (unit * e.abs().max().clamp_min(1))).item()
+        for a, e in zip(got, exact, strict=True)
+        if a.numel()
+    ]
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(got, expected, strict=True))
+    return max(ratios)
+
+
+@pytest.fixture(params=fastnn.available_isas())
+def isa(request: pytest.FixtureRequest) -> Any:
+    before = fastnn.get_isa()
+    fastnn.set_isa(request.param)
+    yield request.param
+    fastnn.set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=identify)
+def test_every_option_updates_as_torch_and_float64_do(case: tuple[str, dict[str, Any]], dtype: Any, isa: str) -> None:
+    name, options = case
+    ours = make_parameters(dtype)
+    theirs, exact = clones(ours), [torch.nn.Parameter(p.detach().to(torch.float64, copy=True)) for p in ours]
+    optimizer = getattr(optim, name)(ours, lr=0.01, **options)
+    others = [getattr(torch.optim, name)(parameters, lr=0.01, **options) for parameters in (theirs, exact)]
+    with fastnn.explain_dispatch() as log:
+        for step in range(STEPS):
+            give_gradients(step, ours, theirs, exact)
+            for each in (optimizer, *others):
+                each.step()
+    assert worst_ratio(ours, theirs, exact, dtype) <= 1
+    assert {record.isa for record in log} == {isa}
+    assert {record.operator for record in log} == {"sgd_step" if name == "SGD" else "adam_step"}
+    for parameter, other in zip(ours, theirs, strict=True):
+        mine, its = optimizer.state[parameter], others[0].state[other]
+        assert mine.keys() == {key for key, value in its.items() if value is not None}
+        for key, value in mine.items():
+            assert value.dtype == its[key].dtype
+            assert torch.allclose(value, its[key], rtol=1e-4, atol=1e-6)
+
+
+def test_reference_formulas_give_the_same_update() -> None:
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
+    optimizer = optim.AdamW([parameter], lr=0.1, weight_decay=0.2)
+    expected = reference.AdamState(parameter.detach().clone(), torch.zeros(3), torch.zeros(3), None)
+    for step in range(3):
+        gradient = torch.tensor([0.3, -0.1, 2.0], dtype=torch.float64) * (step + 1)
+        parameter.grad = gradient
+        optimizer.step()
+        expected = reference.adamw_step(
+            expected.parameter, gradient, expected.exp_avg, expected.exp_avg_sq, step=step + 1, lr=0.1, weight_decay=0.2
+        )
+    torch.testing.assert_close(parameter.detach(), expected.parameter, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_state_moves_both_ways_in_the_middle_of_training(name: str, ours_first: bool) -> None:
+    options = {"momentum": 0.9} if name == "SGD" else {"amsgrad": True}
+    first, second = (optim, torch.optim) if ours_first else (torch.optim, optim)
+    parameters = make_parameters(torch.float64)
+    straight = clones(parameters)
+    optimizer = getattr(first, name)(parameters, lr=0.01, **options)
+    uninterrupted = getattr(torch.optim, name)(straight, lr=0.01, **options)
+    for step in range(6):
+        if step == 3:
+            buffer = io.BytesIO()
+            torch.save(optimizer.state_dict(), buffer)
+            buffer.seek(0)
+            optimizer = getattr(second, name)(parameters, lr=0.5)
+            optimizer.load_state_dict(torch.load(buffer, weights_only=True))
+        give_gradients(step, parameters, straight)
+        optimizer.step()
+        uninterrupted.step()
+    for a, b in zip(parameters, straight, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+def test_groups_schedulers_tensor_rates_and_added_groups() -> None:
+    ours = make_parameters(torch.float64)
+    theirs = clones(ours)
+    optimizers = []
+    for module, parameters in ((optim, ours), (torch.optim, theirs)):
+        groups = [{"params": parameters[:2]}, {"params": parameters[2:4], "lr": 0.1, "weight_decay": 0.3}]
+        optimizer = module.Adam(groups, lr=torch.tensor(0.02, dtype=torch.float64))
+        optimizer.add_param_group({"params": parameters[4:], "betas": (0.5, 0.6)})
+        optimizers.append((optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.1)))
+    for step in range(5):
+        give_gradients(step, ours, theirs)
+        for optimizer, scheduler in optimizers:
+            optimizer.step()
+            scheduler.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+def test_parameters_without_gradient_and_their_state_stay() -> None:
+    parameters = make_parameters(torch.float32)
+    before = clones(parameters)
+    optimizer = optim.Adam(parameters)
+    parameters[1].grad = torch.ones_like(parameters[1])
+    optimizer.step()
+    for i, (a, b) in enumerate(zip(parameters, before, strict=True)):
+        assert torch.equal(a, b) == (i != 1)
+    assert list(optimizer.state) == [parameters[1]]
+
+
+def test_float32_and_float64_in_one_group() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(5, dtype=dtype)) for dtype in DTYPES]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optim.SGD(parameters, lr=0.5).step()
+    assert all(torch.equal(parameter, torch.full_like(parameter, 0.5)) for parameter in parameters)
+
+
+def test_layouts_of_parameters_and_gradients() -> None:
+    base = torch.randn(6, 8, dtype=torch.float64)
+    ours = [torch.nn.Parameter(base.clone().t()), torch.nn.Parameter(base.clone()[:, ::2])]  # dense, and with gaps
+    theirs = clones([torch.nn.Parameter(p.detach().contiguous()) for p in ours])
+    pair = [optim.Adam(ours, lr=0.1), torch.optim.Adam(theirs, lr=0.1)]
+    with fastnn.explain_dispatch() as log:
+        for _ in range(3):
+            for a, b in zip(ours, theirs, strict=True):
+                gradient = torch.randn(a.shape[::-1], dtype=torch.float64).t()  # transposed memory
+                a.grad, b.grad = gradient.clone(), gradient.contiguous()
+            for optimizer in pair:
+                optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-13, atol=1e-14)
+    assert {record.kernel for record in log} == {"adam", "torch"}  # gaps are torch's
+
+
+def test_closure_and_hooks_run_once() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([parameter], lr=0.1)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+
+    def closure() -> torch.Tensor:
+        calls.append("closure")
+        optimizer.zero_grad()
+        loss = (parameter**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 3
+    assert calls == ["pre", "closure", "post"]
+    torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.8))
+
+
+def test_grad_scaler_unscales_and_skips_infinite_gradients() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = optim.Adam([parameter], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale((parameter * 3).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameter.grad, torch.full((4,), 3.0))
+    after = parameter.detach().clone()
+    assert not torch.equal(after, torch.ones(4))
+    parameter.grad = torch.full((4,), float("inf"))
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(parameter, after)
+    assert scaler.get_scale() == 4.0
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_alike(copier: Any) -> None:
+    optimizer = optim.Adam([torch.nn.Parameter(torch.ones(5))], lr=0.1)
+    for _ in range(2):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(5)
+        optimizer.step()
+    other = copier(optimizer)
+    for each in (optimizer, other):
+        each.param_groups[0]["params"][0].grad = torch.ones(5)
+        each.step()
+    assert torch.equal(optimizer.param_groups[0]["params"][0], other.param_groups[0]["params"][0])
+
+
+FALLBACKS: dict[str, tuple[torch.dtype, dict[str, Any], str]] = {
+    "bfloat16": (torch.bfloat16, {}, "bfloat16"),
+    "complex": (torch.complex64, {}, "complex64"),
+    "differentiable": (torch.float32, {"differentiable": True}, "differentiable=True"),
+}
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_torch_updates_what_no_kernel_serves(name: str) -> None:
+    dtype, options, reason = FALLBACKS[name]
+    ours = torch.randn(4, 3, dtype=dtype)
+    theirs = ours.clone()
+    pair = []
+    for module, tensor in ((optim, ours), (torch.optim, theirs)):
+        tensor.requires_grad_(not options)
+        pair.append((module.Adam([tensor], lr=0.1, **options), tensor))
+    with fastnn.explain_dispatch() as log:
+        for optimizer, tensor in pair:
+            for step in range(3):
+                tensor.grad = torch.full_like(tensor, step + 1.0)
+                optimizer.step()
+    assert torch.equal(ours, theirs)
+    assert {record.kernel for record in log} == {"torch"}
+    assert reason in log[0].reason
+
+
+def test_sparse_gradients_are_refused_by_adam_and_taken_by_sgd() -> None:
+    parameter = torch.nn.Parameter(torch.ones(4, 2))
+    parameter.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (4, 2))
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optim.Adam([parameter]).step()
+    optim.SGD([parameter], lr=0.5).step()
+    assert torch.equal(parameter.detach()[:, 0], torch.tensor([1, 0.5, 1, 1]))
+
+
+def test_an_update_counts_as_a_modification() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([weight], lr=0.1)
+    output = (weight**2).sum()
+    output.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
+
+
+def test_the_thread_count_does_not_change_a_bit() -> None:
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        parameters = [torch.nn.Parameter(torch.full((997 * i,), 0.5)) for i in range(1, 60)]
+        optimizer = optim.Adam(parameters, lr=0.1)
+        for step in range(2):
+            give_gradients(step, parameters)
+            optimizer.step()
+        results.append(torch.cat([parameter.detach() for parameter in parameters]))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+@pytest.mark.parametrize("options", [{"lr": -1}, {"weight_decay": -1}], ids=str)
+def test_bad_options_raise_as_torch_does(name: str, options: dict[str, float]) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError) as theirs:
+        getattr(torch.optim, name)(parameters, **options)
+    with pytest.raises(ValueError) as ours:
+        getattr(optim, name)(parameters, **options)
+    assert str(ours.value) == str(theirs.value)
+
+
+def adam_arguments() -> dict[str, Any]:
+    tensors = {name: [torch.zeros(2, 3)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")}
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
+    flags = {"decoupled": False, "amsgrad": True, "maximize": False}
+    return {**tensors, "steps": [torch.zeros(())], **numbers, **flags}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("grads", [], r"grads: expected 1 tensors, one for each of params, got 0"),
+        (
+            "grads",
+            [torch.zeros(3, 2)],
+            r"grads\[0\]: expected shape and strides of params\[0\], \(2, 3\), got \(3, 2\)",
+        ),
+        ("exp_avgs", [torch.zeros(2, 3, dtype=torch.float64)], r"exp_avgs\[0\]: expected float32 as params\[0\]"),
+        ("max_exp_avg_sqs", [torch.zeros(3, 2).t()], r"max_exp_avg_sqs\[0\]: expected shape and strides"),
+        ("params", [torch.zeros(4, 3)[::2]], r"params\[0\]: expected a tensor without gaps or overlaps"),
+        ("steps", [torch.zeros(2)], r"steps\[0\]: expected one number"),
+        ("steps", [torch.zeros((), dtype=torch.int64)], r"steps\[0\]: expected float32, got int64"),
+        ("params", [torch.zeros(2, 3, dtype=torch.int64)], r"expected|params"),
+    ],
+)
+def test_the_binding_names_what_is_wrong_and_changes_nothing(name: str, value: Any, words: str) -> None:
+    arguments = adam_arguments() | {name: value}
+    with pytest.raises((ValueError, TypeError), match=words):
+        _C.adam_step(**arguments)
+    assert all(not tensor.any() for key in ("params", "steps") for tensor in arguments[key])

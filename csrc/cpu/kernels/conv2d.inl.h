@@ -38,6 +38,10 @@ const char* run_gather(GatherConv<T> conv, const T* panels) {
 
 template <class T>
 void conv2d_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
+  if (is_depthwise(s) && !s.pool) {
+    trace<T>("conv2d_forward", "depthwise");
+    return depthwise_forward<T>(s, t);
+  }
   const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
   const Scratch<int64_t> tap_places(2 * taps);
   int64_t* tap_y = tap_places;
@@ -60,18 +64,6 @@ void conv2d_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
       .out_row_stride = stored_width * s.out_channels, .out_pixel_stride = s.out_channels,
       .winner = s.pool ? t.winner : nullptr,
   };
-  if (is_depthwise(s) && !s.pool) {
-    trace<T>("conv2d_forward", "depthwise");
-    const Scratch<int64_t> places(taps);
-    for (int64_t i = 0; i < taps; ++i) places[i] = i;
-    const Scratch<T> panels(taps * (s.in_channels + kLanes<T>));
-    pack_depthwise<T>(s.in_channels, taps, t.weight, taps, places, panels);
-    conv.panels = panels;
-    conv.columns = s.in_channels;
-    conv.depth = 1;
-    depthwise_conv(conv);
-    return;
-  }
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
   const Scratch<T> panels(panels_of<T>(outputs) * taps * inputs * kTileColumns<T>);
@@ -131,46 +123,26 @@ void undo_activation(const Conv2dShape& s, const Conv2dBackward<T>& t, int64_t p
   });
 }
 
-inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
-
-// body(phase, first tap, count) over the taps of one axis that reach each phase; offset[i] is tap i's source offset.
-struct AxisTaps {
-  int64_t count;
-  int64_t* places;   // kernel index
-  int64_t* offsets;  // in gradient pixels
-};
-
-inline void taps_of_phase(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t phase, AxisTaps* taps) {
-  taps->count = 0;
-  // From the last tap down, so that offsets grow with the index and neighbours merge.
-  for (int64_t k = kernel - 1; k >= 0; --k) {
-    const int64_t numerator = phase + padding - k * dilation;
-    if (numerator % stride != 0) continue;
-    taps->places[taps->count] = k;
-    taps->offsets[taps->count++] = floor_div(numerator, stride);
-  }
-}
-
 template <class T>
 void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const T* weight_as_given, T* grad_input) {
+  if (is_depthwise(s)) {
+    trace<T>("conv2d_grad_input", "depthwise");
+    return depthwise_grad_input<T>(s, grad.data, grad.pixel_stride, weight_as_given, grad_input);
+  }
   const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
-  const bool depthwise = is_depthwise(s);
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, weight_as_given, ohwi);
-  const Scratch<T> panels(depthwise ? taps * (s.in_channels + kLanes<T>)
-                                    : panels_of<T>(inputs) * taps * outputs * kTileColumns<T>);
-  const Scratch<int64_t> tables(3 * taps + 2 * s.kernel_height + 2 * s.kernel_width);
+  const Scratch<T> panels(panels_of<T>(inputs) * taps * outputs * kTileColumns<T>);
+  const Scratch<int64_t> tables(3 * taps);
   int64_t* tap_y = tables;
   int64_t* tap_x = tap_y + taps;
   int64_t* places = tap_x + taps;
-  AxisTaps vertical{0, places + taps, places + taps + s.kernel_height};
-  AxisTaps horizontal{0, vertical.offsets + s.kernel_height, vertical.offsets + s.kernel_height + s.kernel_width};
-  const char* variant = depthwise ? "depthwise" : "gather";
+  const char* variant = "gather";
 
   for (int64_t phase_y = 0; phase_y < s.stride_height && phase_y < s.in_height; ++phase_y) {
-    taps_of_phase(s.kernel_height, s.stride_height, s.padding_height, s.dilation_height, phase_y, &vertical);
+    const TapAxis vertical = phase_taps(s.kernel_height, s.stride_height, s.padding_height, s.dilation_height, phase_y);
     for (int64_t phase_x = 0; phase_x < s.stride_width && phase_x < s.in_width; ++phase_x) {
-      taps_of_phase(s.kernel_width, s.stride_width, s.padding_width, s.dilation_width, phase_x, &horizontal);
+      const TapAxis horizontal = phase_taps(s.kernel_width, s.stride_width, s.padding_width, s.dilation_width, phase_x);
       const int64_t count = vertical.count * horizontal.count;
       const int64_t height = (s.in_height - phase_y + s.stride_height - 1) / s.stride_height;
       const int64_t width = (s.in_width - phase_x + s.stride_width - 1) / s.stride_width;
@@ -185,9 +157,9 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t y = i / horizontal.count, x = i % horizontal.count;
-        tap_y[i] = vertical.offsets[y];
-        tap_x[i] = horizontal.offsets[x];
-        places[i] = vertical.places[y] * s.kernel_width + horizontal.places[x];
+        tap_y[i] = vertical.offset(y);
+        tap_x[i] = horizontal.offset(x);
+        places[i] = vertical.place(y) * s.kernel_width + horizontal.place(x);
       }
       GatherConv<T> conv{
           .batch = s.batch, .out_height = height, .out_width = width, .step_y = 1, .step_x = 1,
@@ -200,13 +172,6 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .out_row_stride = s.stride_height * s.in_width * s.in_channels,
           .out_pixel_stride = s.stride_width * s.in_channels, .winner = nullptr,
       };
-      if (depthwise) {
-        pack_depthwise<T>(s.in_channels, taps, weight, count, places, panels);
-        conv.depth = 1;
-        conv.columns = s.in_channels;
-        depthwise_conv(conv);
-        continue;
-      }
       for (int64_t group = 0; group < s.groups; ++group) {
         pack_gradient_panels<T>(outputs, inputs, taps, weight + group * outputs * taps * inputs, count, places, panels);
         conv.source = grad.data + group * outputs;
@@ -223,7 +188,7 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
   if (s.batch * s.out_height * s.out_width == 0) return zero_run(weight_elements(s), grad_weight);
   if (is_depthwise(s)) {
     trace<T>("conv2d_grad_weight", "depthwise");
-    return grad_weight_depthwise<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
+    return depthwise_grad_weight<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
   }
   trace<T>("conv2d_grad_weight", "outer");
   const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
@@ -259,7 +224,8 @@ void conv2d_backward(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   // The outer products read the gradient in whole vectors, past a group's channels up to the next multiple.
-  const bool copy = s.relu || s.pool || group_outputs(s) % kLanes<T> != 0;
+  const bool pad = dense.grad_weight && !is_depthwise(s) && group_outputs(s) % kLanes<T> != 0;
+  const bool copy = s.relu || s.pool || pad;
   const Scratch<T> buffer(copy ? pixels * padded : 0);
   if (copy) undo_activation<T>(s, t, padded, buffer);
   const ConvGradient<T> grad{copy ? static_cast<T*>(buffer) : t.grad_output, copy ? padded : s.out_channels};

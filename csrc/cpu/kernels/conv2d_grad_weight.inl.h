@@ -9,7 +9,6 @@
 // sums into its own partial gradient, and the partials are added in order: the same bits for every thread count.
 #pragma once
 
-#include "cpu/kernels/conv2d_depthwise.inl.h"
 #include "cpu/kernels/conv2d_gather.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
 
@@ -140,63 +139,6 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
   });
   add_partials<T>(plan.chunks, elements, partials);
   write_weight_gradient<T>(s, padded, partials, buffer, grad_weight);
-}
-
-// groups = in_channels = out_channels: partials are [tap][channel].
-template <class T>
-void grad_weight_depthwise(const Conv2dShape& s, const T* source, const T* grad, int64_t grad_pixel, T* grad_weight) {
-  const int64_t channels = s.in_channels, taps = kernel_taps(s);
-  const int64_t padded = (channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  const UnitPlan plan = plan_units<T>(s, taps * padded);
-  const int64_t window_elements = unit_window_elements(s, plan, channels);
-  const int threads = max_threads();
-  const Scratch<T> windows(threads * window_elements);
-  const Scratch<int64_t> tap_tables(threads * taps);
-  const Scratch<T> partials(plan.chunks * taps * padded);
-  const int64_t tap_blocks = (taps + kTileRows - 1) / kTileRows;
-
-  parallel_tasks(plan.chunks, [&](int64_t chunk, int thread) {
-    T* partial = partials + chunk * taps * padded;
-    int64_t* offsets = tap_tables + thread * taps;
-    zero_run(taps * padded, partial);
-    for_each_unit(s, plan, chunk, source, channels, windows + thread * window_elements,
-                  [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window) {
-      for (int64_t t = 0; t < taps; ++t)
-        offsets[t] = t / s.kernel_width * s.dilation_height * window.row_stride +
-                     t % s.kernel_width * s.dilation_width * window.pixel_stride;
-      const T* unit_grad = grad + (image * s.out_height + row) * s.out_width * grad_pixel;
-      for (int64_t c = 0; c < channels; c += kLanes<T>) {
-        const int64_t left = channels - c < kLanes<T> ? channels - c : kLanes<T>;
-        for (int64_t block = 0; block < tap_blocks; ++block) {
-          const int64_t first = taps * block / tap_blocks;
-          with_rows(taps * (block + 1) / tap_blocks - first, [&](auto constant) {
-            constexpr int count = decltype(constant)::value;
-            Vec<T> acc[count];
-            FASTNN_UNROLL
-            for (int t = 0; t < count; ++t) acc[t] = load(partial + (first + t) * padded + c);
-            for (int64_t y = 0; y < unit_rows; ++y) {
-              const T* from = window.data + y * s.stride_height * window.row_stride + c;
-              const T* g = unit_grad + y * s.out_width * grad_pixel + c;
-              for (int64_t x = 0; x < s.out_width; ++x, from += s.stride_width * window.pixel_stride, g += grad_pixel) {
-                const Vec<T> dy = load_upto(g, left);
-                FASTNN_UNROLL
-                for (int t = 0; t < count; ++t) acc[t] += load_upto(from + offsets[first + t], left) * dy;
-              }
-            }
-            FASTNN_UNROLL
-            for (int t = 0; t < count; ++t) store(partial + (first + t) * padded + c, acc[t]);
-          });
-        }
-      }
-    });
-  });
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t t = 0; t < taps; ++t) {
-      T sum = 0;
-      for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) sum += partials[(chunk * taps + t) * padded + c];
-      grad_weight[c * taps + t] = sum;
-    }
-  }
 }
 
 }  // namespace

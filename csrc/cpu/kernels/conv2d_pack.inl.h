@@ -1,4 +1,4 @@
-// Weights of a convolution in the layouts that the kernels read, and weight gradients back.
+// Taps of a convolution, its weights in the layouts that the kernels read, and weight gradients back.
 //
 //   OHWI            [o][tap][i]                       torch's channels_last; the kernels' starting point
 //   forward panel   [panel of o][tap][i][columns]     columns = kTileColumns output channels
@@ -21,6 +21,36 @@ inline int64_t weight_elements(const Conv2dShape& s) { return s.out_channels * g
 template <class T>
 inline int64_t panels_of(int64_t columns) {
   return (columns + kTileColumns<T> - 1) / kTileColumns<T>;
+}
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+
+// The taps of one axis: tap i reads the source `offset(i)` pixels on and has the weight at kernel index `place(i)`.
+struct TapAxis {
+  int64_t count;
+  int64_t first_offset, offset_step;
+  int64_t first_place, place_step;
+  int64_t offset(int64_t i) const { return first_offset + i * offset_step; }
+  int64_t place(int64_t i) const { return first_place + i * place_step; }
+};
+
+inline TapAxis forward_taps(int64_t kernel, int64_t padding, int64_t dilation) {
+  return {kernel, -padding, dilation, 0, 1};
+}
+
+// The taps through which an input pixel of coordinate stride * q + phase receives grad[q + offset]: those k for which
+// (phase + padding - k * dilation) / stride is exact. From the last one down, so that offsets grow.
+inline TapAxis phase_taps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t phase) {
+  TapAxis taps{0, 0, 0, 0, 0};
+  for (int64_t k = kernel - 1; k >= 0; --k) {
+    const int64_t numerator = phase + padding - k * dilation;
+    if (numerator % stride != 0) continue;
+    const int64_t offset = floor_div(numerator, stride);
+    if (taps.count == 0) taps.first_offset = offset, taps.first_place = k;
+    if (taps.count == 1) taps.offset_step = offset - taps.first_offset, taps.place_step = k - taps.first_place;
+    ++taps.count;
+  }
+  return taps;
 }
 
 // Whether the weight as it lies is OHWI already: a kernel of one tap is, in either layout.

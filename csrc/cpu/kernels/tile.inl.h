@@ -49,21 +49,27 @@ struct Constant {
   static constexpr int value = number;
 };
 
-// body(Constant<rows>{}) for a row count in [1, kTileRows] known only at run time.
-template <class Body>
-FASTNN_INLINE void with_rows(int64_t rows, const Body& body) {
-  static_assert(kTileRows == 5 || kTileRows == 8, "one case for each row count");
-  switch (rows) {
+// body(Constant<count>{}) for a count in [1, most] known only at run time.
+template <int most, class Body>
+FASTNN_INLINE void with_count(int64_t count, const Body& body) {
+  static_assert(most == 5 || most == 8, "one case for each count");
+  switch (count) {
     case 1: return body(Constant<1>{});
     case 2: return body(Constant<2>{});
     case 3: return body(Constant<3>{});
     case 4: return body(Constant<4>{});
     case 5: return body(Constant<5>{});
-    case 6: if constexpr (kTileRows >= 6) return body(Constant<6>{}); [[fallthrough]];
-    case 7: if constexpr (kTileRows >= 7) return body(Constant<7>{}); [[fallthrough]];
-    case 8: if constexpr (kTileRows >= 8) return body(Constant<8>{}); [[fallthrough]];
+    case 6: if constexpr (most >= 6) return body(Constant<6>{}); [[fallthrough]];
+    case 7: if constexpr (most >= 7) return body(Constant<7>{}); [[fallthrough]];
+    case 8: if constexpr (most >= 8) return body(Constant<8>{}); [[fallthrough]];
     default: __builtin_unreachable();
   }
+}
+
+// The same for the rows of a tile.
+template <class Body>
+FASTNN_INLINE void with_rows(int64_t rows, const Body& body) {
+  with_count<kTileRows>(rows, body);
 }
 
 }  // namespace

@@ -58,6 +58,16 @@ template <class T>
 FASTNN_INLINE void store(T* p, Vec<T> v) {
   *reinterpret_cast<typename VecTypes<T>::Unaligned*>(p) = v;
 }
+// v, held in a register: without it, the compiler reads a value that several operations use from memory for each.
+template <class V>
+FASTNN_INLINE V in_register(V v) {
+#if defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
 template <class T>
 FASTNN_INLINE Vec<T> broadcast(T s) {
   return s - Vec<T>{};

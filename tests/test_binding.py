@@ -464,3 +464,9 @@ def test_only_bindings_know_python() -> None:
         for path in sorted((REPOSITORY / "csrc" / layer).rglob("*")):
             if path.suffix in {".h", ".cpp", ".cu", ".cuh"}:
                 assert not re.search(r"#\s*include\s+[<\"](pybind11|Python\.h|torch/|ATen)", path.read_text()), path
+
+
+def test_the_stub_lists_what_the_module_has() -> None:
+    tree = ast.parse((REPOSITORY / "fastnn" / "_C.pyi").read_text())
+    stub = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    assert stub == {name for name in dir(_C) if not name.startswith("__")}

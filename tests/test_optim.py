@@ -190,7 +190,59 @@ def test_layouts_of_parameters_and_gradients() -> None:
                 optimizer.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-13, atol=1e-14)
-    assert {record.kernel for record in log} == {"adam", "torch"}  # gaps are torch's
+    assert {record.kernel for record in log} == {"adam"}
+
+
+def test_an_infinite_parameter_stays_infinite_without_decay() -> None:
+    for make in (optim.Adam, optim.SGD):
+        parameter = torch.nn.Parameter(torch.tensor([float("inf"), 1.0]))
+        parameter.grad = torch.ones(2)
+        make([parameter], lr=0.1, weight_decay=0.0).step()
+        assert parameter[0].item() == float("inf")
+
+
+def test_a_small_gradient_survives_a_large_one_at_beta1_zero() -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = optim.Adam([parameter], betas=(0.0, 0.9))
+    for gradient in (1e8, 1e-3):
+        parameter.grad = torch.full((1,), gradient)
+        optimizer.step()
+    assert optimizer.state[parameter]["exp_avg"].item() == pytest.approx(1e-3)
+
+
+def test_steps_follow_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        parameter = torch.nn.Parameter(torch.ones(1))
+        optimizer = optim.Adam([parameter])
+        for _ in range(2):
+            parameter.grad = torch.ones(1)
+            optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[parameter]["step"].dtype is torch.float64
+    assert optimizer.state[parameter]["step"].item() == 2
+
+
+def test_parameters_that_share_memory_are_updated_in_turn() -> None:
+    shared = torch.ones(100_000)
+    parameters = [torch.nn.Parameter(shared), torch.nn.Parameter(torch.zeros(1))]
+    parameters[1].data = parameters[0].data
+    for parameter in parameters:
+        parameter.grad = torch.ones(100_000)
+    with fastnn.explain_dispatch() as log:
+        optim.SGD(parameters, lr=0.25).step()
+    assert torch.equal(shared, torch.full_like(shared, 0.5))
+    assert [record.reason for record in log] == ["parameters that share memory"]
+
+
+def test_a_refused_step_changes_nothing() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4, 2))]
+    parameters[0].grad = torch.ones(3)
+    parameters[1].grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (4, 2))
+    with pytest.raises(RuntimeError, match="sparse"):
+        optim.Adam(parameters).step()
+    assert torch.equal(parameters[0], torch.ones(3))
 
 
 def test_closure_and_hooks_run_once() -> None:
@@ -335,7 +387,7 @@ def adam_arguments() -> dict[str, Any]:
         ("max_exp_avg_sqs", [torch.zeros(3, 2).t()], r"max_exp_avg_sqs\[0\]: expected shape and strides"),
         ("params", [torch.zeros(4, 3)[::2]], r"params\[0\]: expected a tensor without gaps or overlaps"),
         ("steps", [torch.zeros(2)], r"steps\[0\]: expected one number"),
-        ("steps", [torch.zeros((), dtype=torch.int64)], r"steps\[0\]: expected float32, got int64"),
+        ("steps", [torch.zeros((), dtype=torch.int64)], r"steps\[0\]: expected float32 or float64, got int64"),
         ("params", [torch.zeros(2, 3, dtype=torch.int64)], r"expected|params"),
     ],
 )

@@ -73,7 +73,8 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& exp_a
   for (size_t i = 0; i < steps.size(); ++i) {
     const std::string name = entry_name("steps", i);
     check_cpu(name.c_str(), steps[i]);
-    check_dtype(name.c_str(), steps[i], DType::float32);
+    if (steps[i].dtype() != DType::float32 && steps[i].dtype() != DType::float64)  // torch follows its default dtype
+      fail_type(name.c_str(), "float32 or float64", steps[i].dtype_string());
     if (steps[i].numel() != 1) fail_value(name.c_str(), "one number", steps[i].shape_string());
   }
   adopt_torch_threads();
@@ -84,10 +85,9 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& exp_a
     std::vector<AdamTensor<T>> tensors;
     tensors.reserve(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
-      float* step = steps[i].data<float>();
-      *step += 1;
+      const double step = steps[i].dtype() == DType::float32 ? ++*steps[i].data<float>() : ++*steps[i].data<double>();
       tensors.push_back({params[i].data<T>(), grads[i].data<T>(), exp_avgs[i].data<T>(), exp_avg_sqs[i].data<T>(),
-                         amsgrad ? max_exp_avg_sqs[i].data<T>() : nullptr, *step});
+                         amsgrad ? max_exp_avg_sqs[i].data<T>() : nullptr, step});
     }
     const py::gil_scoped_release release;
     cpu::kernels<T>().adam_step(options, {static_cast<int64_t>(tensors.size()), tensors.data(), ends.data()});

@@ -33,7 +33,19 @@ from fastnn.bench.timing import (
     significant,
 )
 
-__all__ = ["describe_spread", "main", "measure", "run", "summarise", "threads_and_isa", "write_json"]
+__all__ = [
+    "QUICK_ROUND_SECONDS",
+    "ROUND_SECONDS",
+    "Disagreement",
+    "describe_spread",
+    "main",
+    "measure",
+    "run",
+    "select",
+    "summarise",
+    "threads_and_isa",
+    "write_json",
+]
 
 # A round of 50 ms is long against the clock's noise and short against the changes of a machine's load.
 ROUND_SECONDS = 0.05
@@ -154,9 +166,7 @@ def measure(case: Case, rounds: int, round_seconds: float) -> Result:
     except Disagreement as error:
         raise Disagreement(f"{case.name}: {error}") from error
     # One side's call is quicker when its tensors are still in the cache, so rounds, not calls, take turns.
-    samples = interleave(
-        {side: repeated(call, round_seconds) for side, call in sides.calls.items()}, max(rounds, MIN_ROUNDS)
-    )
+    samples = interleave({side: repeated(call, round_seconds) for side, call in sides.calls.items()}, rounds)
     comparison = compare(samples)
     return {
         "operator": case.operator,

@@ -48,16 +48,19 @@ void adam_run(const AdamOptions& o, const AdamTensor<T>& t, int64_t begin, int64
   const T sign = o.maximize ? T(-1) : T(1);
   const T coupled = static_cast<T>(o.decoupled ? 0 : o.weight_decay);
   const T keep = static_cast<T>(o.decoupled ? 1 - o.lr * o.weight_decay : 1);
-  const T one_minus_beta1 = static_cast<T>(1 - o.beta1);
+  const T beta1 = static_cast<T>(o.beta1), one_minus_beta1 = static_cast<T>(1 - o.beta1);
+  // m + w (g - m) loses m's share where w is large, g - (1 - w)(g - m) where it is small: torch.lerp's choice.
+  const bool small_weight = one_minus_beta1 < T(0.5);
   const T beta2 = static_cast<T>(o.beta2), one_minus_beta2 = static_cast<T>(1 - o.beta2);
   const T step_size = static_cast<T>(o.lr / (1 - __builtin_pow(o.beta1, t.step)));
   const T root_scale = static_cast<T>(1 / __builtin_sqrt(1 - __builtin_pow(o.beta2, t.step)));
   const T eps = static_cast<T>(o.eps);
   for_each_vector<T>(begin, end, [&](int64_t n, int64_t i) {
     Vec<T> p = load_upto(t.param + i, n) * keep;
-    const Vec<T> g = load_upto(t.grad + i, n) * sign + coupled * p;
+    Vec<T> g = load_upto(t.grad + i, n) * sign;
+    if (coupled != 0) g += coupled * p;  // not without decay: 0 * inf is NaN
     Vec<T> m = load_upto(t.exp_avg + i, n);
-    m += (g - m) * one_minus_beta1;
+    m = small_weight ? m + (g - m) * one_minus_beta1 : g - (g - m) * beta1;
     Vec<T> v = load_upto(t.exp_avg_sq + i, n) * beta2 + g * g * one_minus_beta2;
     store_upto(t.exp_avg + i, m, n);
     store_upto(t.exp_avg_sq + i, v, n);
@@ -91,7 +94,8 @@ void sgd_step(const SgdOptions& o, const TensorList<SgdTensor<T>>& list) {
   for_each_run(list, [&](const SgdTensor<T>& t, int64_t begin, int64_t end) {
     for_each_vector<T>(begin, end, [&](int64_t n, int64_t i) {
       const Vec<T> p = load_upto(t.param + i, n);
-      Vec<T> g = load_upto(t.grad + i, n) * sign + decay * p;
+      Vec<T> g = load_upto(t.grad + i, n) * sign;
+      if (decay != 0) g += decay * p;  // not without decay: 0 * inf is NaN
       if (t.momentum_buffer) {
         const Vec<T> b = t.first ? g : load_upto(t.momentum_buffer + i, n) * momentum + g * fresh;
         store_upto(t.momentum_buffer + i, b, n);

@@ -70,7 +70,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     way = route("linear", input, weight, bias)
     if way == "kernel":
         if needs_grad(input, weight, bias):
-            return LinearFunction.apply(input, weight, bias, relu)
+            return LinearFunction.run(input, weight, bias, relu)
         return linear_forward(input, weight, bias, relu)
     if way == "op":
         return linear_op(input, weight, bias, relu)
@@ -148,7 +148,7 @@ def conv2d(
     if way == "op":
         output = conv2d_op(input, weight, bias, *geometry, relu, fused)[0]
     elif needs_grad(input, weight, bias):
-        output = Conv2dFunction.apply(input, weight, bias, *geometry, relu, fused)
+        output = Conv2dFunction.run(input, weight, bias, *geometry, relu, fused)
     else:
         output = conv2d_forward(input, weight, bias, geometry, relu, fused)[0]
     if pool is None or fused:
@@ -233,7 +233,7 @@ def max_pool2d(
         output, winners = max_pool2d_op(input, *window, ceil_mode, return_indices)
         return (output, winners) if return_indices else output
     if needs_grad(input):
-        return MaxPool2dFunction.apply(input, *window, ceil_mode, return_indices)
+        return MaxPool2dFunction.run(input, *window, ceil_mode, return_indices)
     output, winners = max_pool2d_forward(input, *window, ceil_mode, torch.int64 if return_indices else None)
     return (output, winners) if return_indices else output
 
@@ -264,7 +264,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     if way == "op":
         return relu_op(input)
     if needs_grad(input):
-        return ReluFunction.apply(input)
+        return ReluFunction.run(input)
     return relu_forward(input)
 
 
@@ -276,7 +276,7 @@ def _relu_inplace(input: Tensor, way: str) -> Tensor:
         if leaf is not None and leaf.is_leaf and leaf.requires_grad:
             view = "" if leaf is input else "view of a "
             raise RuntimeError(f"a {view}leaf Variable that requires grad is being used in an in-place operation.")
-        return ReluInplaceFunction.apply(input)
+        return ReluInplaceFunction.run(input)
     relu_inplace(input)
     if not input.is_inference():
         torch.autograd.graph.increment_version(input)
@@ -310,7 +310,7 @@ def _along_dim(
     if way == "op":
         return operator.op(input, dim)
     if needs_grad(input):
-        return operator.function.apply(input, dim)
+        return operator.function.run(input, dim)
     return operator.forward(input, dim)
 
 
@@ -418,7 +418,7 @@ def cross_entropy(
     if way == "op":
         return cross_entropy_op(input, target, weight, ignore_index, number, label_smoothing)[0]
     if needs_grad(input, target):
-        return CrossEntropyFunction.apply(input, target, weight, ignore_index, number, label_smoothing)
+        return CrossEntropyFunction.run(input, target, weight, ignore_index, number, label_smoothing)
     return cross_entropy_forward(input, target, weight, ignore_index, number, label_smoothing, keep=False)[0]
 
 
@@ -467,7 +467,7 @@ def nll_loss(
     if way == "op":
         return nll_loss_op(input, target, weight, ignore_index, number)[0]
     if needs_grad(input):
-        return NllLossFunction.apply(input, target, weight, ignore_index, number)
+        return NllLossFunction.run(input, target, weight, ignore_index, number)
     return nll_loss_forward(input, target, weight, ignore_index, number)[0]
 
 
@@ -510,7 +510,7 @@ def mse_loss(
     if way == "op":
         return mse_loss_op(input, target, weight, number)[0]
     if needs_grad(input, target):
-        return MseLossFunction.apply(input, target, weight, number)
+        return MseLossFunction.run(input, target, weight, number)
     return mse_loss_forward(input, target, weight, number)[0]
 
 

@@ -285,6 +285,18 @@ def test_torch_func(operator: Operator) -> None:
 
 
 @each_operator
+def test_batched_gradients(operator: Operator) -> None:
+    """is_grads_batched runs backward under vmap, where tensors have no memory of their own."""
+    leaves = operator.make(torch.float64)
+    output, expected = operator.ours(*leaves), operator.oracle(*leaves)
+    grads = random((3, *output.shape), torch.float64, generator("batched", operator.id))
+    actual = torch.autograd.grad(output, leaves, grads, is_grads_batched=True)
+    wanted = torch.autograd.grad(expected, leaves, grads, is_grads_batched=True)
+    for a, b in zip(actual, wanted, strict=True):
+        assert_near(a, b)
+
+
+@each_operator
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_trace(operator: Operator) -> None:
     leaves = operator.make(torch.float64, requires_grad=False)

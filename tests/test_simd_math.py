@@ -26,7 +26,7 @@ def run(kernel: Callable[[Tensor, Tensor], None], x: Tensor) -> Tensor:
 
 
 def assert_ulps(actual: Tensor, x: Tensor, exact: Callable[[np.ndarray], np.ndarray], bound: float) -> None:
-    """Finite results within `bound` units in the last place of the exact one; others equal to its rounding."""
+    """Finite results within `bound` units in the last place of the exact one, others its rounding."""
     wide = exact(x.numpy().astype(np.longdouble))
     with np.errstate(over="ignore"):
         rounded = wide.astype(actual.numpy().dtype)

@@ -19,6 +19,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _is_tracing = torch._C._get_tracing_state
+_has_storage = torch._C._has_storage
 
 
 def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
@@ -72,9 +73,16 @@ def _fall_back(operator: str, reason: str) -> str:
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must record this call."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return torch.is_grad_enabled()
+    return False
+
+
+class KernelFunction(torch.autograd.Function):
+    """An autograd.Function that :func:`route` guards: ``run`` is ``apply`` without its care for torch.func."""
+
+    run: Callable[..., Any] = torch._C._FunctionBase.__dict__["apply"]
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -82,6 +90,15 @@ def dense(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.resolve_neg().contiguous()
+
+
+def empty_dense(like: Tensor) -> Tensor:
+    """Uninitialised memory of this shape in row-major order (half the time of torch.empty with a shape)."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def empty_scalar(dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided((), (), dtype=dtype)
 
 
 def gapless(tensor: Tensor) -> Tensor:
@@ -127,6 +144,11 @@ def goes_through_op(grad_output: Tensor) -> bool:
     return type(grad_output) is not Tensor or _is_compiling()
 
 
+def goes_through_torch(grad_output: Tensor) -> bool:
+    """Whether backward must use torch's operations: its result is differentiated again, or vmap batches it."""
+    return torch.is_grad_enabled() or not _has_storage(grad_output)
+
+
 def empty_like_if(needed: bool, like: Tensor, shape: Sequence[int]) -> Tensor:
     """What a backward op's fake returns: a gradient of this shape, or the empty tensor that stands for none."""
     return like.new_empty(shape if needed else (0,))
@@ -148,9 +170,9 @@ def differentiable_backward(
     The function is evaluated anew on aliases of its inputs, so that each gradient is the partial derivative even
     where one input was computed from another.
     """
-    aliases = [x.view_as(x) if need and x is not None else x for x, need in zip(inputs, needed, strict=True)]
-    sources = [x for x, need in zip(aliases, needed, strict=True) if need and x is not None]
     with torch.enable_grad():
+        aliases = [x.view_as(x) if need and x is not None else x for x, need in zip(inputs, needed, strict=True)]
+        sources = [x for x, need in zip(aliases, needed, strict=True) if need and x is not None]
         output = function(*aliases)
     grads = iter(torch.autograd.grad(output, sources, grad_output, create_graph=True))
     return [next(grads) if need and x is not None else None for x, need in zip(inputs, needed, strict=True)]

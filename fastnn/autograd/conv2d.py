@@ -11,11 +11,13 @@ from torch import Tensor
 from fastnn import _C, reference
 from fastnn.arguments import Pair
 from fastnn.autograd.common import (
+    KernelFunction,
     define_op,
     dense,
     differentiable_backward,
     empty_like_if,
     goes_through_op,
+    goes_through_torch,
     wanted,
 )
 
@@ -142,7 +144,7 @@ def _backward(ctx: Any, grad_output: Tensor, _grad_winner: Tensor | None = None)
     if goes_through_op(grad_output):
         grads = conv2d_backward_op(grad_output, input, weight, output, winner, *geometry, needed)
         return *wanted(grads, needed), *rest
-    if torch.is_grad_enabled():
+    if goes_through_torch(grad_output):
 
         def function(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
             activation, max_pool = "relu" if relu else None, 2 if pool else None
@@ -152,7 +154,7 @@ def _backward(ctx: Any, grad_output: Tensor, _grad_winner: Tensor | None = None)
     return *conv2d_backward(grad_output, input, weight, output, winner, geometry, needed), *rest
 
 
-class Conv2dFunction(torch.autograd.Function):
+class Conv2dFunction(KernelFunction):
     @staticmethod
     def forward(
         ctx: Any,

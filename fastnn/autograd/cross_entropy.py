@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastnn import _C, reference
 from fastnn.autograd.common import (
+    KernelFunction,
     define_op,
     dense,
     differentiable_backward,
+    empty_dense,
     empty_like_if,
+    empty_scalar,
     goes_through_op,
+    goes_through_torch,
     wanted,
 )
 
@@ -30,13 +33,18 @@ def loss_shape(input: Tensor, reduction: int) -> Sequence[int]:
     return (*input.shape[:1], *input.shape[2:]) if reduction == 0 and input.dim() > 1 else ()
 
 
+def empty_loss(input: Tensor, reduction: int) -> Tensor:
+    if reduction == 0:
+        return input.new_empty(loss_shape(input, reduction))
+    return empty_scalar(input.dtype)
+
+
 def statistics_size(input: Tensor, target: Tensor) -> int:
     """Two or, where the target holds probabilities, three numbers per sample, and the divisor."""
-    samples = 1
-    if input.dim() > 1:
-        for d, size in enumerate(input.shape):
-            if d != 1:
-                samples *= size
+    shape = input.shape
+    samples = 1 if len(shape) == 1 else shape[0]
+    for size in shape[2:]:
+        samples *= size
     return (3 if target.is_floating_point() else 2) * samples + 1
 
 
@@ -50,8 +58,8 @@ def cross_entropy_forward(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and what backward needs if `keep`."""
-    output = torch.empty(loss_shape(input, reduction), dtype=input.dtype)
-    statistics = torch.empty(statistics_size(input, target), dtype=input.dtype) if keep else None
+    output = empty_loss(input, reduction)
+    statistics = input.new_empty(statistics_size(input, target)) if keep else None
     if weight is not None:
         weight = dense(weight)
     _C.cross_entropy_forward(
@@ -72,8 +80,8 @@ def cross_entropy_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of input and target, where needed."""
-    grad_input = torch.empty(input.shape, dtype=input.dtype) if needed[0] else None
-    grad_target = torch.empty(input.shape, dtype=input.dtype) if needed[1] else None
+    grad_input = empty_dense(input) if needed[0] else None
+    grad_target = empty_dense(input) if needed[1] else None
     _C.cross_entropy_backward(
         grad_input,
         grad_target,
@@ -107,7 +115,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
         grads = cross_entropy_backward_op(grad_output, statistics, input, target, weight, *ctx.options, needed)
         return *wanted(grads, needed), *rest
     ignore_index, reduction, label_smoothing = ctx.options
-    if torch.is_grad_enabled():
+    if goes_through_torch(grad_output):
 
         def function(x: Tensor, t: Tensor) -> Tensor:
             return reference.cross_entropy(
@@ -133,7 +141,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
     ), *rest
 
 
-class CrossEntropyFunction(torch.autograd.Function):
+class CrossEntropyFunction(KernelFunction):
     @staticmethod
     def forward(
         ctx: Any,

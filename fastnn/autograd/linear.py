@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fastnn import _C, reference
 from fastnn.autograd.common import (
+    KernelFunction,
     define_op,
     dense,
     differentiable_backward,
     empty_like_if,
     goes_through_op,
+    goes_through_torch,
     wanted,
 )
 
@@ -47,7 +49,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:3]
     if goes_through_op(grad_output):
         return *wanted(linear_backward_op(grad_output, input, weight, output, needed), needed), None
-    if torch.is_grad_enabled():
+    if goes_through_torch(grad_output):
         activation = "relu" if ctx.relu else None
         return *differentiable_backward(
             lambda x, w, b: reference.linear(x, w, b, activation=activation),
@@ -58,7 +60,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return *linear_backward(grad_output, input, weight, output, needed), None
 
 
-class LinearFunction(torch.autograd.Function):
+class LinearFunction(KernelFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         output = linear_forward(input, weight, bias, relu)

@@ -16,9 +16,11 @@ from torch import Tensor
 from fastnn import _C, reference
 from fastnn.arguments import Pair
 from fastnn.autograd.common import (
+    KernelFunction,
     define_op,
     differentiable_backward,
     goes_through_op,
+    goes_through_torch,
 )
 from fastnn.autograd.conv2d import prefers_channels_last
 
@@ -66,12 +68,33 @@ def pool_size(
     )
 
 
-_cached_pool_size = lru_cache(maxsize=256)(pool_size)
+@lru_cache(maxsize=256)
+def _output_layout(
+    shape: tuple[int, ...],
+    memory_format: torch.memory_format,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of the output for an input's shape; kept, for they take as long to work out as a tiny image."""
+    check_image(shape)
+    *leading, height, width = shape
+    pooled = torch.empty(
+        (*leading, *pool_size(height, width, kernel_size, stride, padding, dilation, ceil_mode)),
+        dtype=torch.uint8,
+        device="meta",
+        memory_format=memory_format,
+    )
+    return tuple(pooled.shape), pooled.stride()
 
 
 def _image_format(input: Tensor) -> torch.memory_format:
     """The format of torch's output."""
-    if not input.is_contiguous() and prefers_channels_last(input):
+    if input.is_contiguous():
+        return torch.contiguous_format
+    if input.is_contiguous(memory_format=torch.channels_last) or prefers_channels_last(input):
         return torch.channels_last
     return torch.contiguous_format
 
@@ -82,11 +105,11 @@ def _dense_image(input: Tensor, memory_format: torch.memory_format) -> Tensor:
     return input.resolve_neg().contiguous(memory_format=memory_format)
 
 
-def check_image(input: Tensor) -> None:
-    if input.dim() not in (3, 4) or input.shape[-3] == 0:
+def check_image(shape: Sequence[int]) -> None:
+    if len(shape) not in (3, 4) or shape[-3] == 0:
         raise ValueError(
             "input: expected non-empty images of shape (channels, height, width) or (batch, channels, "
-            f"height, width), got {tuple(input.shape)}"
+            f"height, width), got {tuple(shape)}"
         )
 
 
@@ -100,14 +123,10 @@ def max_pool2d_forward(
     winners_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and the winners as bytes (uint8) or indices (int64) or not at all."""
-    check_image(input)
-    *leading, height, width = input.shape
-    shape = (*leading, *_cached_pool_size(height, width, kernel_size, stride, padding, dilation, ceil_mode))
     memory_format = _image_format(input)
-    output = torch.empty(shape, dtype=input.dtype, memory_format=memory_format)
-    winners = None
-    if winners_dtype is not None:
-        winners = torch.empty(shape, dtype=winners_dtype, memory_format=memory_format)
+    shape, strides = _output_layout(input.shape, memory_format, kernel_size, stride, padding, dilation, ceil_mode)
+    output = torch.empty_strided(shape, strides, dtype=input.dtype)
+    winners = None if winners_dtype is None else torch.empty_strided(shape, strides, dtype=winners_dtype)
     _C.max_pool2d_forward(output, winners, _dense_image(input, memory_format), kernel_size, stride, padding, dilation)
     return output, winners
 
@@ -122,7 +141,7 @@ def max_pool2d_backward(
     dilation: Pair,
 ) -> Tensor:
     memory_format = _image_format(input)
-    grad_input = torch.empty(input.shape, dtype=input.dtype, memory_format=memory_format)
+    grad_input = torch.empty_like(input, memory_format=memory_format)
     grad_output = _dense_image(grad_output, memory_format)
     _C.max_pool2d_backward(grad_input, grad_output, winners, kernel_size, stride, padding, dilation)
     return grad_input
@@ -146,7 +165,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
     input, winners = ctx.saved_tensors
     if goes_through_op(grad_output):
         grad_input = max_pool2d_backward_op(grad_output, input, winners, *ctx.window)
-    elif torch.is_grad_enabled():
+    elif goes_through_torch(grad_output):
         arguments = (*ctx.window, ctx.ceil_mode)
         (grad_input,) = differentiable_backward(
             lambda x: reference.max_pool2d(x, *arguments), (input,), (True,), grad_output
@@ -156,7 +175,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
     return grad_input, None, None, None, None, None, None
 
 
-class MaxPool2dFunction(torch.autograd.Function):
+class MaxPool2dFunction(KernelFunction):
     """Returns ``(output, indices)`` with return_indices, else the output alone."""
 
     @staticmethod
@@ -213,7 +232,7 @@ def _max_pool2d_fake(
     ceil_mode: bool,
     return_indices: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_image(input)
+    check_image(input.shape)
     *leading, height, width = input.shape
     shape = (*leading, *pool_size(height, width, kernel_size, stride, padding, dilation, ceil_mode))  # type: ignore
     output = input.new_empty(shape).contiguous(memory_format=_image_format(input))

@@ -13,11 +13,14 @@ from torch import Tensor
 
 from fastnn import _C, reference
 from fastnn.autograd.common import (
+    KernelFunction,
     define_op,
     dense,
     differentiable_backward,
+    empty_scalar,
     gapless,
     goes_through_op,
+    goes_through_torch,
     laid_out_as,
     wanted,
 )
@@ -27,8 +30,8 @@ from fastnn.autograd.cross_entropy import REDUCTIONS
 def mse_loss_forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
     """The loss and the divisor of its mean."""
     input = gapless(input)
-    output = torch.empty_like(input) if reduction == 0 else torch.empty((), dtype=input.dtype)
-    divisor = torch.empty((), dtype=input.dtype)
+    output = torch.empty_like(input) if reduction == 0 else empty_scalar(input.dtype)
+    divisor = empty_scalar(input.dtype)
     if weight is not None:
         weight = laid_out_as(input, weight)
     _C.mse_loss_forward(output, divisor, input, laid_out_as(input, target), weight, reduction)
@@ -78,7 +81,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
     if goes_through_op(grad_output):
         grads = mse_loss_backward_op(grad_output, divisor, input, target, weight, reduction, needed)
         return *wanted(grads, needed), None, None
-    if torch.is_grad_enabled():
+    if goes_through_torch(grad_output):
         return (
             *differentiable_backward(
                 lambda x, t: reference.mse_loss(x, t, reduction=REDUCTIONS[reduction], weight=weight),
@@ -92,7 +95,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
     return *mse_loss_backward(grad_output, divisor, input, target, weight, reduction, needed), None, None
 
 
-class MseLossFunction(torch.autograd.Function):
+class MseLossFunction(KernelFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> Tensor:
         output, divisor = mse_loss_forward(input, target, weight, reduction)

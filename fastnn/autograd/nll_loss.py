@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastnn import _C, reference
-from fastnn.autograd.common import define_op, dense, differentiable_backward, goes_through_op
-from fastnn.autograd.cross_entropy import REDUCTIONS, loss_shape
+from fastnn.autograd.common import (
+    KernelFunction,
+    define_op,
+    dense,
+    differentiable_backward,
+    empty_dense,
+    empty_scalar,
+    goes_through_op,
+    goes_through_torch,
+)
+from fastnn.autograd.cross_entropy import REDUCTIONS, empty_loss, loss_shape
 
 
 def nll_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: int
 ) -> tuple[Tensor, Tensor]:
     """The loss and the divisor of its mean."""
-    output = torch.empty(loss_shape(input, reduction), dtype=input.dtype)
-    divisor = torch.empty((), dtype=input.dtype)
+    output = empty_loss(input, reduction)
+    divisor = empty_scalar(input.dtype)
     if weight is not None:
         weight = dense(weight)
     _C.nll_loss_forward(output, divisor, dense(input), dense(target), weight, ignore_index, reduction)
@@ -33,7 +41,7 @@ def nll_loss_backward(
     ignore_index: int,
     reduction: int,
 ) -> Tensor:
-    grad_input = torch.empty(input.shape, dtype=input.dtype)
+    grad_input = empty_dense(input)
     if weight is not None:
         weight = dense(weight)
     _C.nll_loss_backward(grad_input, dense(grad_output), divisor, dense(target), weight, ignore_index, reduction)
@@ -54,7 +62,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
     input, target, weight, divisor = ctx.saved_tensors
     if goes_through_op(grad_output):
         grad_input = nll_loss_backward_op(grad_output, divisor, input, target, weight, *ctx.options)
-    elif torch.is_grad_enabled():
+    elif goes_through_torch(grad_output):
         ignore_index, reduction = ctx.options
 
         def function(x: Tensor) -> Tensor:
@@ -66,7 +74,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None = None) -> 
     return grad_input, None, None, None, None
 
 
-class NllLossFunction(torch.autograd.Function):
+class NllLossFunction(KernelFunction):
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: int

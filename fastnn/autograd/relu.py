@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fastnn import _C
 from fastnn.autograd.common import (
+    KernelFunction,
     define_op,
     gapless,
     goes_through_op,
+    goes_through_torch,
     laid_out_as,
 )
 
@@ -47,12 +49,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor | None:
     if goes_through_op(grad_output):
         grad_input: Tensor = relu_backward_op(grad_output, output)
         return grad_input
-    if torch.is_grad_enabled():
+    if goes_through_torch(grad_output):
         return torch.where(output <= 0, 0, grad_output)
     return relu_backward(grad_output, output)
 
 
-class ReluFunction(torch.autograd.Function):
+class ReluFunction(KernelFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
         output = relu_forward(input)
@@ -62,7 +64,7 @@ class ReluFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-class ReluInplaceFunction(torch.autograd.Function):
+class ReluInplaceFunction(KernelFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor) -> Tensor:
         relu_inplace(input)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastnn import _C, reference
-from fastnn.autograd.common import define_op, dense, goes_through_op
+from fastnn.autograd.common import KernelFunction, define_op, dense, empty_dense, goes_through_op, goes_through_torch
 
 
 class SoftmaxOperator:
@@ -31,7 +30,7 @@ class SoftmaxOperator:
         self.reference = reference
         operator = self
 
-        class Function(torch.autograd.Function):
+        class Function(KernelFunction):
             @staticmethod
             def forward(ctx: Any, input: Tensor, dim: int) -> Tensor:
                 output = operator.forward(input, dim)
@@ -56,12 +55,12 @@ class SoftmaxOperator:
         )
 
     def forward(self, input: Tensor, dim: int) -> Tensor:
-        output = torch.empty(input.shape, dtype=input.dtype)
+        output = empty_dense(input)
         self._forward_kernel(output, dense(input), dim)
         return output
 
     def backward(self, grad_output: Tensor, output: Tensor, dim: int) -> Tensor:
-        grad_input = torch.empty(output.shape, dtype=output.dtype)
+        grad_input = empty_dense(output)
         self._backward_kernel(grad_input, dense(grad_output), dense(output), dim)
         return grad_input
 
@@ -74,7 +73,7 @@ class SoftmaxOperator:
         dim = ctx.dim
         if goes_through_op(grad_output):
             return self.backward_op(grad_output, output, dim), None
-        if torch.is_grad_enabled():
+        if goes_through_torch(grad_output):
             return self._gradient(grad_output, output, dim), None
         return self.backward(grad_output, output, dim), None
 

@@ -49,16 +49,15 @@ int64_t cross_entropy_forward(const CrossEntropyShape& shape, const CrossEntropy
           // dot = sum of q_c (x_c - largest), mass = sum of q_c: the loss is mass * log_sum - dot, both terms >= 0.
           Vec<T> dot{}, mass{}, sum;
           if (spreads) {
-            sum = line_exp_sum(
-                lines, t.input, largest, [&](int64_t at, int64_t lanes, int64_t c, Vec<T> shifted, Vec<T>) {
-                  const Vec<T> share = target_share(lines, smoothing, t.classes.weight, t.probabilities, at, lanes, c);
-                  dot += keep_first<T>(share * shifted, lanes);
-                  mass += keep_first<T>(share, lanes);
-                });
+            sum = line_exp_sum(lines, t.input, largest, [&](int64_t at, int64_t lanes, int64_t c, Vec<T> shifted) {
+              const Vec<T> share = target_share(lines, smoothing, t.classes.weight, t.probabilities, at, lanes, c);
+              dot += keep_first<T>(share * shifted, lanes);
+              mass += keep_first<T>(share, lanes);
+            });
             dot = lines.total(dot);
             mass = lines.total(mass);
           } else {
-            sum = line_exp_sum(lines, t.input, largest, [](int64_t, int64_t, int64_t, Vec<T>, Vec<T>) {});
+            sum = line_exp_sum(lines, t.input, largest, [](int64_t, int64_t, int64_t, Vec<T>) {});
           }
           const Vec<T> log_sum = logarithm<T>(sum);
           const Vec<T> spread_loss = spreads ? mass * log_sum - dot : Vec<T>{};
@@ -118,14 +117,17 @@ void cross_entropy_backward(const CrossEntropyShape& shape, const CrossEntropyBa
       const Vec<T> largest = lines.of_line(s.largest + first), inverse_sum = lines.of_line(s.inverse_sum + first);
       const Vec<T> grad = lines.of_line(grads), scale = lines.of_line(masses) * inverse_sum;
       if (t.grad_input && spreads) {
-        lines.walk([&](int64_t at, int64_t lanes, int64_t c) {
+        lines.map(t.grad_input, [&](int64_t at, int64_t lanes, int64_t c) {
           const Vec<T> share = target_share(lines, smoothing, t.classes.weight, t.probabilities, at, lanes, c);
-          const Vec<T> power = exponential<T>(load_upto(t.input + at, lanes) - largest);
-          store_upto(t.grad_input + at, power * scale - grad * share, lanes);
+          lines.fetch_ahead(t.input + at);
+          lines.fetch_ahead(t.grad_input + at);
+          return exponential<T>(load_upto(t.input + at, lanes) - largest) * scale - grad * share;
         });
       } else if (t.grad_input) {
-        lines.walk([&](int64_t at, int64_t lanes, int64_t) {
-          store_upto(t.grad_input + at, exponential<T>(load_upto(t.input + at, lanes) - largest) * scale, lanes);
+        lines.map(t.grad_input, [&](int64_t at, int64_t lanes, int64_t) {
+          lines.fetch_ahead(t.input + at);
+          lines.fetch_ahead(t.grad_input + at);
+          return exponential<T>(load_upto(t.input + at, lanes) - largest) * scale;
         });
       }
       if (t.grad_input && !t.probabilities)
@@ -133,10 +135,10 @@ void cross_entropy_backward(const CrossEntropyShape& shape, const CrossEntropyBa
           if (targets[l] >= 0) t.grad_input[lines.offset + l + targets[l] * lines.inner] -= hot[l];
       if (t.grad_target) {
         const Vec<T> log_sum = -logarithm<T>(inverse_sum);
-        lines.walk([&](int64_t at, int64_t lanes, int64_t c) {
+        lines.map(t.grad_target, [&](int64_t at, int64_t lanes, int64_t c) {
           Vec<T> factor = grad * -smoothing.keep;
           if (t.classes.weight) factor *= lines.of_class(t.classes.weight, c, lanes);
-          store_upto(t.grad_target + at, factor * ((load_upto(t.input + at, lanes) - largest) - log_sum), lanes);
+          return factor * ((load_upto(t.input + at, lanes) - largest) - log_sum);
         });
       }
     });

@@ -143,9 +143,7 @@ inline bool tiles(const PoolAxis& axis) {
 
 template <class T>
 inline void fill_zero(T* data, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) store(data + i, Vec<T>{});
-  for (; i < count; ++i) data[i] = 0;
+  __builtin_memset(data, 0, static_cast<size_t>(count) * sizeof(T));
 }
 
 // The gradients of one image's channels [begin, end): every tap of a window receives its gradient or zero, by mask.

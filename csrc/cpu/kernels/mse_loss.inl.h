@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/kernels/loss.inl.h"
+#include "cpu/simd/map.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -40,10 +41,7 @@ void mse_loss_forward(const MseLossShape& shape, const MseLossForward<T>& t) {
   if (shape.reduction == Reduction::none) {
     *t.divisor = 1;
     parallel_ranges(shape.count, kMseGrain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i += kLanes<T>) {
-        const int64_t lanes = end - i < kLanes<T> ? end - i : kLanes<T>;
-        store_upto(t.output + i, squared_error(t, i, lanes), lanes);
-      }
+      store_range(t.output, begin, end, [&](int64_t i, int64_t lanes) { return squared_error(t, i, lanes); });
     });
     return;
   }
@@ -63,14 +61,16 @@ void mse_loss_backward(const MseLossShape& shape, const MseLossBackward<T>& t) {
   const Vec<T> shared =
       broadcast(elementwise ? T(2) : T(2) * sample_gradient(shape.reduction, t.grad_output, t.divisor, 0));
   parallel_ranges(shape.count, kMseGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes<T>) {
-      const int64_t lanes = end - i < kLanes<T> ? end - i : kLanes<T>;
+    const auto gradient = [&](int64_t i, int64_t lanes) {
       Vec<T> grad = shared * (load_upto(t.input + i, lanes) - load_upto(t.target + i, lanes));
       if (elementwise) grad *= load_upto(t.grad_output + i, lanes);
-      if (t.weight) grad *= load_upto(t.weight + i, lanes);
-      if (t.grad_input) store_upto(t.grad_input + i, grad, lanes);
-      if (t.grad_target) store_upto(t.grad_target + i, -grad, lanes);
-    }
+      return t.weight ? grad * load_upto(t.weight + i, lanes) : grad;
+    };
+    if (t.grad_input) store_range(t.grad_input, begin, end, gradient);
+    if (t.grad_target)
+      store_range(t.grad_target, begin, end, [&](int64_t i, int64_t lanes) {
+        return -(t.grad_input ? load_upto(t.grad_input + i, lanes) : gradient(i, lanes));
+      });
   });
 }
 

@@ -42,9 +42,7 @@ template <class T>
 void nll_loss_backward(const NllLossShape& shape, const NllLossBackward<T>& t) {
   trace<T>("nll_loss_backward", "indices");
   parallel_ranges(shape.samples() * shape.lines.classes, kClearGrain, [&](int64_t begin, int64_t end) {
-    int64_t i = begin;
-    for (; i + kLanes<T> <= end; i += kLanes<T>) store(t.grad_input + i, Vec<T>{});
-    for (; i < end; ++i) t.grad_input[i] = 0;
+    __builtin_memset(t.grad_input + begin, 0, static_cast<size_t>(end - begin) * sizeof(T));
   });
   parallel_ranges(shape.samples(), kSampleGrain, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/parallel.h"
-#include "cpu/simd/vector.h"
+#include "cpu/simd/map.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -14,9 +14,7 @@ template <class T>
 void relu_forward(const ReluShape& shape, const ReluForward<T>& t) {
   trace<T>("relu_forward", "vector");
   parallel_ranges(shape.count, kReluGrain, [&](int64_t begin, int64_t end) {
-    int64_t i = begin;
-    for (; i + kLanes<T> <= end; i += kLanes<T>) store(t.output + i, relu(load(t.input + i)));
-    if (i < end) store_first(t.output + i, relu(load_first(t.input + i, end - i)), end - i);
+    store_range(t.output, begin, end, [&](int64_t i, int64_t lanes) { return relu(load_upto(t.input + i, lanes)); });
   });
 }
 
@@ -24,13 +22,9 @@ void relu_forward(const ReluShape& shape, const ReluForward<T>& t) {
 template <class T>
 void relu_mask(int64_t count, const T* grad_output, const T* output, T* masked) {
   parallel_ranges(count, kReluGrain, [&](int64_t begin, int64_t end) {
-    const auto mask = [](Vec<T> grad, Vec<T> y) { return y <= Vec<T>{} ? Vec<T>{} : grad; };
-    int64_t i = begin;
-    for (; i + kLanes<T> <= end; i += kLanes<T>) store(masked + i, mask(load(grad_output + i), load(output + i)));
-    if (i < end) {
-      const int64_t left = end - i;
-      store_first(masked + i, mask(load_first(grad_output + i, left), load_first(output + i, left)), left);
-    }
+    store_range(masked, begin, end, [&](int64_t i, int64_t lanes) {
+      return load_upto(output + i, lanes) <= Vec<T>{} ? Vec<T>{} : load_upto(grad_output + i, lanes);
+    });
   });
 }
 

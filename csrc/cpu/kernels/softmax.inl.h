@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cpu/parallel.h"
+#include "cpu/simd/map.h"
 #include "cpu/simd/math.h"
 
 namespace fastnn::cpu {
@@ -16,6 +17,9 @@ namespace {
 
 // Elements of one task: 5 to 10 us of exponentials, ten times what an OpenMP region costs.
 constexpr int64_t kSoftmaxGrain = 1 << 13;
+// Lines abreast keep what they read twice on the stack, for so many classes (8 KiB with the widest vectors): where
+// classes lie an image of 32 x 32 floats apart they all fall into one set of the cache.
+constexpr int64_t kStagedClasses = 128;
 
 // One line, or as many abreast as fit a vector.
 template <class T, bool along>
@@ -27,13 +31,32 @@ struct Lines {
   // step(offset, lanes, class) for each vector of a line.
   template <class Step>
   FASTNN_INLINE void walk(const Step& step) const {
-    if constexpr (along) {
-      int64_t c = 0;
-      for (; c + kLanes<T> <= classes; c += kLanes<T>) step(offset + c, kLanes<T>, c);
-      if (c < classes) step(offset + c, classes - c, c);
-    } else {
-      for (int64_t c = 0; c < classes; ++c) step(offset + c * inner, count, c);
+    walk_from(0, step);
+  }
+
+  // output[offset] = value(offset, lanes, class) for each vector, several computed before they are stored (simd/map.h).
+  template <class Value>
+  FASTNN_INLINE void map(T* output, const Value& value) const {
+    const int64_t classes_apart = along ? kLanes<T> : 1, apart = along ? kLanes<T> : inner;
+    const int64_t lanes = along ? kLanes<T> : count;
+    int64_t c = 0;
+    for (; c + kMapVectors * classes_apart <= classes; c += kMapVectors * classes_apart) {
+      const int64_t at = offset + (along ? c : c * inner);
+      Vec<T> values[kMapVectors];
+      FASTNN_UNROLL
+      for (int v = 0; v < kMapVectors; ++v) values[v] = value(at + v * apart, lanes, c + v * classes_apart);
+      FASTNN_UNROLL
+      for (int v = 0; v < kMapVectors; ++v) store_upto(output + at + v * apart, values[v], lanes);
     }
+    walk_from(c, [&](int64_t at, int64_t lanes_left, int64_t c_left) {
+      store_upto(output + at, value(at, lanes_left, c_left), lanes_left);
+    });
+  }
+
+  // Brings the memory at p of the bundles to come near: the processor does not foresee steps of a page and more. A
+  // quarter to a half of the backward passes' time at 32 x 32.
+  static FASTNN_INLINE void fetch_ahead(const T* p) {
+    if constexpr (!along) __builtin_prefetch(p + 4 * kLanes<T>, 0, 2);
   }
 
   FASTNN_INLINE Vec<T> largest(Vec<T> v) const { return along ? maximum_of_lanes<T>(v) : v; }
@@ -44,6 +67,16 @@ struct Lines {
   // Per-class values that all lines share, for the class of a vector.
   static FASTNN_INLINE Vec<T> of_class(const T* values, int64_t c, int64_t lanes) {
     return along ? load_upto(values + c, lanes) : broadcast(values[c]);
+  }
+
+  template <class Step>
+  FASTNN_INLINE void walk_from(int64_t c, const Step& step) const {
+    if constexpr (along) {
+      for (; c + kLanes<T> <= classes; c += kLanes<T>) step(offset + c, kLanes<T>, c);
+      if (c < classes) step(offset + c, classes - c, c);
+    } else {
+      for (; c < classes; ++c) step(offset + c * inner, count, c);
+    }
   }
 };
 
@@ -93,20 +126,20 @@ template <class T, bool along>
 FASTNN_INLINE Vec<T> line_maximum(const Lines<T, along>& lines, const T* x) {
   Vec<T> largest = broadcast(minus_infinity<T>);
   lines.walk([&](int64_t at, int64_t lanes, int64_t) {
+    lines.fetch_ahead(x + at);
     largest = maximum(largest, load_filled(x + at, lanes, minus_infinity<T>));
   });
   return lines.largest(largest);
 }
 
-// The sum of exp(x - largest), each power handed to visit(at, lanes, class, x - largest, power) on the way.
+// The sum of exp(x - largest), each difference handed to visit(at, lanes, class, x - largest) on the way.
 template <class T, bool along, class Visit>
 FASTNN_INLINE Vec<T> line_exp_sum(const Lines<T, along>& lines, const T* x, Vec<T> largest, const Visit& visit) {
   Vec<T> sum{};
   lines.walk([&](int64_t at, int64_t lanes, int64_t c) {
     const Vec<T> shifted = load_filled(x + at, lanes, minus_infinity<T>) - largest;
-    const Vec<T> power = exponential<T>(shifted);
-    visit(at, lanes, c, shifted, power);
-    sum += power;
+    visit(at, lanes, c, shifted);
+    sum += exponential<T>(shifted);
   });
   return lines.total(sum);
 }
@@ -140,13 +173,29 @@ void softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) {
   trace<T>("softmax_forward", shape.inner == 1 ? "along" : "abreast");
   parallel_lines<T>(shape, [&](const auto& lines) {
     const Vec<T> largest = line_maximum(lines, t.input);
-    const Vec<T> sum = line_exp_sum(
-        lines, t.input, largest,
-        [&](int64_t at, int64_t lanes, int64_t, Vec<T>, Vec<T> power) { store_upto(t.output + at, power, lanes); });
-    const Vec<T> scale = T(1) / sum;
-    lines.walk([&](int64_t at, int64_t lanes, int64_t) {
-      store_upto(t.output + at, load_upto(t.output + at, lanes) * scale, lanes);
+    const auto power = [&](int64_t at, int64_t lanes) {
+      return exponential<T>(load_filled(t.input + at, lanes, minus_infinity<T>) - largest);
+    };
+    Vec<T> sum{};
+    if (shape.inner > 1 && shape.classes <= kStagedClasses) {
+      alignas(kVectorBytes) T powers[kStagedClasses * kLanes<T>];
+      lines.walk([&](int64_t at, int64_t lanes, int64_t c) {
+        lines.fetch_ahead(t.output + at);
+        const Vec<T> value = power(at, lanes);
+        sum += value;
+        store(powers + c * kLanes<T>, value);
+      });
+      const Vec<T> scale = T(1) / sum;
+      lines.map(t.output, [&](int64_t, int64_t, int64_t c) { return load(powers + c * kLanes<T>) * scale; });
+      return;
+    }
+    lines.map(t.output, [&](int64_t at, int64_t lanes, int64_t) {
+      const Vec<T> value = power(at, lanes);
+      sum += value;
+      return value;
     });
+    const Vec<T> scale = T(1) / lines.total(sum);
+    lines.map(t.output, [&](int64_t at, int64_t lanes, int64_t) { return load_upto(t.output + at, lanes) * scale; });
   });
 }
 
@@ -155,13 +204,28 @@ void softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
   trace<T>("softmax_backward", shape.inner == 1 ? "along" : "abreast");
   parallel_lines<T>(shape, [&](const auto& lines) {
     Vec<T> dot{};
+    if (shape.inner > 1 && shape.classes <= kStagedClasses) {
+      alignas(kVectorBytes) T grads[kStagedClasses * kLanes<T>], powers[kStagedClasses * kLanes<T>];
+      lines.walk([&](int64_t at, int64_t lanes, int64_t c) {
+        const Vec<T> grad = load_upto(t.grad_output + at, lanes), power = load_upto(t.output + at, lanes);
+        lines.fetch_ahead(t.grad_output + at);
+        lines.fetch_ahead(t.output + at);
+        lines.fetch_ahead(t.grad_input + at);
+        dot += grad * power;
+        store(grads + c * kLanes<T>, grad);
+        store(powers + c * kLanes<T>, power);
+      });
+      lines.map(t.grad_input, [&](int64_t, int64_t, int64_t c) {
+        return load(powers + c * kLanes<T>) * (load(grads + c * kLanes<T>) - dot);
+      });
+      return;
+    }
     lines.walk([&](int64_t at, int64_t lanes, int64_t) {
       dot += load_upto(t.grad_output + at, lanes) * load_upto(t.output + at, lanes);
     });
     dot = lines.total(dot);
-    lines.walk([&](int64_t at, int64_t lanes, int64_t) {
-      const Vec<T> grad = load_upto(t.output + at, lanes) * (load_upto(t.grad_output + at, lanes) - dot);
-      store_upto(t.grad_input + at, grad, lanes);
+    lines.map(t.grad_input, [&](int64_t at, int64_t lanes, int64_t) {
+      return load_upto(t.output + at, lanes) * (load_upto(t.grad_output + at, lanes) - dot);
     });
   });
 }
@@ -172,10 +236,9 @@ void log_softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) 
   parallel_lines<T>(shape, [&](const auto& lines) {
     const Vec<T> largest = line_maximum(lines, t.input);
     const Vec<T> log_sum =
-        logarithm<T>(line_exp_sum(lines, t.input, largest, [](int64_t, int64_t, int64_t, Vec<T>, Vec<T>) {}));
-    lines.walk([&](int64_t at, int64_t lanes, int64_t) {
-      store_upto(t.output + at, (load_upto(t.input + at, lanes) - largest) - log_sum, lanes);
-    });
+        logarithm<T>(line_exp_sum(lines, t.input, largest, [](int64_t, int64_t, int64_t, Vec<T>) {}));
+    lines.map(t.output,
+              [&](int64_t at, int64_t lanes, int64_t) { return (load_upto(t.input + at, lanes) - largest) - log_sum; });
   });
 }
 
@@ -184,11 +247,16 @@ void log_softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t
   trace<T>("log_softmax_backward", shape.inner == 1 ? "along" : "abreast");
   parallel_lines<T>(shape, [&](const auto& lines) {
     Vec<T> sum{};
-    lines.walk([&](int64_t at, int64_t lanes, int64_t) { sum += load_upto(t.grad_output + at, lanes); });
-    sum = lines.total(sum);
     lines.walk([&](int64_t at, int64_t lanes, int64_t) {
+      lines.fetch_ahead(t.grad_output + at);
+      lines.fetch_ahead(t.output + at);
+      lines.fetch_ahead(t.grad_input + at);
+      sum += load_upto(t.grad_output + at, lanes);
+    });
+    sum = lines.total(sum);
+    lines.map(t.grad_input, [&](int64_t at, int64_t lanes, int64_t) {
       const Vec<T> share = exponential<T>(load_upto(t.output + at, lanes)) * sum;
-      store_upto(t.grad_input + at, load_upto(t.grad_output + at, lanes) - share, lanes);
+      return load_upto(t.grad_output + at, lanes) - share;
     });
   });
 }

@@ -33,8 +33,9 @@ void gather_images(const Tensor& output, const Tensor& input, const Tensor& inde
   check_channels_last("output", output);
   check_dtype("index", index, DType::int64);
   if (input.dtype() != DType::uint8) check_same_kind("input", input, "output", output);
-  const GatherImagesShape shape{input.size(0), index.size(0), input.size(1), input.size(2) * input.size(3),
-                                input.dtype() == DType::uint8, divisor};
+  const GatherImagesShape shape{
+      input.size(0), index.size(0), input.size(1), input.size(2) * input.size(3), input.dtype() == DType::uint8,
+      divisor};
   for (int64_t b = 0; b < shape.batch; ++b) {
     const int64_t i = index.data<int64_t>()[b];
     if (i < 0 || i >= shape.images)
@@ -43,9 +44,8 @@ void gather_images(const Tensor& output, const Tensor& input, const Tensor& inde
   adopt_torch_threads();
   dispatch_floating("output", output, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      cpu::kernels<T>().gather_images(shape, {output.data<T>(), input.data<void>(), index.data<int64_t>()});
-    });
+    run_kernel(
+        [=] { cpu::kernels<T>().gather_images(shape, {output.data<T>(), input.data<void>(), index.data<int64_t>()}); });
   });
 }
 
@@ -74,7 +74,8 @@ void count_correct(const Tensor& correct, const Tensor& logits, const Tensor& ta
 
 void bind_batch(py::module_& module) {
   module.def("transpose", &transpose, py::arg("output"), py::arg("input"));
-  module.def("gather_images", &gather_images, py::arg("output"), py::arg("input"), py::arg("index"), py::arg("divisor"));
+  module.def("gather_images", &gather_images, py::arg("output"), py::arg("input"), py::arg("index"),
+             py::arg("divisor"));
   module.def("count_correct", &count_correct, py::arg("correct"), py::arg("logits"), py::arg("target"));
 }
 

@@ -43,16 +43,17 @@ Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight, const Geomet
   check_pair("dilation", geometry.dilation, 1);
   const int64_t in_channels = input.size(1), groups = geometry.groups;
   if (groups < 1 || in_channels % groups != 0)
-    fail_value("groups", "a divisor of the " + std::to_string(in_channels) + " channels of input", std::to_string(groups));
+    fail_value("groups", "a divisor of the " + std::to_string(in_channels) + " channels of input",
+               std::to_string(groups));
   check_shape("weight", weight, {"out_channels", in_channels / groups, "kernel_height", "kernel_width"});
   check_same_kind("weight", weight, "input", input);
   if (weight.size(0) % groups != 0)
     fail_value("weight", "out_channels divisible by the " + std::to_string(groups) + " groups", weight.shape_string());
-  if (weight.size(2) < 1 || weight.size(3) < 1)
-    fail_value("weight", "a kernel of at least 1x1", weight.shape_string());
+  if (weight.size(2) < 1 || weight.size(3) < 1) fail_value("weight", "a kernel of at least 1x1", weight.shape_string());
   const bool contiguous = weight.is_contiguous();
   if (!contiguous && !weight.is_channels_last() && weight.numel() > 0)
-    fail_value("weight", "a contiguous or channels_last tensor", "one of shape " + weight.shape_string() + " with other strides");
+    fail_value("weight", "a contiguous or channels_last tensor",
+               "one of shape " + weight.shape_string() + " with other strides");
   Conv2dShape shape{};
   shape.batch = input.size(0);
   shape.in_channels = in_channels, shape.in_height = input.size(2), shape.in_width = input.size(3);
@@ -60,8 +61,10 @@ Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight, const Geomet
   shape.stride_height = geometry.stride[0], shape.stride_width = geometry.stride[1];
   shape.padding_height = geometry.padding[0], shape.padding_width = geometry.padding[1];
   shape.dilation_height = geometry.dilation[0], shape.dilation_width = geometry.dilation[1];
-  shape.out_height = conv_out_size("height", shape.in_height, shape.kernel_height, geometry.stride[0], geometry.padding[0], geometry.dilation[0]);
-  shape.out_width = conv_out_size("width", shape.in_width, shape.kernel_width, geometry.stride[1], geometry.padding[1], geometry.dilation[1]);
+  shape.out_height = conv_out_size("height", shape.in_height, shape.kernel_height, geometry.stride[0],
+                                   geometry.padding[0], geometry.dilation[0]);
+  shape.out_width = conv_out_size("width", shape.in_width, shape.kernel_width, geometry.stride[1], geometry.padding[1],
+                                  geometry.dilation[1]);
   shape.groups = groups;
   shape.relu = relu, shape.pool = pool;
   shape.weight_channels_last = !contiguous;
@@ -70,7 +73,9 @@ Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight, const Geomet
 
 // A tensor of input's kind and of the output's shape, in channels_last order.
 void check_output(const char* name, const Tensor& tensor, const Tensor& input, const Conv2dShape& s) {
-  check_shape(name, tensor, {s.batch, s.out_channels, s.pool ? s.out_height / 2 : s.out_height, s.pool ? s.out_width / 2 : s.out_width});
+  check_shape(
+      name, tensor,
+      {s.batch, s.out_channels, s.pool ? s.out_height / 2 : s.out_height, s.pool ? s.out_width / 2 : s.out_width});
   check_same_kind(name, tensor, "input", input);
   check_channels_last(name, tensor);
 }
@@ -87,9 +92,9 @@ void check_bias(const char* name, const Tensor& bias, const Tensor& input, const
   check_contiguous(name, bias);
 }
 
-void conv2d_forward(const Tensor& output, const std::optional<Tensor>& winner, const Tensor& input, const Tensor& weight,
-                    const std::optional<Tensor>& bias, const Pair& stride, const Pair& padding, const Pair& dilation,
-                    int64_t groups, bool relu) {
+void conv2d_forward(const Tensor& output, const std::optional<Tensor>& winner, const Tensor& input,
+                    const Tensor& weight, const std::optional<Tensor>& bias, const Pair& stride, const Pair& padding,
+                    const Pair& dilation, int64_t groups, bool relu) {
   const Conv2dShape shape = conv2d_shape(input, weight, {stride, padding, dilation, groups}, relu, winner.has_value());
   check_output("output", output, input, shape);
   if (winner) check_winner(*winner, shape);
@@ -119,7 +124,8 @@ void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optiona
     check_channels_last("grad_input", *grad_input);
   }
   if (grad_weight) {
-    check_shape("grad_weight", *grad_weight, {shape.out_channels, weight.size(1), shape.kernel_height, shape.kernel_width});
+    check_shape("grad_weight", *grad_weight,
+                {shape.out_channels, weight.size(1), shape.kernel_height, shape.kernel_width});
     check_same_kind("grad_weight", *grad_weight, "input", input);
     if (shape.weight_channels_last)
       check_channels_last("grad_weight", *grad_weight);
@@ -132,9 +138,9 @@ void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optiona
     using T = decltype(zero);
     run_kernel([=] {
       cpu::kernels<T>().conv2d_backward(
-          shape, {data_or_null<T>(grad_input), data_or_null<T>(grad_weight), data_or_null<T>(grad_bias),
-                  grad_output.data<T>(), input.data<T>(), weight.data<T>(), data_or_null<T>(output),
-                  data_or_null<uint8_t>(winner)});
+          shape,
+          {data_or_null<T>(grad_input), data_or_null<T>(grad_weight), data_or_null<T>(grad_bias), grad_output.data<T>(),
+           input.data<T>(), weight.data<T>(), data_or_null<T>(output), data_or_null<uint8_t>(winner)});
     });
   });
 }
@@ -142,8 +148,9 @@ void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optiona
 }  // namespace
 
 void bind_conv2d(py::module_& module) {
-  module.def("conv2d_forward", &conv2d_forward, py::arg("output"), py::arg("winner"), py::arg("input"), py::arg("weight"),
-             py::arg("bias"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("relu"));
+  module.def("conv2d_forward", &conv2d_forward, py::arg("output"), py::arg("winner"), py::arg("input"),
+             py::arg("weight"), py::arg("bias"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+             py::arg("groups"), py::arg("relu"));
   module.def("conv2d_backward", &conv2d_backward, py::arg("grad_input"), py::arg("grad_weight"), py::arg("grad_bias"),
              py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("winner"),
              py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"));

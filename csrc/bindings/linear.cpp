@@ -25,8 +25,10 @@ void check_rows(const char* name, const Tensor& tensor, const Tensor& input, int
   bool same = tensor.dim() == input.dim() && tensor.size(tensor.dim() - 1) == last;
   for (int64_t d = 0; same && d + 1 < input.dim(); ++d) same = tensor.size(d) == input.size(d);
   if (!same)
-    fail_value(name, "the leading dimensions of input, " + input.shape_string() + ", and last dimension " + std::to_string(last),
-               tensor.shape_string());
+    fail_value(
+        name,
+        "the leading dimensions of input, " + input.shape_string() + ", and last dimension " + std::to_string(last),
+        tensor.shape_string());
   check_same_kind(name, tensor, "input", input);
   check_contiguous(name, tensor);
 }
@@ -46,8 +48,8 @@ void linear_forward(const Tensor& output, const Tensor& input, const Tensor& wei
   dispatch_floating("input", input, [&](auto zero) {
     using T = decltype(zero);
     run_kernel([=] {
-      cpu::kernels<T>().linear_forward(
-          shape, {output.data<T>(), input.data<T>(), weight.data<T>(), data_or_null<T>(bias)});
+      cpu::kernels<T>().linear_forward(shape,
+                                       {output.data<T>(), input.data<T>(), weight.data<T>(), data_or_null<T>(bias)});
     });
   });
 }

@@ -35,7 +35,8 @@ void check_class_target(const Tensor& target, const char* input_name, const Tens
   check_contiguous("target", target);
 }
 
-void check_class_weight(const std::optional<Tensor>& weight, const char* input_name, const Tensor& input, int64_t classes) {
+void check_class_weight(const std::optional<Tensor>& weight, const char* input_name, const Tensor& input,
+                        int64_t classes) {
   if (!weight) return;
   check_shape("weight", *weight, {classes});
   check_same_kind("weight", *weight, input_name, input);
@@ -51,8 +52,7 @@ void check_loss(const char* name, const Tensor& loss, Reduction reduction, const
 }
 
 void check_targets_inside(int64_t sample, const int64_t* targets) {
-  if (sample >= 0)
-    throw pybind11::index_error("Target " + std::to_string(targets[sample]) + " is out of bounds.");
+  if (sample >= 0) throw pybind11::index_error("Target " + std::to_string(targets[sample]) + " is out of bounds.");
 }
 
 }  // namespace fastnn

@@ -14,7 +14,8 @@ SoftmaxShape class_lines(const char* name, const Tensor& input);
 
 // target holds int64 class numbers: the shape of input without its class dimension.
 void check_class_target(const Tensor& target, const char* input_name, const Tensor& input);
-void check_class_weight(const std::optional<Tensor>& weight, const char* input_name, const Tensor& input, int64_t classes);
+void check_class_weight(const std::optional<Tensor>& weight, const char* input_name, const Tensor& input,
+                        int64_t classes);
 
 // The loss or its gradient: a scalar where it is reduced, else one number per sample.
 void check_loss(const char* name, const Tensor& loss, Reduction reduction, const char* input_name, const Tensor& input,

@@ -14,7 +14,8 @@ std::string entry_name(const char* name, size_t i) { return std::string(name) + 
 
 void check_length(const char* name, const Tensors& tensors, const Tensors& params) {
   if (tensors.size() != params.size())
-    fail_value(name, std::to_string(params.size()) + " tensors, one for each of params", std::to_string(tensors.size()));
+    fail_value(name, std::to_string(params.size()) + " tensors, one for each of params",
+               std::to_string(tensors.size()));
 }
 
 // Whether the tensor's elements fill one run of memory.
@@ -45,10 +46,12 @@ void check_params(const Tensors& params) {
 void check_like_params(const char* name, const Tensors& tensors, const Tensors& params) {
   check_length(name, tensors, params);
   for (size_t i = 0; i < params.size(); ++i) {
-    if (tensors[i].dtype() == params[i].dtype() && tensors[i].is_cpu() && has_layout_of(tensors[i], params[i])) continue;
+    if (tensors[i].dtype() == params[i].dtype() && tensors[i].is_cpu() && has_layout_of(tensors[i], params[i]))
+      continue;
     const std::string entry = entry_name(name, i), param = entry_name("params", i);
     check_same_kind(entry.c_str(), tensors[i], param.c_str(), params[i]);
-    fail_value(entry.c_str(), "shape and strides of " + param + ", " + params[i].shape_string(), tensors[i].shape_string());
+    fail_value(entry.c_str(), "shape and strides of " + param + ", " + params[i].shape_string(),
+               tensors[i].shape_string());
   }
 }
 
@@ -95,8 +98,9 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& exp_a
 }
 
 // `first[i]`: momentum_buffers[i] holds nothing yet.
-void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers, const std::vector<bool>& first,
-              double lr, double momentum, double dampening, double weight_decay, bool nesterov, bool maximize) {
+void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
+              const std::vector<bool>& first, double lr, double momentum, double dampening, double weight_decay,
+              bool nesterov, bool maximize) {
   if (params.empty()) return;
   check_params(params);
   check_like_params("grads", grads, params);
@@ -113,8 +117,8 @@ void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& moment
     std::vector<SgdTensor<T>> tensors;
     tensors.reserve(params.size());
     for (size_t i = 0; i < params.size(); ++i)
-      tensors.push_back({params[i].data<T>(), grads[i].data<T>(), momentum != 0 ? momentum_buffers[i].data<T>() : nullptr,
-                         momentum != 0 && first[i]});
+      tensors.push_back({params[i].data<T>(), grads[i].data<T>(),
+                         momentum != 0 ? momentum_buffers[i].data<T>() : nullptr, momentum != 0 && first[i]});
     const py::gil_scoped_release release;
     cpu::kernels<T>().sgd_step(options, {static_cast<int64_t>(tensors.size()), tensors.data(), ends.data()});
   });
@@ -124,8 +128,8 @@ void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& moment
 
 void bind_optimizer(py::module_& module) {
   module.def("adam_step", &adam_step, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
-             py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
-             py::arg("weight_decay"), py::arg("decoupled"), py::arg("amsgrad"), py::arg("maximize"));
+             py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+             py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("amsgrad"), py::arg("maximize"));
   module.def("sgd_step", &sgd_step, py::arg("params"), py::arg("grads"), py::arg("momentum_buffers"), py::arg("first"),
              py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
              py::arg("maximize"));

@@ -1,7 +1,8 @@
 // Recorded kernel calls: what a compiled training step replays with no Python between kernels.
 //
 // While a program records, bindings check their arguments as ever, but append the call - shape and pointers - instead
-// of making it. The tensors must stay alive and in place for as long as the program runs: its owner in Python keeps them.
+// of making it. The tensors must stay alive and in place for as long as the program runs: its owner in Python keeps
+// them.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -30,7 +30,8 @@ py::list isa_list(bool supported_only) {
 
 void set_isa(const std::string& name) {
   if (!cpu::set_isa(name.c_str()))
-    fail_value("isa", "one of " + joined_isas(true) + " (compiled: " + joined_isas(false) + "; this CPU runs the former)",
+    fail_value("isa",
+               "one of " + joined_isas(true) + " (compiled: " + joined_isas(false) + "; this CPU runs the former)",
                "'" + name + "'");
 }
 
@@ -56,14 +57,16 @@ py::list trace_stop() {
   py::list records;
   cpu::trace_stop(
       [](const cpu::TraceRecord& record, void* list) {
-        static_cast<py::list*>(list)->append(py::make_tuple(record.operation, record.variant, record.isa, record.dtype));
+        static_cast<py::list*>(list)->append(
+            py::make_tuple(record.operation, record.variant, record.isa, record.dtype));
       },
       &records);
   return records;
 }
 
 void program_start(Program& program) {
-  if (Program::recording()) throw std::runtime_error("Program: expected no other program to be recording on this thread");
+  if (Program::recording())
+    throw std::runtime_error("Program: expected no other program to be recording on this thread");
   Program::recording() = &program;
 }
 

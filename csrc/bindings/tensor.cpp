@@ -50,8 +50,9 @@ Tensor Tensor::from_python(py::handle object) {
   Tensor tensor;
   if (exchange_api->dltensor_from_py_object_no_sync(object.ptr(), &tensor.view_) != 0) throw py::error_already_set();
   if (!tensor.view_.data && tensor.numel() > 0)
-    throw std::runtime_error("expected a tensor with memory, got one without (a fake, meta or functional tensor, a "
-                             "wrapper subclass, or one whose storage was freed)");
+    throw std::runtime_error(
+        "expected a tensor with memory, got one without (a fake, meta or functional tensor, a "
+        "wrapper subclass, or one whose storage was freed)");
   return tensor;
 }
 
@@ -162,7 +163,8 @@ void check_channels_last(const char* name, const Tensor& tensor) {
 }
 
 void check_dense(const char* name, const Tensor& tensor) {
-  if (!tensor.is_dense()) fail_value(name, "a tensor without gaps", "one of shape " + tensor.shape_string() + " with gaps");
+  if (!tensor.is_dense())
+    fail_value(name, "a tensor without gaps", "one of shape " + tensor.shape_string() + " with gaps");
 }
 
 void check_same_layout(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {

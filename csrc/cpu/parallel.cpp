@@ -59,9 +59,9 @@ struct Loop {
 
 // Our own threads. One loop at a time; a caller that finds the crew busy works alone.
 //
-// A worker enters a loop by raising `inside` and then looking whether a loop is open; the owner closes the loop and then
-// waits for `inside` to fall to 0. Both orders are sequentially consistent, so either the worker sees the loop closed and
-// leaves without touching it, or the owner sees the worker and waits.
+// A worker enters a loop by raising `inside` and then looking whether a loop is open; the owner closes the loop and
+// then waits for `inside` to fall to 0. Both orders are sequentially consistent, so either the worker sees the loop
+// closed and leaves without touching it, or the owner sees the worker and waits.
 class Crew {
  public:
   // False where the crew serves another caller.
@@ -83,8 +83,9 @@ class Crew {
   }
 
  private:
-  // A thread that waits first spins, some 20 microseconds, then offers its core to whoever wants it. A worker that found
-  // nothing for some 500 microseconds - longer than the gaps in a training step - sleeps: waking it costs as much as a loop.
+  // A thread that waits first spins, some 20 microseconds, then offers its core to whoever wants it. A worker that
+  // found nothing for some 500 microseconds - longer than the gaps in a training step - sleeps: waking it costs as much
+  // as a loop.
   static constexpr int kSpins = 500;
   static constexpr int kWaits = 1500;
 
@@ -98,7 +99,8 @@ class Crew {
   void serve(int thread) {
     uint32_t seen = 0;
     for (;;) {
-      for (int waited = 0; round_.load(std::memory_order_relaxed) == seen && waited < kWaits; ++waited) wait_a_moment(waited);
+      for (int waited = 0; round_.load(std::memory_order_relaxed) == seen && waited < kWaits; ++waited)
+        wait_a_moment(waited);
       round_.wait(seen);
       seen = round_.load();
       inside_.fetch_add(1);

@@ -1,26 +1,27 @@
 // The interface to threads: loops over a fixed list of tasks. cpu/parallel.cpp is the only threading code.
 //
-// Kernels must give the same bits for every thread count. So a task never depends on which thread runs it: tasks are cut
-// from the shape alone, and a reduction over tasks adds their partial results in task order.
+// Kernels must give the same bits for every thread count. So a task never depends on which thread runs it: tasks are
+// cut from the shape alone, and a reduction over tasks adds their partial results in task order.
 #pragma once
 
 #include <cstdint>
 
 namespace fastnn::cpu {
 
-// Threads that the next loop may use: torch.set_num_threads()'s value; 1 in a forked child, which has no threads but its
-// own, and inside a task.
+// Threads that the next loop may use: torch.set_num_threads()'s value; 1 in a forked child, which has no threads but
+// its own, and inside a task.
 int max_threads();
 
 // Path of the OpenMP runtime that this module is bound to.
 const char* openmp_library();
 
-// work(context, begin, end, thread) over runs of tasks until all of [0, tasks) are done; a free thread takes the next run.
-// 0 <= thread < max_threads() picks scratch memory.
+// work(context, begin, end, thread) over runs of tasks until all of [0, tasks) are done; a free thread takes the next
+// run. 0 <= thread < max_threads() picks scratch memory.
 using Work = void (*)(const void* context, int64_t begin, int64_t end, int thread);
 void run_tasks(int64_t tasks, Work work, const void* context);
 
-// Whether loops of this thread run on fastnn's own threads instead of OpenMP's (see parallel.cpp); returns what was before.
+// Whether loops of this thread run on fastnn's own threads instead of OpenMP's (see parallel.cpp); returns what was
+// before.
 bool set_own_threads(bool own);
 
 namespace {  // this header is compiled for several ISAs: no template of it may be shared between objects

@@ -7,8 +7,8 @@
 namespace fastnn::cpu {
 namespace {
 
-constexpr size_t kAlignment = 64;            // a cache line, and an AVX-512 vector
-constexpr size_t kKeptBytes = 32u << 20;     // a larger block goes back to the system after its call
+constexpr size_t kAlignment = 64;         // a cache line, and an AVX-512 vector
+constexpr size_t kKeptBytes = 32u << 20;  // a larger block goes back to the system after its call
 
 struct Block {
   void* data = nullptr;

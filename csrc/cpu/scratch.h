@@ -19,7 +19,8 @@ template <class T>
 class Scratch {
  public:
   // Room for `count` elements and two vectors more, so that a kernel may load whole vectors at the end.
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(scratch_push(static_cast<size_t>(count) * sizeof(T) + 128))) {}
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(scratch_push(static_cast<size_t>(count) * sizeof(T) + 128))) {}
   ~Scratch() { scratch_pop(); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

@@ -1,5 +1,6 @@
 // conv2d: z[n][y][x][o] = bias[o] + sum over ky, kx, i of
-//             input[n][y * stride + ky * dilation - padding][x * stride + kx * dilation - padding][i] * weight[o][ky][kx][i]
+//             input[n][y * stride + ky * dilation - padding][x * stride + kx * dilation - padding][i] *
+//             weight[o][ky][kx][i]
 //         with input 0 outside the image; per group, i and o run over that group's channels.
 //         output = act(z), act = identity or ReLU; with `pool`, the maximum of act(z) over 2x2 windows of stride 2.
 //

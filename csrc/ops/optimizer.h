@@ -1,10 +1,11 @@
-// Optimizer updates of many tensors in one pass, with torch.optim's formulas. Every tensor of an entry is dense and has the
-// parameter's element order.
+// Optimizer updates of many tensors in one pass, with torch.optim's formulas. Every tensor of an entry is dense and has
+// the parameter's element order.
 //
 //   adam:  g = -grad with maximize; decoupled: p *= 1 - lr * weight_decay, else g += weight_decay * p
 //          m = beta1 * m + (1 - beta1) * g;  v = beta2 * v + (1 - beta2) * g * g;  with amsgrad v_max = max(v_max, v)
 //          p -= lr / (1 - beta1^step) * m / (sqrt(v or v_max) / sqrt(1 - beta2^step) + eps)
-//   sgd:   g as above with coupled decay; with momentum b = g on the first step, then b = momentum * b + (1 - dampening) * g
+//   sgd:   g as above with coupled decay; with momentum b = g on the first step, then b = momentum * b + (1 -
+//   dampening) * g
 //          p -= lr * (g + momentum * b with nesterov, else b; g without momentum)
 #pragma once
 

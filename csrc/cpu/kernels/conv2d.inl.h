@@ -18,7 +18,9 @@
 namespace fastnn::cpu {
 namespace {
 
-inline bool is_depthwise(const Conv2dShape& s) { return s.groups == s.in_channels && s.in_channels == s.out_channels && s.groups > 1; }
+inline bool is_depthwise(const Conv2dShape& s) {
+  return s.groups == s.in_channels && s.in_channels == s.out_channels && s.groups > 1;
+}
 
 // Runs one group's gather with the kernel that suits it; `panels` are packed for the direct kernel.
 template <class T>
@@ -53,15 +55,27 @@ void conv2d_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
   const int64_t stored_height = s.pool ? s.out_height / 2 : s.out_height;
   const int64_t stored_width = s.pool ? s.out_width / 2 : s.out_width;
   GatherConv<T> conv{
-      .batch = s.batch, .out_height = s.out_height, .out_width = s.out_width,
-      .step_y = s.stride_height, .step_x = s.stride_width,
-      .taps = {taps, tap_y, tap_x}, .depth = inputs, .columns = outputs,
-      .source = t.input, .source_height = s.in_height, .source_width = s.in_width,
+      .batch = s.batch,
+      .out_height = s.out_height,
+      .out_width = s.out_width,
+      .step_y = s.stride_height,
+      .step_x = s.stride_width,
+      .taps = {taps, tap_y, tap_x},
+      .depth = inputs,
+      .columns = outputs,
+      .source = t.input,
+      .source_height = s.in_height,
+      .source_width = s.in_width,
       .source_image_stride = s.in_height * s.in_width * s.in_channels,
-      .source_row_stride = s.in_width * s.in_channels, .source_pixel_stride = s.in_channels,
-      .panels = nullptr, .bias = t.bias, .relu = s.relu,
-      .out = t.output, .out_image_stride = stored_height * stored_width * s.out_channels,
-      .out_row_stride = stored_width * s.out_channels, .out_pixel_stride = s.out_channels,
+      .source_row_stride = s.in_width * s.in_channels,
+      .source_pixel_stride = s.in_channels,
+      .panels = nullptr,
+      .bias = t.bias,
+      .relu = s.relu,
+      .out = t.output,
+      .out_image_stride = stored_height * stored_width * s.out_channels,
+      .out_row_stride = stored_width * s.out_channels,
+      .out_pixel_stride = s.out_channels,
       .winner = s.pool ? t.winner : nullptr,
   };
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
@@ -150,8 +164,10 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
       if (count == 0) {  // no tap reaches these pixels: a stride larger than the kernel
         parallel_for(s.batch * height, [&](int64_t row) {
           for (int64_t x = 0; x < width; ++x)
-            zero_run(s.in_channels, first + ((row / height * s.in_height + row % height * s.stride_height) * s.in_width +
-                                             x * s.stride_width) * s.in_channels);
+            zero_run(s.in_channels,
+                     first + ((row / height * s.in_height + row % height * s.stride_height) * s.in_width +
+                              x * s.stride_width) *
+                                 s.in_channels);
         });
         continue;
       }
@@ -162,15 +178,28 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
         places[i] = vertical.place(y) * s.kernel_width + horizontal.place(x);
       }
       GatherConv<T> conv{
-          .batch = s.batch, .out_height = height, .out_width = width, .step_y = 1, .step_x = 1,
-          .taps = {count, tap_y, tap_x}, .depth = outputs, .columns = inputs,
-          .source = grad.data, .source_height = s.out_height, .source_width = s.out_width,
+          .batch = s.batch,
+          .out_height = height,
+          .out_width = width,
+          .step_y = 1,
+          .step_x = 1,
+          .taps = {count, tap_y, tap_x},
+          .depth = outputs,
+          .columns = inputs,
+          .source = grad.data,
+          .source_height = s.out_height,
+          .source_width = s.out_width,
           .source_image_stride = s.out_height * s.out_width * grad.pixel_stride,
-          .source_row_stride = s.out_width * grad.pixel_stride, .source_pixel_stride = grad.pixel_stride,
-          .panels = panels, .bias = nullptr, .relu = false,
-          .out = first, .out_image_stride = s.in_height * s.in_width * s.in_channels,
+          .source_row_stride = s.out_width * grad.pixel_stride,
+          .source_pixel_stride = grad.pixel_stride,
+          .panels = panels,
+          .bias = nullptr,
+          .relu = false,
+          .out = first,
+          .out_image_stride = s.in_height * s.in_width * s.in_channels,
           .out_row_stride = s.stride_height * s.in_width * s.in_channels,
-          .out_pixel_stride = s.stride_width * s.in_channels, .winner = nullptr,
+          .out_pixel_stride = s.stride_width * s.in_channels,
+          .winner = nullptr,
       };
       for (int64_t group = 0; group < s.groups; ++group) {
         pack_gradient_panels<T>(outputs, inputs, taps, weight + group * outputs * taps * inputs, count, places, panels);

@@ -6,15 +6,15 @@
 // The input gradient of stride s is the first formula too, with step 1 and grad as the source, for each of the s * s
 // phases of the input's pixels (conv2d_pack.inl.h): a row of the input gradient interleaves its s phases.
 //
-// A tile is kTilePixels neighbours of an output row and one vector of channels. It slides along each source row: a source
-// vector is loaded once for all taps that it meets.
+// A tile is kTilePixels neighbours of an output row and one vector of channels. It slides along each source row: a
+// source vector is loaded once for all taps that it meets.
 //
 //   source row    s0  s1  s2  s3  s4 ...
 //                 |________|                  out[0] = s0 w0 + s1 w1 + s2 w2      3 taps, step 1:
 //                     |________|              out[1] = s1 w0 + s2 w1 + s3 w2      10 loads for 24 FMAs
 //
-// Nothing is copied: source rows outside the image are left out of the sum, and so are source columns, in the tiles that
-// reach over the left or right edge.
+// Nothing is copied: source rows outside the image are left out of the sum, and so are source columns, in the tiles
+// that reach over the left or right edge.
 #pragma once
 
 #include "cpu/kernels/conv2d_pack.inl.h"
@@ -27,7 +27,8 @@
 namespace fastnn::cpu {
 namespace {
 
-// 8 pixels: 8 accumulators + 5 weights (5x5) + 1 source vector fit 16 registers, and so do 8 gradients + 5 accumulators.
+// 8 pixels: 8 accumulators + 5 weights (5x5) + 1 source vector fit 16 registers, and so do 8 gradients + 5
+// accumulators.
 constexpr int kTilePixels = 8;
 
 // One output row. `width` as a template argument below is horizontal.count where that is known at compile time and the
@@ -76,8 +77,8 @@ int64_t vectors_of(int64_t channels) {
   return (channels + kLanes<T> - 1) / kLanes<T>;
 }
 
-// acc[p] += the taps of one source row. `from` is the source of pixel 0 and tap 0, in source column `column`; `left` is the
-// number of channels, at most a vector.
+// acc[p] += the taps of one source row. `from` is the source of pixel 0 and tap 0, in source column `column`; `left` is
+// the number of channels, at most a vector.
 template <class T, int pixels, int width, int step, bool inside>
 FASTNN_INLINE void depthwise_row(const DepthwiseRow<T>& row, const T* from, int64_t column, const T* weight,
                                  int64_t weight_stride, int64_t left, Vec<T> (&acc)[pixels]) {
@@ -132,8 +133,10 @@ void depthwise_pixels(const DepthwiseRow<T>& row, const T* weight, int64_t kerne
           for (int64_t ky = span.first; ky < span.end; ++ky) {
             const T* from = row.source.data + (row.source_row + row.vertical.offset(ky)) * row.source.row_stride +
                             column * row.source.pixel_stride + c;
-            const T* w = weight + (row.vertical.place(ky) * kernel_width + row.horizontal.first_place) * row.channels + c;
-            depthwise_row<T, pixels, width, step, decltype(inside)::value>(row, from, column, w, weight_stride, left, acc);
+            const T* w =
+                weight + (row.vertical.place(ky) * kernel_width + row.horizontal.first_place) * row.channels + c;
+            depthwise_row<T, pixels, width, step, decltype(inside)::value>(row, from, column, w, weight_stride, left,
+                                                                           acc);
           }
           FASTNN_UNROLL
           for (int p = 0; p < pixels; ++p)
@@ -194,13 +197,20 @@ void depthwise_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
     const int64_t image = task / blocks, first = task % blocks * block;
     const int64_t end = first + block < s.out_height ? first + block : s.out_height;
     const int64_t source_row = s.in_width * s.in_channels, out_row = s.out_width * s.in_channels;
-    DepthwiseRow<T> row{{t.input + image * s.in_height * source_row, s.in_height, s.in_width, source_row, s.in_channels},
-                        vertical, horizontal, 0, s.stride_width, s.out_width, s.in_channels};
+    DepthwiseRow<T> row{
+        {t.input + image * s.in_height * source_row, s.in_height, s.in_width, source_row, s.in_channels},
+        vertical,
+        horizontal,
+        0,
+        s.stride_width,
+        s.out_width,
+        s.in_channels};
     for (int64_t y = first; y < end; ++y) {
       row.source_row = y * s.stride_height;
       with_taps(row, [&](auto width, auto step) {
         depthwise_pixels<T, decltype(width)::value, decltype(step)::value>(
-            row, weight, s.kernel_width, t.bias, s.relu, t.output + (image * s.out_height + y) * out_row, s.in_channels);
+            row, weight, s.kernel_width, t.bias, s.relu, t.output + (image * s.out_height + y) * out_row,
+            s.in_channels);
       });
     }
   });
@@ -224,9 +234,13 @@ void depthwise_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stri
           phase_taps(s.kernel_height, s.stride_height, s.padding_height, s.dilation_height, y % s.stride_height);
       T* out = grad_input + (image * s.in_height + y) * s.in_width * s.in_channels;
       for (int64_t phase = 0; phase < s.stride_width && phase < s.in_width; ++phase) {
-        const DepthwiseRow<T> row{
-            source, vertical, phase_taps(s.kernel_width, s.stride_width, s.padding_width, s.dilation_width, phase),
-            y / s.stride_height, 1, (s.in_width - phase + s.stride_width - 1) / s.stride_width, s.in_channels};
+        const DepthwiseRow<T> row{source,
+                                  vertical,
+                                  phase_taps(s.kernel_width, s.stride_width, s.padding_width, s.dilation_width, phase),
+                                  y / s.stride_height,
+                                  1,
+                                  (s.in_width - phase + s.stride_width - 1) / s.stride_width,
+                                  s.in_channels};
         with_taps(row, [&](auto width, auto step) {
           depthwise_pixels<T, decltype(width)::value, decltype(step)::value>(
               row, weight, s.kernel_width, nullptr, false, out + phase * s.in_channels, s.stride_width * s.in_channels);
@@ -304,8 +318,8 @@ void depthwise_outer(const DepthwiseRow<T>& row, const T* grad, int64_t grad_str
   }
 }
 
-// 8 chunks of rows share work well between 2 to 8 threads. Their number depends on the shape alone, each sums into its own
-// partial gradient, and the partials are added in order: the same bits for every thread count.
+// 8 chunks of rows share work well between 2 to 8 threads. Their number depends on the shape alone, each sums into its
+// own partial gradient, and the partials are added in order: the same bits for every thread count.
 constexpr int64_t kDepthwiseChunks = 8;
 
 template <class T>
@@ -323,7 +337,12 @@ void depthwise_grad_weight(const Conv2dShape& s, const T* input, const T* grad, 
     for (int64_t i = rows * chunk / chunks; i < rows * (chunk + 1) / chunks; ++i) {
       const DepthwiseRow<T> row{
           {input + i / s.out_height * s.in_height * source_row, s.in_height, s.in_width, source_row, s.in_channels},
-          vertical, horizontal, i % s.out_height * s.stride_height, s.stride_width, s.out_width, s.in_channels};
+          vertical,
+          horizontal,
+          i % s.out_height * s.stride_height,
+          s.stride_width,
+          s.out_width,
+          s.in_channels};
       with_taps(row, [&](auto width, auto step) {
         depthwise_outer<T, decltype(width)::value, decltype(step)::value>(row, grad + i * s.out_width * grad_stride,
                                                                           grad_stride, taps, sums);

@@ -1,9 +1,11 @@
 // Direct convolution of any geometry, on the register tile: one gather for the forward pass and for the input gradient.
 //
-//   out[y][x][c] = bias[c] + sum over taps t, channels k of source[y * step + tap_y[t]][x * step + tap_x[t]][k] * w[t][k][c]
+//   out[y][x][c] = bias[c] + sum over taps t, channels k of source[y * step + tap_y[t]][x * step + tap_x[t]][k] *
+//   w[t][k][c]
 //
 // forward: the taps are the kernel's, step is the stride. Input gradient: source is grad_output, and the taps are those
-// that reach a pixel's phase (its coordinates modulo the stride), step 1, out the pixels of that phase (see conv2d.inl.h).
+// that reach a pixel's phase (its coordinates modulo the stride), step 1, out the pixels of that phase (see
+// conv2d.inl.h).
 //
 // A tile is kTileRows output pixels by kTileColumns channels; one panel of weights holds its columns for all taps:
 //
@@ -229,7 +231,8 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Run
         const int64_t width = left < kLanes<T> ? left : kLanes<T>;
         Vec<T> best;
         Mask<T> place;
-        pool_window<T>(acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v], conv.relu, &best, &place);
+        pool_window<T>(acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v], conv.relu, &best,
+                       &place);
         store_upto(out + places[w] + v * kLanes<T>, best, width);
         store_places<T>(winner + places[w] + v * kLanes<T>, place, width);
       }
@@ -260,8 +263,8 @@ Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& w
   return runs;
 }
 
-// Output rows of one task: enough pixels to reuse a panel from L2 for some twenty tiles, and no more than an eighth of the
-// rows there are, so that threads share the work evenly.
+// Output rows of one task: enough pixels to reuse a panel from L2 for some twenty tiles, and no more than an eighth of
+// the rows there are, so that threads share the work evenly.
 inline int64_t rows_per_task(int64_t images, int64_t height, int64_t width) {
   constexpr int64_t kPixels = 192, kTasks = 8;
   int64_t rows = (kPixels + width - 1) / width;
@@ -313,7 +316,8 @@ void gather_conv(const GatherConv<T>& conv) {
       const auto run = [&](auto vectors, auto depth) {
         constexpr int kVectors = decltype(vectors)::value, kDepth = decltype(depth)::value;
         if (conv.winner)
-          gather_windows<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out, conv.winner + place + column);
+          gather_windows<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out,
+                                              conv.winner + place + column);
         else
           gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out);
       };

@@ -2,11 +2,11 @@
 //
 //   grad_w[t][i][o] = sum over images, y, x of source[y * stride + tap_y[t]][x * stride + tap_x[t]][i] * grad[y][x][o]
 //
-// The register tile's rows are kTileRows neighbours of (kx, i) - contiguous in a source row where pixels are dense - its
-// columns output channels, its depth the pixels of an output row.
+// The register tile's rows are kTileRows neighbours of (kx, i) - contiguous in a source row where pixels are dense -
+// its columns output channels, its depth the pixels of an output row.
 //
-// A unit is some output rows of one image. Units are cut into chunks whose number depends on the shape alone, each chunk
-// sums into its own partial gradient, and the partials are added in order: the same bits for every thread count.
+// A unit is some output rows of one image. Units are cut into chunks whose number depends on the shape alone, each
+// chunk sums into its own partial gradient, and the partials are added in order: the same bits for every thread count.
 #pragma once
 
 #include "cpu/kernels/conv2d_gather.inl.h"
@@ -111,31 +111,33 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
       const int64_t end = last * kTileColumns<T> < padded ? last * kTileColumns<T> : padded;
       zero_run(end - first * kTileColumns<T>, partial + r * padded + first * kTileColumns<T>);
     }
-    for_each_unit(s, plan, chunk, source, inputs, windows + thread * window_elements,
-                  [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window) {
-      const bool merged = window.pixel_stride == inputs && s.dilation_width == 1;
-      const int64_t run = merged ? s.kernel_width * inputs : inputs, runs = taps * inputs / run;
-      const int64_t tiles = (run + kTileRows - 1) / kTileRows;
-      const int64_t y_step = s.stride_height * window.row_stride, x_step = s.stride_width * window.pixel_stride;
-      const T* unit_grad = grad + (image * s.out_height + row) * s.out_width * grad_pixel;
-      for (int64_t panel = first; panel < last; ++panel) {
-        const int64_t column = panel * kTileColumns<T>;
-        for (int64_t i = 0; i < runs; ++i) {
-          const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
-          const T* from = window.data + ky * s.dilation_height * window.row_stride + kx * s.dilation_width * window.pixel_stride;
-          for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t begin = run * tile / tiles, rows = run * (tile + 1) / tiles - begin;  // even shares
-            T* to = partial + (i * run + begin) * padded + column;
-            if (padded - column > kLanes<T>)
-              outer_rows<T, 2>(rows, from + begin, y_step, x_step, unit_grad + column, s.out_width * grad_pixel,
-                               grad_pixel, unit_rows, s.out_width, to, padded);
-            else
-              outer_rows<T, 1>(rows, from + begin, y_step, x_step, unit_grad + column, s.out_width * grad_pixel,
-                               grad_pixel, unit_rows, s.out_width, to, padded);
+    for_each_unit(
+        s, plan, chunk, source, inputs, windows + thread * window_elements,
+        [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window) {
+          const bool merged = window.pixel_stride == inputs && s.dilation_width == 1;
+          const int64_t run = merged ? s.kernel_width * inputs : inputs, runs = taps * inputs / run;
+          const int64_t tiles = (run + kTileRows - 1) / kTileRows;
+          const int64_t y_step = s.stride_height * window.row_stride, x_step = s.stride_width * window.pixel_stride;
+          const T* unit_grad = grad + (image * s.out_height + row) * s.out_width * grad_pixel;
+          for (int64_t panel = first; panel < last; ++panel) {
+            const int64_t column = panel * kTileColumns<T>;
+            for (int64_t i = 0; i < runs; ++i) {
+              const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
+              const T* from = window.data + ky * s.dilation_height * window.row_stride +
+                              kx * s.dilation_width * window.pixel_stride;
+              for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t begin = run * tile / tiles, rows = run * (tile + 1) / tiles - begin;  // even shares
+                T* to = partial + (i * run + begin) * padded + column;
+                if (padded - column > kLanes<T>)
+                  outer_rows<T, 2>(rows, from + begin, y_step, x_step, unit_grad + column, s.out_width * grad_pixel,
+                                   grad_pixel, unit_rows, s.out_width, to, padded);
+                else
+                  outer_rows<T, 1>(rows, from + begin, y_step, x_step, unit_grad + column, s.out_width * grad_pixel,
+                                   grad_pixel, unit_rows, s.out_width, to, padded);
+              }
+            }
           }
-        }
-      }
-    });
+        });
   });
   add_partials<T>(plan.chunks, elements, partials);
   write_weight_gradient<T>(s, padded, partials, buffer, grad_weight);

@@ -8,7 +8,8 @@
 //
 // for each winner (o, y, x) of gradient g; the bias gradient is summed on the way. Three kernels:
 //
-//   sparse_grad_weight    one output channel at a time: its part of the gradient stays in registers while the winners of a
+//   sparse_grad_weight    one output channel at a time: its part of the gradient stays in registers while the winners
+//   of a
 //                         bit mask pass by
 //   sparse_grad_input     one output row at a time: registers hold the input pixels that a window reaches, and slide
 //   lookup_grad_weight    one input channel (the first layer of a network on grey images): runs would be too short, so
@@ -30,7 +31,8 @@ int64_t image_chunks(const Conv2dShape& s, int64_t partial_elements) {
   return chunks < 1 ? 1 : chunks;
 }
 
-// The padded image's source window, from its pixel (0, 0) at (-padding, -padding) to the last pixel that a window reads.
+// The padded image's source window, from its pixel (0, 0) at (-padding, -padding) to the last pixel that a window
+// reads.
 inline WindowRange pooled_range(const Conv2dShape& s) {
   return {-s.padding_height, -s.padding_width,
           (s.out_height / 2 * 2 - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1,
@@ -57,9 +59,9 @@ constexpr int kSparseRows = 1;
 // Winners of one output channel among up to 32 windows.
 template <class T>
 struct WinnerList {
-  uint32_t mask;           // bit q: window q has a winner
-  const T* grad;           // of window 0; windows are `channels` apart
-  const uint8_t* winner;   // likewise
+  uint32_t mask;          // bit q: window q has a winner
+  const T* grad;          // of window 0; windows are `channels` apart
+  const uint8_t* winner;  // likewise
   int64_t channels;
   const int64_t* windows;  // source offset of each window's first pixel
   const int64_t* places;   // and of each place in it
@@ -164,7 +166,7 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
               const bool three = kSparseRows == 3 && s.kernel_height - ky >= 3;
               for (int64_t group = 0; group < groups; ++group) {
                 const int64_t begin = vectors * group / groups, end = vectors * (group + 1) / groups;
-                const int64_t last = (end == vectors ? run : end * kLanes<T>) - (end - 1) * kLanes<T>;
+                const int64_t last = (end == vectors ? run : end * kLanes<T>)-(end - 1) * kLanes<T>;
                 const auto kernel = three ? sparse_kernel<T, kSparseRows>(end - begin, Vectors{})
                                           : sparse_kernel<T, 1>(end - begin, Vectors{});
                 kernel(list, source.data + ky * s.dilation_height * source.row_stride + begin * kLanes<T>,
@@ -193,8 +195,9 @@ constexpr int kSlideVectors = 2;
 
 template <class T>
 inline bool sparse_serves_grad_input(const Conv2dShape& s) {
-  return s.groups == 1 && s.stride_height == 1 && s.stride_width == 1 && s.dilation_height == 1 && s.dilation_width == 1 &&
-         (s.kernel_width == 3 || (s.kernel_width == 5 && kSlideVectors == 4)) && s.in_channels % kLanes<T> == 0;
+  return s.groups == 1 && s.stride_height == 1 && s.stride_width == 1 && s.dilation_height == 1 &&
+         s.dilation_width == 1 && (s.kernel_width == 3 || (s.kernel_width == 5 && kSlideVectors == 4)) &&
+         s.in_channels % kLanes<T> == 0;
 }
 
 // What sliding along one output row needs; masks[(q * 4 + place) * words + word] selects 64 output channels.
@@ -211,7 +214,8 @@ struct SlideRow {
 
 // Adds the winners at place `shift` (0 or 1) of a window into acc[shift ...].
 template <class T, int width, int vectors, int shift>
-FASTNN_INLINE void slide_add(const SlideRow<T>& row, const uint64_t* masks, const T* grad, Vec<T> (&acc)[width + 1][vectors]) {
+FASTNN_INLINE void slide_add(const SlideRow<T>& row, const uint64_t* masks, const T* grad,
+                             Vec<T> (&acc)[width + 1][vectors]) {
   for (int64_t word = 0; word < row.words; ++word) {
     for (uint64_t mask = masks[word]; mask != 0; mask &= mask - 1) {
       const int64_t o = word * 64 + __builtin_ctzll(mask);
@@ -267,8 +271,12 @@ void slide_row_of(int64_t width, int64_t vectors, const SlideRow<T>& row) {
     switch (vectors) {
       case 1: return slide_row<T, w, 1>(row);
       case 2: return slide_row<T, w, 2>(row);
-      case 3: if constexpr (kSlideVectors >= 3) return slide_row<T, w, 3>(row); [[fallthrough]];
-      case 4: if constexpr (kSlideVectors >= 4) return slide_row<T, w, 4>(row); [[fallthrough]];
+      case 3:
+        if constexpr (kSlideVectors >= 3) return slide_row<T, w, 3>(row);
+        [[fallthrough]];
+      case 4:
+        if constexpr (kSlideVectors >= 4) return slide_row<T, w, 4>(row);
+        [[fallthrough]];
       default: __builtin_unreachable();
     }
   };
@@ -278,7 +286,8 @@ void slide_row_of(int64_t width, int64_t vectors, const SlideRow<T>& row) {
 
 template <class T>
 void sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
-  const int64_t pooled_height = s.out_height / 2, pooled_width = s.out_width / 2, windows = pooled_height * pooled_width;
+  const int64_t pooled_height = s.out_height / 2, pooled_width = s.out_width / 2,
+                windows = pooled_height * pooled_width;
   const int64_t words = (s.out_channels + 63) / 64, inputs = s.in_channels, taps = kernel_taps(s);
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
@@ -302,7 +311,8 @@ void sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
           const uint8_t* p = winner + q * s.out_channels + word * 64;
           const int64_t left = s.out_channels - word * 64;
           uint64_t mask = equal_mask_upto(p, left < 32 ? left : 32, place);
-          if (left > 32) mask |= static_cast<uint64_t>(equal_mask_upto(p + 32, left < 64 ? left - 32 : 32, place)) << 32;
+          if (left > 32)
+            mask |= static_cast<uint64_t>(equal_mask_upto(p + 32, left < 64 ? left - 32 : 32, place)) << 32;
           masks[(q * 4 + place) * words + word] = mask;
         }
       }
@@ -314,9 +324,9 @@ void sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
         for (int64_t y = 0; y < 2 * pooled_height; ++y) {
           const int64_t q = y / 2 * pooled_width;
           slide_row_of<T>(s.kernel_width, end - begin,
-                          {pooled_width, s.out_channels, words, masks + (q * 4 + y % 2 * 2) * words, grad + q * s.out_channels,
-                           weight + ky * s.kernel_width * inputs + begin * kLanes<T>, taps * inputs, inputs,
-                           to + (y + ky) * width * inputs + begin * kLanes<T>, inputs});
+                          {pooled_width, s.out_channels, words, masks + (q * 4 + y % 2 * 2) * words,
+                           grad + q * s.out_channels, weight + ky * s.kernel_width * inputs + begin * kLanes<T>,
+                           taps * inputs, inputs, to + (y + ky) * width * inputs + begin * kLanes<T>, inputs});
         }
       }
     }
@@ -337,8 +347,8 @@ inline bool lookup_serves_grad_weight(const Conv2dShape& s) {
          s.stride_width == 1;
 }
 
-// Adds one image's share to partial[tap][channels], for the channels [o, o + lanes) and kernel rows [first, first + rows);
-// with the first row, also the bias's to partial[taps].
+// Adds one image's share to partial[tap][channels], for the channels [o, o + lanes) and kernel rows [first, first +
+// rows); with the first row, also the bias's to partial[taps].
 template <class T, int width, int rows>
 void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* grad, const uint8_t* winner, int64_t o,
                        int64_t first, T* partial, int64_t padded) {

@@ -1,15 +1,17 @@
 // Winograd's F(2x2, 3x3): 2x2 outputs of a 3x3 convolution from 16 multiplications instead of 36 (Lavin and Gray,
 // "Fast Algorithms for Convolutional Neural Networks", 2015). The 2x2 outputs of a tile are also a pooling window.
 //
-//   V = B' d B   of each 4x4 source patch d, per channel       B' = | 1  0 -1  0 |   G = |  1    0    0  |   A' = | 1 1  1  0 |
-//   U = G g G'   of each 3x3 kernel g                               | 0  1  1  0 |       | 1/2  1/2  1/2 |        | 0 1 -1 -1 |
-//   M = sum over channels of U * V, 16 matrix products              | 0 -1  1  0 |       | 1/2 -1/2  1/2 |
-//   out = A' M A                                                    | 0  1  0 -1 |       |  0    0    1  |
+//   V = B' d B   of each 4x4 source patch d, per channel       B' = | 1  0 -1  0 |   G = |  1    0    0  |   A' = | 1 1
+//   1  0 | U = G g G'   of each 3x3 kernel g                               | 0  1  1  0 |       | 1/2  1/2  1/2 | | 0 1
+//   -1 -1 | M = sum over channels of U * V, 16 matrix products              | 0 -1  1  0 |       | 1/2 -1/2  1/2 | out
+//   = A' M A                                                    | 0  1  0 -1 |       |  0    0    1  |
 //
-//   V: [16][tile][channel]     U: [panel][16][channel][kTileColumns]     M: [16][tile][kTileColumns], one panel at a time
+//   V: [16][tile][channel]     U: [panel][16][channel][kTileColumns]     M: [16][tile][kTileColumns], one panel at a
+//   time
 //
 // Its sums round differently from a direct convolution's: see docs/performance.md for the bound. A tile mixes the
-// pixels of its patch, so values that are not finite are recomputed directly: they then spread no further than they should.
+// pixels of its patch, so values that are not finite are recomputed directly: they then spread no further than they
+// should.
 #pragma once
 
 #include "cpu/kernels/conv2d_gather.inl.h"
@@ -64,7 +66,8 @@ FASTNN_INLINE void winograd_input(const Image<T>& patch, int64_t depth, T* to, i
     for (int x = 0; x < 4; ++x) {
       Vec<T> row[4];
       FASTNN_UNROLL
-      for (int y = 0; y < 4; ++y) row[y] = load_upto(patch.data + y * patch.row_stride + x * patch.pixel_stride + c, left);
+      for (int y = 0; y < 4; ++y)
+        row[y] = load_upto(patch.data + y * patch.row_stride + x * patch.pixel_stride + c, left);
       d[0][x] = row[0] - row[2], d[1][x] = row[1] + row[2], d[2][x] = row[2] - row[1], d[3][x] = row[1] - row[3];
     }
     FASTNN_UNROLL
@@ -118,9 +121,9 @@ FASTNN_INLINE void winograd_output(const T* m, int64_t stride, Vec<T> bias, Vec<
 template <class T>
 bool winograd_serves(const GatherConv<T>& conv) {
   return sizeof(T) == 4 && conv.taps.count == 9 && conv.step_y == 1 && conv.step_x == 1 &&
-         conv.taps.y[8] - conv.taps.y[0] == 2 && conv.taps.x[8] - conv.taps.x[0] == 2 && conv.taps.y[1] == conv.taps.y[0] &&
-         conv.taps.x[1] == conv.taps.x[0] + 1 && conv.depth >= kWinogradChannels && conv.columns >= kLanes<T> &&
-         conv.out_height >= 2 && conv.out_width >= 2;
+         conv.taps.y[8] - conv.taps.y[0] == 2 && conv.taps.x[8] - conv.taps.x[0] == 2 &&
+         conv.taps.y[1] == conv.taps.y[0] && conv.taps.x[1] == conv.taps.x[0] + 1 && conv.depth >= kWinogradChannels &&
+         conv.columns >= kLanes<T> && conv.out_height >= 2 && conv.out_width >= 2;
 }
 
 // As gather_conv; conv.panels are winograd_weights().
@@ -161,7 +164,8 @@ void winograd_conv(const GatherConv<T>& conv) {
       const Image<T> patch = window_of(source, {y + conv.taps.y[0], x + conv.taps.x[0], 4, 4}, depth, patch_buffer);
       winograd_input(patch, depth, v + tile * depth, block * depth);
     }
-    for (int64_t panel = panels * column_task / column_tasks; panel < panels * (column_task + 1) / column_tasks; ++panel) {
+    for (int64_t panel = panels * column_task / column_tasks; panel < panels * (column_task + 1) / column_tasks;
+         ++panel) {
       const int64_t column = panel * width, columns = conv.columns - column < width ? conv.columns - column : width;
       const T* u = conv.panels + panel * 16 * depth * width;
       const bool narrow = columns <= kLanes<T>;

@@ -39,7 +39,9 @@ void pack_panel(const Matrix<T>& b, int64_t depth, int64_t column, int64_t colum
       const T* row = b.data + k * b.row_stride + column;
       for (int64_t j = 0; j < width; j += kLanes<T>) {
         const int64_t left = columns - j;
-        store(panel + k * width + j, left >= kLanes<T> ? load(row + j) : left > 0 ? load_first(row + j, left) : Vec<T>{});
+        store(panel + k * width + j, left >= kLanes<T> ? load(row + j)
+                                     : left > 0        ? load_first(row + j, left)
+                                                       : Vec<T>{});
       }
     }
   } else {
@@ -53,7 +55,8 @@ void pack_panel(const Matrix<T>& b, int64_t depth, int64_t column, int64_t colum
 // C (m x n, dense rows) = act(A (m x k) B (k x n) + bias); bias (n) may be null.
 // Needs b.column_stride == 1 or b.row_stride == 1.
 template <class T>
-void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, const T* bias, bool with_relu, T* c) {
+void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, const T* bias, bool with_relu,
+          T* c) {
   constexpr int64_t width = kTileColumns<T>;
   const int64_t panels = (n + width - 1) / width;
   const bool pack = b.column_stride != 1 || m >= kPackRows;
@@ -87,7 +90,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& 
             for (int v = 0; v < kTileVectors; ++v) {
               const int64_t first = v * kLanes<T>;
               const int64_t left = columns - first < 0 ? 0 : columns - first < kLanes<T> ? columns - first : kLanes<T>;
-              acc[r][v] = k0 > 0   ? load_upto(c + (row + r) * n + column + first, left)
+              acc[r][v] = k0 > 0 ? load_upto(c + (row + r) * n + column + first, left)
                           : bias ? load_upto(bias + column + first, left)
                                  : Vec<T>{};
             }

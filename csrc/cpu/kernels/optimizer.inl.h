@@ -1,7 +1,7 @@
 // Multi-tensor Adam, AdamW and SGD (ops/optimizer.h).
 //
-// All tensors count as one long array, cut into tasks of equal size: five hundred biases and one large matrix spread over
-// threads alike. Each element is read and written once, so large updates run at the speed of memory.
+// All tensors count as one long array, cut into tasks of equal size: five hundred biases and one large matrix spread
+// over threads alike. Each element is read and written once, so large updates run at the speed of memory.
 #pragma once
 
 #include "cpu/parallel.h"

@@ -29,8 +29,8 @@ constexpr int kTileColumns = kTileVectors * kLanes<T>;
 
 // acc[r][v] += sum over k < depth of a[r][k * a_step] * b[k * b_stride + v * lanes]
 template <class T, int rows, int vectors>
-FASTNN_INLINE void multiply_add(int64_t depth, const T* const (&a)[rows], int64_t a_step, const T* b,
-                                int64_t b_stride, Vec<T> (&acc)[rows][vectors]) {
+FASTNN_INLINE void multiply_add(int64_t depth, const T* const (&a)[rows], int64_t a_step, const T* b, int64_t b_stride,
+                                Vec<T> (&acc)[rows][vectors]) {
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     Vec<T> weights[vectors];
     FASTNN_UNROLL
@@ -59,9 +59,15 @@ FASTNN_INLINE void with_count(int64_t count, const Body& body) {
     case 3: return body(Constant<3>{});
     case 4: return body(Constant<4>{});
     case 5: return body(Constant<5>{});
-    case 6: if constexpr (most >= 6) return body(Constant<6>{}); [[fallthrough]];
-    case 7: if constexpr (most >= 7) return body(Constant<7>{}); [[fallthrough]];
-    case 8: if constexpr (most >= 8) return body(Constant<8>{}); [[fallthrough]];
+    case 6:
+      if constexpr (most >= 6) return body(Constant<6>{});
+      [[fallthrough]];
+    case 7:
+      if constexpr (most >= 7) return body(Constant<7>{});
+      [[fallthrough]];
+    case 8:
+      if constexpr (most >= 8) return body(Constant<8>{});
+      [[fallthrough]];
     default: __builtin_unreachable();
   }
 }

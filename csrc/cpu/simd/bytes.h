@@ -48,8 +48,10 @@ FASTNN_INLINE Mask<T> widen_bytes(const uint8_t* p) {
 template <class T>
 FASTNN_INLINE Vec<T> look_up(Vec<T> a, Vec<T> b, Mask<T> index, Mask<T> upper) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_permutex2var_ps((__m512)a, (__m512i)(index + (upper & 16)), (__m512)b);
-  if constexpr (sizeof(T) == 8) return (Vec<T>)_mm512_permutex2var_pd((__m512d)a, (__m512i)(index + (upper & 8)), (__m512d)b);
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_permutex2var_ps((__m512)a, (__m512i)(index + (upper & 16)), (__m512)b);
+  if constexpr (sizeof(T) == 8)
+    return (Vec<T>)_mm512_permutex2var_pd((__m512d)a, (__m512i)(index + (upper & 8)), (__m512d)b);
 #elif defined(__AVX2__)
   if constexpr (sizeof(T) == 4) {
     const __m256 from_a = _mm256_permutevar8x32_ps((__m256)a, (__m256i)index);

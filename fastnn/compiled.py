@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastnn import _C, nn, optim
 from fastnn.arguments import FUSED_POOL, pair, pool_arguments, wants_relu
@@ -292,7 +293,7 @@ class CompiledStep:
         self._grads: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         self._recordings: dict[tuple[int, ...], _Recording] = {}
-        self._has_own_update = isinstance(optimizer, (optim.Adam, optim.SGD))
+        self._has_own_update = type(optimizer) in (optim.Adam, optim.AdamW, optim.SGD)
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         recording = self._recording(tuple(images.shape))
@@ -326,7 +327,13 @@ class CompiledStep:
 
     def _update(self) -> None:
         optimizer: Any = self._optimizer
-        if self._has_own_update and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks):
+        hooks = (
+            optimizer._optimizer_step_pre_hooks,
+            optimizer._optimizer_step_post_hooks,
+            _global_optimizer_pre_hooks,
+            _global_optimizer_post_hooks,
+        )
+        if self._has_own_update and not any(hooks):
             optimizer.update()
             optimizer._opt_called = True  # what learning-rate schedulers look for
         else:

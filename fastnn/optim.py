@@ -35,6 +35,7 @@ def _is_covered(param: Tensor, grad: Tensor) -> bool:
         and grad.is_cpu
         and grad.layout is torch.strided
         and not grad.is_neg()
+        and not param.is_neg()
     )
 
 

@@ -18,18 +18,12 @@ void check_length(const char* name, const Tensors& tensors, const Tensors& param
                std::to_string(tensors.size()));
 }
 
-// Whether the tensor's elements fill one run of memory.
-bool is_dense(const Tensor& tensor) {
-  int64_t span = 1;
-  for (int64_t d = 0; d < tensor.dim(); ++d)
-    if (tensor.size(d) != 1) span += (tensor.size(d) - 1) * tensor.stride(d);
-  return tensor.is_contiguous() || span == tensor.numel();
-}
-
 bool has_layout_of(const Tensor& tensor, const Tensor& param) {
   if (tensor.dim() != param.dim()) return false;
   for (int64_t d = 0; d < tensor.dim(); ++d)
-    if (tensor.size(d) != param.size(d) || (tensor.size(d) != 1 && tensor.stride(d) != param.stride(d))) return false;
+    if (tensor.size(d) != param.size(d) ||
+        (tensor.size(d) != 1 && param.numel() > 0 && tensor.stride(d) != param.stride(d)))
+      return false;
   return true;
 }
 
@@ -38,7 +32,7 @@ void check_params(const Tensors& params) {
     const std::string name = entry_name("params", i);
     check_cpu(name.c_str(), params[i]);
     check_same_kind(name.c_str(), params[i], "params[0]", params[0]);
-    if (params[i].numel() > 0 && !is_dense(params[i]))
+    if (params[i].numel() > 0 && !params[i].is_dense())
       fail_value(name.c_str(), "a tensor without gaps or overlaps", "one of shape " + params[i].shape_string());
   }
 }

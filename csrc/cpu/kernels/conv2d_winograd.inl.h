@@ -9,9 +9,8 @@
 //   V: [16][tile][channel]     U: [panel][16][channel][kTileColumns]     M: [16][tile][kTileColumns], one panel at a
 //   time
 //
-// Its sums round differently from a direct convolution's: see docs/performance.md for the bound. A tile mixes the
-// pixels of its patch, so values that are not finite are recomputed directly: they then spread no further than they
-// should.
+// Its sums round differently from a direct convolution's: see docs/performance.md for the bound. Each output still depends
+// on its own nine pixels alone (the outer rows and columns of V reach one output row or column), so NaN does not spread.
 #pragma once
 
 #include "cpu/kernels/conv2d_gather.inl.h"

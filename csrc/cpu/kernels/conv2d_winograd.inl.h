@@ -9,8 +9,9 @@
 //   V: [16][tile][channel]     U: [panel][16][channel][kTileColumns]     M: [16][tile][kTileColumns], one panel at a
 //   time
 //
-// Its sums round differently from a direct convolution's: see docs/performance.md for the bound. Each output still depends
-// on its own nine pixels alone (the outer rows and columns of V reach one output row or column), so NaN does not spread.
+// Its sums round differently from a direct convolution's: see docs/performance.md for the bound. Each output still
+// depends on its own nine pixels alone (the outer rows and columns of V reach one output row or column), so NaN does
+// not spread.
 #pragma once
 
 #include "cpu/kernels/conv2d_gather.inl.h"

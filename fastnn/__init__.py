@@ -1,4 +1,4 @@
-"""Hand-written CPU and CUDA kernels for small convolutional and dense networks, as drop-in PyTorch layers."""
+"""Hand-written kernels for small convolutional and dense networks, as drop-in PyTorch layers."""
 
 from fastnn import runtime  # first: it initialises the extension module  # isort: skip
 from fastnn import functional, nn, optim

@@ -470,3 +470,10 @@ def test_the_stub_lists_what_the_module_has() -> None:
     tree = ast.parse((REPOSITORY / "fastnn" / "_C.pyi").read_text())
     stub = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     assert stub == {name for name in dir(_C) if not name.startswith("__")}
+
+
+def test_every_package_of_the_source_is_installed() -> None:
+    text = (REPOSITORY / "pyproject.toml").read_text()
+    packages = ast.literal_eval(re.search(r"^packages = (\[.*\])$", text, re.M)[1])
+    folders = {path.parent for path in (REPOSITORY / "fastnn").rglob("__init__.py")}
+    assert set(packages) == {".".join(folder.relative_to(REPOSITORY).parts) for folder in folders}

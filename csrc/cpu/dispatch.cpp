@@ -1,4 +1,4 @@
-// Picks the kernel table at import: the best ISA that this CPU runs, or FASTNN_ISA.
+// Picks the kernel table when the module loads: that of the best ISA that this CPU runs.
 #include <atomic>
 #include <cstring>
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnn
-from fastnn import _C, functional
+from fastnn import _C, functional, optim
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -375,7 +375,6 @@ def test_one_openmp_runtime_is_loaded() -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_optimizers_bump_the_version_counter(name: str) -> None:
-    optim = pytest.importorskip("fastnn.optim")
     parameter = torch.nn.Parameter(random((5,), torch.float32, generator("version")))
     optimizer = getattr(optim, name)([parameter], lr=0.1)
     loss = (parameter * parameter).sum()

@@ -1,7 +1,7 @@
 // conv2d (ops/conv2d.h): which kernel serves which geometry.
 //
 //   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, depthwise, else the gather
-//   grad_weight           outer products, or depthwise
+//   grad_weight           packed for a vector of input channels and more, depthwise, else outer products
 //
 // The input gradient of stride s is s * s gathers, one per phase: input pixel (s * q + phase) receives
 // grad[q + (phase + padding - ky * dilation) / s] through each tap ky for which that division is exact.
@@ -10,6 +10,7 @@
 #include "cpu/kernels/conv2d_depthwise.inl.h"
 #include "cpu/kernels/conv2d_gather.inl.h"
 #include "cpu/kernels/conv2d_grad_weight.inl.h"
+#include "cpu/kernels/conv2d_grad_weight_packed.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
 #include "cpu/kernels/conv2d_sparse.inl.h"
 #include "cpu/kernels/conv2d_winograd.inl.h"
@@ -39,7 +40,8 @@ const char* run_gather(GatherConv<T> conv, const T* panels) {
 }
 
 template <class T>
-void conv2d_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
+void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
+  const Conv2dShape s = with_pixels_as_rows(as_given);
   if (is_depthwise(s) && !s.pool) {
     trace<T>("conv2d_forward", "depthwise");
     return depthwise_forward<T>(s, t);
@@ -219,15 +221,23 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
     trace<T>("conv2d_grad_weight", "depthwise");
     return depthwise_grad_weight<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
   }
-  trace<T>("conv2d_grad_weight", "outer");
+  const bool packed = packed_serves_grad_weight<T>(s);
+  trace<T>("conv2d_grad_weight", packed ? "packed" : "outer");
   const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
-  for (int64_t group = 0; group < s.groups; ++group)
-    grad_weight_outer<T>(s, input + group * group_inputs(s), grad.data + group * group_outputs(s), grad.pixel_stride,
-                         grad_weight + group * group_weights);
+  for (int64_t group = 0; group < s.groups; ++group) {
+    const T* source = input + group * group_inputs(s);
+    const T* gradient = grad.data + group * group_outputs(s);
+    T* to = grad_weight + group * group_weights;
+    if (packed)
+      packed_grad_weight<T>(s, source, gradient, grad.pixel_stride, to);
+    else
+      grad_weight_outer<T>(s, source, gradient, grad.pixel_stride, to);
+  }
 }
 
 template <class T>
-void conv2d_backward(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+void conv2d_backward(const Conv2dShape& as_given, const Conv2dBackward<T>& t) {
+  const Conv2dShape s = with_pixels_as_rows(as_given);
   Conv2dBackward<T> dense = t;  // what the winner-sparse kernels leave to the dense ones
   if (s.pool && s.batch > 0) {
     if (t.grad_input && sparse_serves_grad_input<T>(s)) {
@@ -253,7 +263,8 @@ void conv2d_backward(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   // The outer products read the gradient in whole vectors, past a group's channels up to the next multiple.
-  const bool pad = dense.grad_weight && !is_depthwise(s) && group_outputs(s) % kLanes<T> != 0;
+  const bool outer = dense.grad_weight && !is_depthwise(s) && !packed_serves_grad_weight<T>(s);
+  const bool pad = outer && group_outputs(s) % kLanes<T> != 0;
   const bool copy = s.relu || s.pool || pad;
   const Scratch<T> buffer(copy ? pixels * padded : 0);
   if (copy) undo_activation<T>(s, t, padded, buffer);

@@ -15,10 +15,6 @@
 namespace fastnn::cpu {
 namespace {
 
-// 8 chunks share work well between 2 to 8 threads; partial gradients beyond 16 MiB cost more memory traffic than they
-// gain, and such large weights have columns enough to share.
-constexpr int64_t kMaxChunks = 8;
-constexpr int64_t kMaxPartialBytes = 16 << 20;
 // Pixels of a unit: 128 pixels x 32 channels of grad are 16 KiB, half of L1.
 constexpr int64_t kUnitPixels = 128;
 

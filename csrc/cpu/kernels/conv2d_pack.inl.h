@@ -14,6 +14,11 @@
 namespace fastnn::cpu {
 namespace {
 
+// A weight gradient is summed in parts, each with its own copy: 8 share work well between 2 to 8 threads; copies beyond
+// 16 MiB cost more memory traffic than they gain, and such large weights have channels enough to share.
+constexpr int64_t kMaxChunks = 8;
+constexpr int64_t kMaxPartialBytes = 16 << 20;
+
 inline int64_t kernel_taps(const Conv2dShape& s) { return s.kernel_height * s.kernel_width; }
 inline int64_t group_inputs(const Conv2dShape& s) { return s.in_channels / s.groups; }
 inline int64_t group_outputs(const Conv2dShape& s) { return s.out_channels / s.groups; }
@@ -21,6 +26,17 @@ inline int64_t weight_elements(const Conv2dShape& s) { return s.out_channels * g
 template <class T>
 inline int64_t panels_of(int64_t columns) {
   return (columns + kTileColumns<T> - 1) / kTileColumns<T>;
+}
+
+// A 1x1 convolution of stride 1 without a border is one matrix product over all pixels of all images: the same work on
+// one image, a pixel wide.
+inline Conv2dShape with_pixels_as_rows(Conv2dShape s) {
+  const bool is_pointwise = kernel_taps(s) == 1 && s.stride_height == 1 && s.stride_width == 1 &&
+                            s.padding_height == 0 && s.padding_width == 0 && !s.pool;
+  if (!is_pointwise) return s;
+  s.in_height = s.out_height = s.batch * s.in_height * s.in_width;
+  s.batch = s.in_width = s.out_width = 1;
+  return s;
 }
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
@@ -131,11 +147,11 @@ void write_weight_gradient(const Conv2dShape& shape, int64_t padded_outputs, con
   });
 }
 
-// The same from sums that are OHWI already.
+// The same from sums that are OHWI already, of `outputs` channels.
 template <class T>
-void write_ohwi_gradient(const Conv2dShape& shape, const T* sums, T* grad_weight) {
+void write_ohwi_gradient(const Conv2dShape& shape, int64_t outputs, const T* sums, T* grad_weight) {
   const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape), depth = taps * inputs;
-  parallel_ranges(shape.out_channels, 16, [&](int64_t begin, int64_t end) {
+  parallel_ranges(outputs, 16, [&](int64_t begin, int64_t end) {
     if (is_ohwi(shape)) return copy_run(sums + begin * depth, (end - begin) * depth, grad_weight + begin * depth);
     for (int64_t o = begin; o < end; ++o)
       transpose_matrix(sums + o * depth, inputs, taps, inputs, grad_weight + o * depth, taps);

@@ -180,7 +180,7 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
     }
   });
   add_partials<T>(chunks, partial_elements, partials);
-  write_ohwi_gradient<T>(s, partials, t.grad_weight);
+  write_ohwi_gradient<T>(s, s.out_channels, partials, t.grad_weight);
   if (t.grad_bias) copy_run<T>(partials + channels * elements, channels, t.grad_bias);
 }
 

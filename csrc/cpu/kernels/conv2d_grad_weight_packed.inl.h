@@ -1,0 +1,321 @@
+// Weight gradient of a convolution with at least a vector of input channels.
+//
+//   grad_w[o][t][i] = sum over images, y, x of grad[y][x][o] * source[y * stride + tap_y[t]][x * stride + tap_x[t]][i]
+//
+// The register tile's rows are output channels, its columns input channels, its depth the output pixels of a unit: some
+// rows of an image, or several small images. Both factors are packed a unit at a time, since pixels as they lie are
+// often a power of two apart, where a strip of some channels fits a few sets of L1 alone:
+//
+//   source   [image][row][column][kTileColumns]         one panel, in L1; every tap is an offset into it
+//   grad     [tile][image][row][column][kTileRows]
+//
+// The border is not packed: under each tap, the sum leaves out the output pixels whose source lies outside the image.
+// The sums are OHWI as they are made: no transposition follows. Units are cut into chunks and both kinds of channels
+// into parts by the shape alone, and the chunks' sums are added in order: the same bits for every thread count.
+#pragma once
+
+#include "cpu/kernels/conv2d_gather.inl.h"
+#include "cpu/kernels/conv2d_pack.inl.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// Pixels of a unit: 128 pixels x 32 channels of source are 16 KiB, half of L1.
+constexpr int64_t kPackedPixels = 128;
+// A chunk is worth its own sums from this many units on; adding them up costs as much as some 16 pixels.
+constexpr int64_t kPackedChunkUnits = 8;
+// Tasks share work well between 2 to 8 threads.
+constexpr int64_t kPackedTasks = 8;
+
+// One axis of the geometry.
+struct PackedAxis {
+  int64_t kernel, size, stride, padding, dilation;
+};
+
+// Pixels of one axis: first, first + step, ...
+struct PackedSpan {
+  int64_t first, step, count;
+};
+
+// Those of the outputs [low, low + outs) whose source pixel under this tap lies in the image.
+inline PackedSpan outputs_inside(const PackedAxis& axis, int64_t tap, int64_t low, int64_t outs) {
+  const int64_t shift = axis.padding - tap * axis.dilation;
+  int64_t first = -floor_div(-shift, axis.stride), end = floor_div(axis.size - 1 + shift, axis.stride) + 1;
+  if (first < low) first = low;
+  if (end > low + outs) end = low + outs;
+  return {first, 1, end > first ? end - first : 0};
+}
+
+// The source pixels that these outputs meet; where there is one tap, only those.
+inline PackedSpan source_pixels(const PackedAxis& axis, int64_t low, int64_t outs) {
+  if (axis.kernel == 1) {
+    const PackedSpan inside = outputs_inside(axis, 0, low, outs);
+    return {inside.first * axis.stride - axis.padding, axis.stride, inside.count};
+  }
+  int64_t first = low * axis.stride - axis.padding;
+  int64_t end = first + (outs - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1;
+  if (first < 0) first = 0;
+  if (end > axis.size) end = axis.size;
+  return {first, 1, end > first ? end - first : 0};
+}
+
+// Source pixels of `outs` outputs, at most.
+inline int64_t most_source_pixels(const PackedAxis& axis, int64_t outs) {
+  if (axis.kernel == 1) return outs;
+  const int64_t reach = (outs - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1;
+  return reach < axis.size ? reach : axis.size;
+}
+
+struct PackedPlan {
+  PackedAxis vertical, horizontal;
+  int64_t images, rows;  // of a unit; one of the two is all there are or one
+  int64_t units_per_image, units, chunks;
+  int64_t input_parts, output_parts;  // tasks of a chunk
+};
+
+template <class T>
+PackedPlan packed_plan(const Conv2dShape& s) {
+  PackedPlan plan{};
+  plan.vertical = {s.kernel_height, s.in_height, s.stride_height, s.padding_height, s.dilation_height};
+  plan.horizontal = {s.kernel_width, s.in_width, s.stride_width, s.padding_width, s.dilation_width};
+  const int64_t pixels = s.out_height * s.out_width;
+  plan.images = pixels < kPackedPixels ? (kPackedPixels + pixels - 1) / pixels : 1;
+  if (plan.images > s.batch) plan.images = s.batch;
+  plan.units_per_image = plan.images > 1 ? 1 : (pixels + kPackedPixels - 1) / kPackedPixels;
+  if (plan.units_per_image > s.out_height) plan.units_per_image = s.out_height;
+  plan.rows = (s.out_height + plan.units_per_image - 1) / plan.units_per_image;
+  plan.units_per_image = (s.out_height + plan.rows - 1) / plan.rows;
+  plan.units = (s.batch + plan.images - 1) / plan.images * plan.units_per_image;
+
+  const int64_t inputs = group_inputs(s), outputs = group_outputs(s);
+  const int64_t bytes = outputs * inputs * kernel_taps(s) * static_cast<int64_t>(sizeof(T));
+  plan.chunks = plan.units / kPackedChunkUnits;
+  if (plan.chunks > kPackedTasks) plan.chunks = kPackedTasks;
+  if (plan.chunks > kMaxPartialBytes / bytes) plan.chunks = kMaxPartialBytes / bytes;
+  if (plan.chunks < 1) plan.chunks = 1;
+
+  // Every part of the inputs packs the gradient anew and the other way round: the longer side is halved first.
+  plan.input_parts = plan.output_parts = 1;
+  const int64_t panels = panels_of<T>(inputs), tiles = (outputs + kTileRows - 1) / kTileRows;
+  while (plan.chunks * plan.input_parts * plan.output_parts < kPackedTasks) {
+    if (inputs / plan.input_parts > outputs / plan.output_parts && 2 * plan.input_parts <= panels)
+      plan.input_parts *= 2;
+    else if (2 * plan.output_parts <= tiles)
+      plan.output_parts *= 2;
+    else
+      break;
+  }
+  return plan;
+}
+
+// A unit: output rows [row, row + rows) of images [image, image + images).
+struct PackedUnit {
+  int64_t image, images, row, rows;
+};
+
+inline PackedUnit packed_unit(const Conv2dShape& s, const PackedPlan& plan, int64_t unit) {
+  const int64_t image = unit / plan.units_per_image * plan.images, row = unit % plan.units_per_image * plan.rows;
+  return {image, s.batch - image < plan.images ? s.batch - image : plan.images, row,
+          s.out_height - row < plan.rows ? s.out_height - row : plan.rows};
+}
+
+// Some channels of `pixels` pixels, from_step apart, as strips of `width` channels: to: [strip][pixel][width], strips
+// `stride` apart. Elements of the last strip beyond the last channel stay as they are: what they lead to is not stored.
+//
+// 16 pixels at a time: their lines stay in L1 until every strip has its part, and few pages are written in turn.
+template <class T, int64_t width>
+void pack_strips(int64_t pixels, const T* from, int64_t from_step, int64_t channels, T* to, int64_t stride) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t block = 0; block < pixels; block += kBlock) {
+    const int64_t end = block + kBlock < pixels ? block + kBlock : pixels;
+    for (int64_t c = 0; c < channels; c += width) {
+      T* strip = to + c / width * stride;
+      if (channels - c >= width)
+        for (int64_t p = block; p < end; ++p) copy_run(from + p * from_step + c, width, strip + p * width);
+      else
+        for (int64_t p = block; p < end; ++p) copy_run(from + p * from_step + c, channels - c, strip + p * width);
+    }
+  }
+}
+
+// Memory that the next unit packs: fetched into L2 in equal shares, one with each row of products, while the present
+// unit computes.
+template <class T>
+struct NextUnit {
+  const T* data[2];
+  int64_t elements[2];
+  void fetch(int64_t share, int64_t shares) const {
+    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+    for (int i = 0; i < 2; ++i)
+      for (int64_t e = elements[i] * share / shares; e < elements[i] * (share + 1) / shares; e += line)
+        __builtin_prefetch(data[i] + e, 0, 2);
+  }
+};
+
+// The pixels that one tap's products sum over: where they begin, and the steps from one to the next, in elements of
+// either factor.
+struct PackedRuns {
+  struct Place {
+    int64_t begin, image, row;
+  };
+  int64_t images, rows, width;
+  int64_t source_pixel;
+  Place source, grad;
+};
+
+// Of each tap; rows and columns are the packed source pixels.
+template <class T>
+void packed_runs(const Conv2dShape& s, const PackedPlan& plan, const PackedUnit& unit, const PackedSpan& rows,
+                 const PackedSpan& columns, PackedRuns* runs) {
+  const int64_t source_row = columns.count * kTileColumns<T>, grad_row = s.out_width * kTileRows;
+  for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
+    const PackedSpan y = outputs_inside(plan.vertical, ky, unit.row, unit.rows);
+    const int64_t source_y = y.first * s.stride_height - s.padding_height + ky * s.dilation_height - rows.first;
+    for (int64_t kx = 0; kx < s.kernel_width; ++kx, ++runs) {
+      const PackedSpan x = outputs_inside(plan.horizontal, kx, 0, s.out_width);
+      const int64_t source_x = x.first * s.stride_width - s.padding_width + kx * s.dilation_width - columns.first;
+      *runs = {unit.images,
+               y.count,
+               x.count,
+               s.stride_width / columns.step * kTileColumns<T>,
+               {source_y / rows.step * source_row + source_x / columns.step * kTileColumns<T>, rows.count * source_row,
+                s.stride_height / rows.step * source_row},
+               {(y.first - unit.row) * grad_row + x.first * kTileRows, unit.rows * grad_row, grad_row}};
+      if (kernel_taps(s) == 1 && y.count == unit.rows && x.count == s.out_width) {  // all pixels are neighbours
+        runs->width *= unit.images * unit.rows;
+        runs->images = runs->rows = 1;
+      }
+    }
+  }
+}
+
+// sums[r][column] = or += sum over pixels of grad[pixel][r] * source[pixel][column], for `rows` output channels.
+template <class T, int rows, int vectors>
+void packed_product(const PackedRuns& runs, const T* grad, const T* source, bool first, int64_t columns, T* sums,
+                    int64_t sums_stride) {
+  Vec<T> acc[rows][vectors]{};
+  for (int64_t image = 0; image < runs.images; ++image) {
+    for (int64_t y = 0; y < runs.rows; ++y) {
+      const T* a = grad + runs.grad.begin + image * runs.grad.image + y * runs.grad.row;
+      const T* b = source + runs.source.begin + image * runs.source.image + y * runs.source.row;
+      for (int64_t x = 0; x < runs.width; ++x, a += kTileRows, b += runs.source_pixel) {
+        Vec<T> values[vectors];
+        FASTNN_UNROLL
+        for (int v = 0; v < vectors; ++v) values[v] = load(b + v * kLanes<T>);
+        FASTNN_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          const Vec<T> g = broadcast(a[r]);
+          FASTNN_UNROLL
+          for (int v = 0; v < vectors; ++v) acc[r][v] += g * values[v];
+        }
+      }
+    }
+  }
+  FASTNN_UNROLL
+  for (int r = 0; r < rows; ++r) {
+    FASTNN_UNROLL
+    for (int v = 0; v < vectors; ++v) {
+      T* to = sums + r * sums_stride + v * kLanes<T>;
+      const int64_t left = columns - v * kLanes<T> < kLanes<T> ? columns - v * kLanes<T> : kLanes<T>;
+      store_upto(to, first ? acc[r][v] : load_upto(to, left) + acc[r][v], left);
+    }
+  }
+}
+
+template <class T>
+inline bool packed_serves_grad_weight(const Conv2dShape& s) {
+  return group_inputs(s) >= kLanes<T>;
+}
+
+// One group. source and grad are at the group's first channel, grad_weight at its first weight.
+template <class T>
+void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, int64_t grad_pixel, T* grad_weight) {
+  const PackedPlan plan = packed_plan<T>(s);
+  const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
+  const int64_t panels = panels_of<T>(inputs), tiles = (outputs + kTileRows - 1) / kTileRows;
+  const int64_t elements = outputs * taps * inputs;
+  const bool direct = plan.chunks == 1 && is_ohwi(s);
+
+  // Strips are two cache lines further apart than they are long, or all of them would meet in the same sets of L1.
+  const int64_t source_pixels_most =
+      most_source_pixels(plan.vertical, plan.rows) * most_source_pixels(plan.horizontal, s.out_width);
+  const int64_t source_strip = plan.images * source_pixels_most * kTileColumns<T> + 2 * kLanes<T>;
+  const int64_t grad_strip = plan.images * plan.rows * s.out_width * kTileRows + 2 * kLanes<T>;
+  const int64_t source_elements = (panels + plan.input_parts - 1) / plan.input_parts * source_strip;
+  const int64_t grad_elements = (tiles + plan.output_parts - 1) / plan.output_parts * grad_strip;
+  const Scratch<T> packed(max_threads() * (source_elements + grad_elements));
+  const Scratch<PackedRuns> tables(max_threads() * taps);
+  const Scratch<T> partials(direct ? 0 : plan.chunks * elements);
+
+  const int64_t parts = plan.input_parts * plan.output_parts;
+  parallel_tasks(plan.chunks * parts, [&](int64_t task, int thread) {
+    const int64_t chunk = task / parts, input_part = task % parts / plan.output_parts;
+    const int64_t output_part = task % plan.output_parts;
+    const int64_t first_panel = panels * input_part / plan.input_parts;
+    const int64_t end_panel = panels * (input_part + 1) / plan.input_parts;
+    const int64_t first_tile = tiles * output_part / plan.output_parts;
+    const int64_t end_tile = tiles * (output_part + 1) / plan.output_parts;
+    const int64_t first_input = first_panel * kTileColumns<T>, first_output = first_tile * kTileRows;
+    const int64_t end_input = end_panel == panels ? inputs : end_panel * kTileColumns<T>;
+    const int64_t end_output = end_tile == tiles ? outputs : end_tile * kTileRows;
+    T* sources = packed + thread * (source_elements + grad_elements);
+    T* grads = sources + source_elements;
+    PackedRuns* runs = tables + thread * taps;
+    T* sums = direct ? grad_weight : partials + chunk * elements;
+
+    const int64_t first_unit = plan.units * chunk / plan.chunks, end_unit = plan.units * (chunk + 1) / plan.chunks;
+    for (int64_t index = first_unit; index < end_unit; ++index) {
+      const PackedUnit unit = packed_unit(s, plan, index);
+      const PackedSpan rows = source_pixels(plan.vertical, unit.row, unit.rows);
+      const PackedSpan columns = source_pixels(plan.horizontal, 0, s.out_width);
+      const int64_t source_row = columns.count * kTileColumns<T>;
+      for (int64_t i = 0; i < unit.images * rows.count; ++i) {
+        const int64_t row = (unit.image + i / rows.count) * s.in_height + rows.first + i % rows.count * rows.step;
+        pack_strips<T, kTileColumns<T>>(
+            columns.count, source + (row * s.in_width + columns.first) * s.in_channels + first_input,
+            columns.step * s.in_channels, end_input - first_input, sources + i * source_row, source_strip);
+      }
+      pack_strips<T, kTileRows>(unit.images * unit.rows * s.out_width,
+                                grad + (unit.image * s.out_height + unit.row) * s.out_width * grad_pixel + first_output,
+                                grad_pixel, end_output - first_output, grads, grad_strip);
+      packed_runs<T>(s, plan, unit, rows, columns, runs);
+      NextUnit<T> next{};
+      if (parts == 1 && index + 1 < end_unit) {
+        const PackedUnit after = packed_unit(s, plan, index + 1);
+        const PackedSpan after_rows = source_pixels(plan.vertical, after.row, after.rows);
+        const int64_t image_rows = (after.images - 1) * s.in_height + (after_rows.count - 1) * after_rows.step + 1;
+        next = {{source + (after.image * s.in_height + after_rows.first) * s.in_width * s.in_channels,
+                 grad + (after.image * s.out_height + after.row) * s.out_width * grad_pixel},
+                {image_rows * s.in_width * s.in_channels, after.images * after.rows * s.out_width * grad_pixel}};
+      }
+      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+        const int64_t column = panel * kTileColumns<T>;
+        const int64_t width = inputs - column < kTileColumns<T> ? inputs - column : kTileColumns<T>;
+        const T* panel_source = sources + (panel - first_panel) * source_strip;
+        for (int64_t tile = first_tile; tile < end_tile; ++tile) {
+          const int64_t output = tile * kTileRows;
+          next.fetch((panel - first_panel) * tiles + tile, (end_panel - first_panel) * tiles);
+          const T* tile_grad = grads + (tile - first_tile) * grad_strip;
+          with_rows(outputs - output < kTileRows ? outputs - output : kTileRows, [&](auto constant) {
+            constexpr int count = decltype(constant)::value;
+            for (int64_t tap = 0; tap < taps; ++tap) {
+              T* to = sums + (output * taps + tap) * inputs + column;
+              if (width > kLanes<T>)
+                packed_product<T, count, 2>(runs[tap], tile_grad, panel_source, index == first_unit, width, to,
+                                            taps * inputs);
+              else
+                packed_product<T, count, 1>(runs[tap], tile_grad, panel_source, index == first_unit, width, to,
+                                            taps * inputs);
+            }
+          });
+        }
+      }
+    }
+  });
+  if (direct) return;
+  add_partials<T>(plan.chunks, elements, partials);
+  write_ohwi_gradient<T>(s, outputs, partials, grad_weight);
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

@@ -49,6 +49,9 @@ struct GatherConv {
   uint8_t* winner;  // with 2x2 pooling: the out_* sizes above are those before pooling, the strides those of the pooled
 };
 
+// Pixels of a block: enough to reuse a panel from L2 for some twenty tiles.
+constexpr int64_t kBlockPixels = 192;
+
 struct TapRange {
   int64_t y_min, y_max, x_min, x_max;
 };
@@ -104,11 +107,16 @@ FASTNN_INLINE void store_places(uint8_t* p, Mask<T> places, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = bytes[i];
 }
 
-// The runs of taps: offsets[i] from a pixel's first tap, depths[i] long.
+// One run of taps: `offset` from a pixel's first tap, `depth` long, in source row y + tap_y; its weights start at
+// `panel`.
+struct Run {
+  int64_t offset, depth, tap_y, panel;
+};
+
+// Some consecutive runs.
 struct Runs {
   int64_t count;
-  const int64_t* offsets;
-  const int64_t* depths;
+  const Run* runs;
   int64_t common_depth;  // of all, or 0
 };
 
@@ -118,9 +126,10 @@ template <class T, int rows, int vectors, int depth>
 FASTNN_INLINE void gather_accumulate(const Runs& runs, const T* const (&pixels)[rows], const T* panel,
                                      Vec<T> (&acc)[rows][vectors]) {
   for (int64_t i = 0; i < runs.count; ++i) {
+    const T* weights = panel + runs.runs[i].panel;
     const T* sources[rows];
     FASTNN_UNROLL
-    for (int r = 0; r < rows; ++r) sources[r] = pixels[r] + runs.offsets[i];
+    for (int r = 0; r < rows; ++r) sources[r] = pixels[r] + runs.runs[i].offset;
     if constexpr (depth > 0) {
       FASTNN_UNROLL
       for (int k = 0; k < depth; ++k) {
@@ -128,13 +137,11 @@ FASTNN_INLINE void gather_accumulate(const Runs& runs, const T* const (&pixels)[
         for (int r = 0; r < rows; ++r) {
           FASTNN_UNROLL
           for (int v = 0; v < vectors; ++v)
-            acc[r][v] += broadcast(sources[r][k]) * load(panel + k * kTileColumns<T> + v * kLanes<T>);
+            acc[r][v] += broadcast(sources[r][k]) * load(weights + k * kTileColumns<T> + v * kLanes<T>);
         }
       }
-      panel += depth * kTileColumns<T>;
     } else {
-      multiply_add<T, rows, vectors>(runs.depths[i], sources, 1, panel, kTileColumns<T>, acc);
-      panel += runs.depths[i] * kTileColumns<T>;
+      multiply_add<T, rows, vectors>(runs.runs[i].depth, sources, 1, weights, kTileColumns<T>, acc);
     }
   }
 }
@@ -148,44 +155,60 @@ FASTNN_INLINE void load_bias(const T* bias, int64_t columns, Vec<T> (&row)[vecto
   }
 }
 
-// Output pixels [begin, end) of a block of rows, in row-major order, for one panel.
+// The runs whose source row, for the output row whose first tap reads `source_row`, lies in the image.
+inline Runs runs_inside(const Runs& runs, int64_t source_row, int64_t height) {
+  int64_t first = 0, end = runs.count;
+  while (first < end && source_row + runs.runs[first].tap_y < 0) ++first;
+  while (end > first && source_row + runs.runs[end - 1].tap_y >= height) --end;
+  return {end - first, runs.runs + first, runs.common_depth};
+}
+
+// Output rows [row, row + rows) of an image for one panel. Tiles stay in one row where it fills most of a tile, and
+// leave out the taps above and below the image; narrower rows follow each other in a tile.
 template <class T, int vectors, int depth>
-void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs& runs, const T* panel, int64_t column,
-                   int64_t rows_in_block, T* out) {
+void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs& all_runs, const T* panel,
+                   int64_t column, int64_t row, int64_t rows_in_block, T* out) {
   const int64_t columns = conv.columns - column;
-  const int64_t count = rows_in_block * conv.out_width;
   const int64_t y_step = conv.step_y * window.row_stride, x_step = conv.step_x * window.pixel_stride;
   Vec<T> bias[vectors];
   load_bias<T, vectors>(conv.bias ? conv.bias + column : nullptr, columns, bias);
+  const bool by_row = conv.out_width > kTileRows / 2;
+  const int64_t strips = by_row ? rows_in_block : 1;
+  const int64_t strip_pixels = rows_in_block * conv.out_width / strips;
+  const int64_t tiles = (strip_pixels + kTileRows - 1) / kTileRows;
   int64_t y = 0, x = 0;
-  for (int64_t p = 0; p < count; p += kTileRows) {
-    with_rows(count - p < kTileRows ? count - p : kTileRows, [&](auto constant) {
-      constexpr int rows = decltype(constant)::value;
-      const T* pixels[rows];
-      T* outs[rows];
-      FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) {
-        pixels[r] = window.data + y * y_step + x * x_step;
-        outs[r] = out + y * conv.out_row_stride + x * conv.out_pixel_stride;
-        if (++x == conv.out_width) x = 0, ++y;
-      }
-      Vec<T> acc[rows][vectors];
-      FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) {
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    const Runs runs = by_row ? runs_inside(all_runs, (row + strip) * conv.step_y, conv.source_height) : all_runs;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t begin = strip_pixels * tile / tiles, end = strip_pixels * (tile + 1) / tiles;  // even shares
+      with_rows(end - begin, [&](auto constant) {
+        constexpr int rows = decltype(constant)::value;
+        const T* pixels[rows];
+        T* outs[rows];
         FASTNN_UNROLL
-        for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
-      }
-      gather_accumulate<T, rows, vectors, depth>(runs, pixels, panel, acc);
-      FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) {
-        FASTNN_UNROLL
-        for (int v = 0; v < vectors; ++v) {
-          const int64_t left = columns - v * kLanes<T>;
-          const Vec<T> value = conv.relu ? relu(acc[r][v]) : acc[r][v];
-          if (left > 0) store_upto(outs[r] + v * kLanes<T>, value, left < kLanes<T> ? left : kLanes<T>);
+        for (int r = 0; r < rows; ++r) {
+          pixels[r] = window.data + y * y_step + x * x_step;
+          outs[r] = out + y * conv.out_row_stride + x * conv.out_pixel_stride;
+          if (++x == conv.out_width) x = 0, ++y;
         }
-      }
-    });
+        Vec<T> acc[rows][vectors];
+        FASTNN_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          FASTNN_UNROLL
+          for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
+        }
+        gather_accumulate<T, rows, vectors, depth>(runs, pixels, panel, acc);
+        FASTNN_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          FASTNN_UNROLL
+          for (int v = 0; v < vectors; ++v) {
+            const int64_t left = columns - v * kLanes<T>;
+            const Vec<T> value = conv.relu ? relu(acc[r][v]) : acc[r][v];
+            if (left > 0) store_upto(outs[r] + v * kLanes<T>, value, left < kLanes<T> ? left : kLanes<T>);
+          }
+        }
+      });
+    }
   }
 }
 
@@ -243,35 +266,45 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Run
   for (; p < count; ++p) tile(Constant<1>{});
 }
 
-// The taps of a window as runs; `table` holds two numbers a tap.
+// The taps of a window as runs; `table` holds one a tap.
 template <class T>
-Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& window, int64_t* table) {
-  int64_t* offsets = table;
-  int64_t* depths = table + conv.taps.count;
-  Runs runs{0, offsets, depths, 0};
+Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& window, Run* table) {
+  Runs runs{0, table, 0};
   bool same = true;
   for (int64_t t = 0; t < conv.taps.count;) {
     const int64_t length = window.pixel_stride == conv.depth ? tap_run(conv.taps, t) : 1;
-    offsets[runs.count] =
-        (conv.taps.y[t] - range.y_min) * window.row_stride + (conv.taps.x[t] - range.x_min) * window.pixel_stride;
-    depths[runs.count] = length * conv.depth;
-    same = same && depths[runs.count] == depths[0];
+    table[runs.count] = {
+        (conv.taps.y[t] - range.y_min) * window.row_stride + (conv.taps.x[t] - range.x_min) * window.pixel_stride,
+        length * conv.depth, conv.taps.y[t], t * conv.depth * kTileColumns<T>};
+    same = same && table[runs.count].depth == table[0].depth;
     ++runs.count;
     t += length;
   }
-  if (same) runs.common_depth = depths[0];
+  if (same) runs.common_depth = table[0].depth;
   return runs;
 }
 
-// Output rows of one task: enough pixels to reuse a panel from L2 for some twenty tiles, and no more than an eighth of
-// the rows there are, so that threads share the work evenly.
-inline int64_t rows_per_task(int64_t images, int64_t height, int64_t width) {
-  constexpr int64_t kPixels = 192, kTasks = 8;
-  int64_t rows = (kPixels + width - 1) / width;
-  const int64_t share = (images * height + kTasks - 1) / kTasks;
-  if (rows > share) rows = share;
-  if (rows > height) rows = height;
-  return rows < 1 ? 1 : rows;
+// How a convolution is cut into tasks for eight threads: `images` times `blocks` blocks of rows (or tiles), times
+// `column_parts`. Each block reads all weights of its columns anew, so columns are shared before blocks get smaller.
+struct TaskPlan {
+  int64_t block, blocks, column_parts;
+};
+
+// Blocks of at most `most` out of `count`, multiples of `multiple` where there are several.
+inline TaskPlan plan_tasks(int64_t images, int64_t count, int64_t most, int64_t multiple, int64_t panels) {
+  constexpr int64_t kTasks = 8;
+  TaskPlan plan{0, (count + most - 1) / most, 1};
+  for (;;) {
+    plan.block = ((count + plan.blocks - 1) / plan.blocks + multiple - 1) / multiple * multiple;
+    plan.blocks = (count + plan.block - 1) / plan.block;
+    if (images * plan.blocks * plan.column_parts >= kTasks) return plan;
+    if (2 * plan.column_parts <= panels)
+      plan.column_parts *= 2;
+    else if (plan.block > multiple)
+      plan.blocks = 2 * plan.blocks < count ? 2 * plan.blocks : count;
+    else
+      return plan;
+  }
 }
 
 template <class T>
@@ -283,23 +316,19 @@ void gather_conv(const GatherConv<T>& conv) {
   const int64_t panels = (conv.columns + kTileColumns<T> - 1) / kTileColumns<T>;
   const int64_t panel_elements = conv.taps.count * conv.depth * kTileColumns<T>;
 
-  const int64_t block = rows_per_task(conv.batch, height, width);
-  const int64_t blocks = (height + block - 1) / block;
+  const int64_t rows_of_block = (kBlockPixels + width - 1) / width;
+  const TaskPlan plan = plan_tasks(conv.batch, height, rows_of_block, 1, panels);
   const int64_t window_width = (conv.out_width - 1) * conv.step_x + range.x_max - range.x_min + 1;
-  const int64_t window_rows = (block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
+  const int64_t window_rows = (plan.block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
   const int64_t window_elements = window_rows * window_width * conv.depth;
   const int threads = max_threads();
   const Scratch<T> windows(threads * window_elements);
-  const Scratch<int64_t> tap_tables(threads * 2 * conv.taps.count);
+  const Scratch<Run> tables(threads * conv.taps.count);
 
-  // Few rows and many columns (the last layers of a network, batch 1): tasks share the columns too.
-  const int64_t row_tasks = conv.batch * blocks;
-  const int64_t column_tasks = row_tasks >= 8 ? 1 : panels < 4 ? panels : 4;
-  parallel_tasks(row_tasks * column_tasks, [&](int64_t task, int thread) {
-    const int64_t column_task = task % column_tasks;
-    const int64_t image = task / column_tasks / blocks;
-    const int64_t row = task / column_tasks % blocks * block;
-    const int64_t rows = height - row < block ? height - row : block;
+  parallel_tasks(conv.batch * plan.blocks * plan.column_parts, [&](int64_t task, int thread) {
+    const int64_t part = task % plan.column_parts, image = task / plan.column_parts / plan.blocks;
+    const int64_t row = task / plan.column_parts % plan.blocks * plan.block;
+    const int64_t rows = height - row < plan.block ? height - row : plan.block;
 
     const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
                           conv.source_row_stride, conv.source_pixel_stride};
@@ -307,9 +336,9 @@ void gather_conv(const GatherConv<T>& conv) {
                                    (rows * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1, window_width};
     const Image<T> window = window_of(source, window_range, conv.depth, windows + thread * window_elements);
 
-    const Runs runs = runs_of(conv, range, window, tap_tables + thread * 2 * conv.taps.count);
+    const Runs runs = runs_of(conv, range, window, tables + thread * conv.taps.count);
     const int64_t place = image * conv.out_image_stride + row * conv.out_row_stride;
-    for (int64_t i = panels * column_task / column_tasks; i < panels * (column_task + 1) / column_tasks; ++i) {
+    for (int64_t i = panels * part / plan.column_parts; i < panels * (part + 1) / plan.column_parts; ++i) {
       const int64_t column = i * kTileColumns<T>;
       const T* panel = conv.panels + i * panel_elements;
       T* out = conv.out + place + column;
@@ -319,7 +348,7 @@ void gather_conv(const GatherConv<T>& conv) {
           gather_windows<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out,
                                               conv.winner + place + column);
         else
-          gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out);
+          gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, row, rows, out);
       };
       if (conv.columns - column <= kLanes<T>) {
         run(Constant<1>{}, Constant<0>{});

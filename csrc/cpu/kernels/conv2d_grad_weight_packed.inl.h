@@ -119,25 +119,6 @@ inline PackedUnit packed_unit(const Conv2dShape& s, const PackedPlan& plan, int6
           s.out_height - row < plan.rows ? s.out_height - row : plan.rows};
 }
 
-// Some channels of `pixels` pixels, from_step apart, as strips of `width` channels: to: [strip][pixel][width], strips
-// `stride` apart. Elements of the last strip beyond the last channel stay as they are: what they lead to is not stored.
-//
-// 16 pixels at a time: their lines stay in L1 until every strip has its part, and few pages are written in turn.
-template <class T, int64_t width>
-void pack_strips(int64_t pixels, const T* from, int64_t from_step, int64_t channels, T* to, int64_t stride) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t block = 0; block < pixels; block += kBlock) {
-    const int64_t end = block + kBlock < pixels ? block + kBlock : pixels;
-    for (int64_t c = 0; c < channels; c += width) {
-      T* strip = to + c / width * stride;
-      if (channels - c >= width)
-        for (int64_t p = block; p < end; ++p) copy_run(from + p * from_step + c, width, strip + p * width);
-      else
-        for (int64_t p = block; p < end; ++p) copy_run(from + p * from_step + c, channels - c, strip + p * width);
-    }
-  }
-}
-
 // Memory that the next unit packs: fetched into L2 in equal shares, one with each row of products, while the present
 // unit computes.
 template <class T>

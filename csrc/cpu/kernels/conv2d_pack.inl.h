@@ -100,23 +100,40 @@ void pack_forward_panels(int64_t outputs, int64_t inputs, int64_t taps, const T*
   });
 }
 
+// `columns` columns of `rows` rows, from_step apart, as strips of `width` columns: to: [strip][row][width], strips
+// `stride` apart. The last strip is padded with zeros.
+//
+// 16 rows at a time: their lines stay in L1 until every strip has its part, and few pages are written in turn.
+template <class T, int64_t width>
+void pack_strips(int64_t rows, const T* from, int64_t from_step, int64_t columns, T* to, int64_t stride) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t block = 0; block < rows; block += kBlock) {
+    const int64_t end = block + kBlock < rows ? block + kBlock : rows;
+    for (int64_t c = 0; c < columns; c += width) {
+      T* strip = to + c / width * stride;
+      if (columns - c >= width) {
+        for (int64_t r = block; r < end; ++r) copy_run(from + r * from_step + c, width, strip + r * width);
+        continue;
+      }
+      for (int64_t r = block; r < end; ++r) {
+        copy_run(from + r * from_step + c, columns - c, strip + r * width);
+        zero_run(c + width - columns, strip + r * width + columns - c);
+      }
+    }
+  }
+}
+
 // The taps listed in `places` (index in the kernel), in that order.
 template <class T>
 void pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
                           const int64_t* places, T* panels) {
-  parallel_for(panels_of<T>(inputs), [&](int64_t panel) {
-    T* to = panels + panel * count * outputs * kTileColumns<T>;
-    for (int64_t t = 0; t < count; ++t) {
-      for (int64_t o = 0; o < outputs; ++o, to += kTileColumns<T>) {
-        const T* from = ohwi + (o * taps + places[t]) * inputs + panel * kTileColumns<T>;
-        for (int v = 0; v < kTileVectors; ++v) {
-          const int64_t left = inputs - panel * kTileColumns<T> - v * kLanes<T>;
-          store(to + v * kLanes<T>, left >= kLanes<T> ? load(from + v * kLanes<T>)
-                                    : left > 0        ? load_first(from + v * kLanes<T>, left)
-                                                      : Vec<T>{});
-        }
-      }
-    }
+  constexpr int64_t kRows = 64;  // of a task
+  const int64_t blocks = (outputs + kRows - 1) / kRows;
+  parallel_for(count * blocks, [&](int64_t task) {
+    const int64_t tap = task / blocks, first = task % blocks * kRows;
+    pack_strips<T, kTileColumns<T>>(
+        outputs - first < kRows ? outputs - first : kRows, ohwi + (first * taps + places[tap]) * inputs, taps * inputs,
+        inputs, panels + (tap * outputs + first) * kTileColumns<T>, count * outputs * kTileColumns<T>);
   });
 }
 

@@ -22,8 +22,12 @@ namespace {
 
 // Below 16 channels the transforms outweigh the multiplications saved.
 constexpr int64_t kWinogradChannels = 16;
-// V of a block is 16 * channels * tiles elements; M as much again where the channels are few. Both stay in L2.
+// Fewer pixels do not repay the transformation of the weights.
+constexpr int64_t kWinogradPixels = 128;
+// V of a block is 16 * channels * tiles elements; M as much again where the channels are few. Both stay in L2. Blocks of
+// fewer tiles would read U, which may be megabytes, faster than L3 gives it.
 constexpr int64_t kWinogradBlockBytes = 96 << 10;
+constexpr int64_t kWinogradTiles = 24;
 
 // panels: [panel][9][channel][columns] as pack_*_panels makes them.
 template <class T>
@@ -123,7 +127,8 @@ bool winograd_serves(const GatherConv<T>& conv) {
   return sizeof(T) == 4 && conv.taps.count == 9 && conv.step_y == 1 && conv.step_x == 1 &&
          conv.taps.y[8] - conv.taps.y[0] == 2 && conv.taps.x[8] - conv.taps.x[0] == 2 &&
          conv.taps.y[1] == conv.taps.y[0] && conv.taps.x[1] == conv.taps.x[0] + 1 && conv.depth >= kWinogradChannels &&
-         conv.columns >= kLanes<T> && conv.out_height >= 2 && conv.out_width >= 2;
+         conv.columns >= kLanes<T> && conv.out_height >= 2 && conv.out_width >= 2 &&
+         conv.batch * conv.out_height * conv.out_width >= kWinogradPixels;
 }
 
 // As gather_conv; conv.panels are winograd_weights().
@@ -137,20 +142,18 @@ void winograd_conv(const GatherConv<T>& conv) {
   if (tiles == 0) return;
   const int threads = max_threads();
 
-  int64_t block = kWinogradBlockBytes / (16 * depth * static_cast<int64_t>(sizeof(T)));
-  const int64_t share = (tiles + 4 * threads - 1) / (4 * threads);
-  if (block > share) block = share;
-  block = (block + kTileRows - 1) / kTileRows * kTileRows;
-  const int64_t blocks = (tiles + block - 1) / block;
+  int64_t most = kWinogradBlockBytes / (16 * depth * static_cast<int64_t>(sizeof(T)));
+  if (most < kWinogradTiles) most = kWinogradTiles;
   const int64_t panels = panels_of<T>(conv.columns);
-  const int64_t column_tasks = blocks >= 2 * threads ? 1 : panels < 4 ? panels : 4;
+  const TaskPlan plan = plan_tasks(1, tiles, most, kTileRows, panels);
+  const int64_t block = plan.block;
 
   const int64_t v_elements = 16 * block * depth, m_elements = 16 * block * width, patch_elements = 16 * depth;
   const int64_t thread_elements = v_elements + m_elements + patch_elements;
   const Scratch<T> scratch(threads * thread_elements);
 
-  parallel_tasks(blocks * column_tasks, [&](int64_t task, int thread) {
-    const int64_t first_tile = task / column_tasks * block, column_task = task % column_tasks;
+  parallel_tasks(plan.blocks * plan.column_parts, [&](int64_t task, int thread) {
+    const int64_t first_tile = task / plan.column_parts * block, part = task % plan.column_parts;
     const int64_t count = tiles - first_tile < block ? tiles - first_tile : block;
     T* v = scratch + thread * thread_elements;
     T* m = v + v_elements;
@@ -164,8 +167,7 @@ void winograd_conv(const GatherConv<T>& conv) {
       const Image<T> patch = window_of(source, {y + conv.taps.y[0], x + conv.taps.x[0], 4, 4}, depth, patch_buffer);
       winograd_input(patch, depth, v + tile * depth, block * depth);
     }
-    for (int64_t panel = panels * column_task / column_tasks; panel < panels * (column_task + 1) / column_tasks;
-         ++panel) {
+    for (int64_t panel = panels * part / plan.column_parts; panel < panels * (part + 1) / plan.column_parts; ++panel) {
       const int64_t column = panel * width, columns = conv.columns - column < width ? conv.columns - column : width;
       const T* u = conv.panels + panel * 16 * depth * width;
       const bool narrow = columns <= kLanes<T>;

@@ -7,6 +7,7 @@ take the kernels; others, and ``differentiable=True``, take torch's update with 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,28 +22,52 @@ from fastnn.runtime import note_fallback
 __all__ = ["SGD", "Adam", "AdamW"]
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_GRAD_TYPES = frozenset((Tensor,))
+_is_neg = Tensor.is_neg
 _KERNEL_DTYPES = (torch.float32, torch.float64)
 
 
 def _is_covered(param: Tensor, grad: Tensor) -> bool:
     """Whether a kernel serves this parameter: on the CPU, float32 or float64, with a strided gradient."""
     return (
-        type(param) in _PLAIN_TYPES
-        and type(grad) is Tensor
+        _are_plain([param], [grad])
         and param.dtype in _KERNEL_DTYPES
         and grad.dtype is param.dtype
         and param.is_cpu
         and grad.is_cpu
         and grad.layout is torch.strided
-        and not grad.is_neg()
-        and not param.is_neg()
     )
+
+
+def _are_plain(params: list[Tensor], grads: list[Tensor]) -> bool:
+    """Whether memory is all there is to these tensors: no subclasses, no negative bits."""
+    return (
+        _PLAIN_TYPES.issuperset(map(type, params))
+        and _GRAD_TYPES.issuperset(map(type, grads))
+        and not any(map(_is_neg, params))
+        and not any(map(_is_neg, grads))
+    )
+
+
+def _share_memory(params: list[Tensor]) -> bool:
+    """Whether two of them, without gaps each, have an element in common."""
+    ranges = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in params if p.numel() > 0)
+    return any(begin < end for (_, end), (begin, _) in itertools.pairwise(ranges))
 
 
 def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
     """The same values with the parameter's strides, or those of a dense copy where the parameter has gaps."""
     copy = torch.empty_like(param)
     return tensor if tensor.stride() == copy.stride() else copy.copy_(tensor)
+
+
+def _reason_for_torch(group: dict[str, Any]) -> str:
+    """Why a group's options need torch's update, or ""."""
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    if group["differentiable"]:
+        return "differentiable=True"
+    return "capturable=True" if group.get("capturable") else ""
 
 
 class _KernelUpdate(torch.optim.Optimizer):
@@ -69,44 +94,58 @@ class _KernelUpdate(torch.optim.Optimizer):
     def update(self) -> None:
         """``step`` without closure and hooks."""
         for group in self.param_groups:
-            covered, rest = self._split(group)
-            if rest:  # first: what torch refuses then leaves every parameter as it was
-                with torch.set_grad_enabled(group["differentiable"]):
-                    self._update_with_torch(group, rest)
-            for params in covered.values():
-                self._update_with_kernel(group, params)
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            for param in group["params"]:
+                grad = param.grad
+                if grad is not None:
+                    params.append(param)
+                    grads.append(grad)
+            if params and not self._try_kernel(group, params, grads):
+                self._update_apart(group, params)
+
+    def _try_kernel(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Updates a group that one kernel call serves - the usual case - or changes nothing and returns False.
+
+        The binding checks every tensor before it changes any; asking first would take as long as the update.
+        """
+        first = params[0]
+        if _reason_for_torch(group) or not first.is_cpu or first.dtype not in _KERNEL_DTYPES:
+            return False
+        if not _are_plain(params, grads):
+            return False
+        try:
+            self._update_with_kernel(group, params, grads)
+        except (TypeError, ValueError, RuntimeError):
+            return False
+        return True
+
+    def _update_apart(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Updates what no kernel serves with torch, then the rest with one kernel call a dtype."""
+        reason = _reason_for_torch(group) or ("parameters that share memory" if _share_memory(params) else "")
+        covered: dict[torch.dtype, list[Tensor]] = {}
+        rest = []
+        for param in params:
+            grad = param.grad
+            assert grad is not None
+            if not reason and _is_covered(param, grad):
+                covered.setdefault(param.dtype, []).append(param)
+            else:
+                rest.append(param)
+        if rest:  # first: what torch refuses then leaves every parameter as it was
+            if not torch.compiler.is_compiling():
+                reason = reason or f"{rest[0].dtype} {rest[0].layout} on {rest[0].device}"
+                note_fallback(type(self).__name__.lower(), reason)
+            with torch.set_grad_enabled(group["differentiable"]):
+                self._update_with_torch(group, rest)
+        for served in covered.values():
+            self._update_with_kernel(group, served, [param.grad for param in served])  # type: ignore[misc]
 
     def _update_with_torch(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         raise NotImplementedError
-
-    def _split(self, group: dict[str, Any]) -> tuple[dict[torch.dtype, list[Tensor]], list[Tensor]]:
-        """The parameters with a gradient: those for a kernel by dtype, and those for torch."""
-        params = [param for param in group["params"] if param.grad is not None]
-        reason = ""
-        if torch.compiler.is_compiling():
-            reason = "torch.compile"
-        elif group["differentiable"]:
-            reason = "differentiable=True"
-        elif group.get("capturable"):
-            reason = "capturable=True"
-        elif len({param.data_ptr() for param in params}) < sum(param.numel() > 0 for param in params):
-            reason = "parameters that share memory"
-        covered: dict[torch.dtype, list[Tensor]] = {}
-        rest = params
-        if not reason:
-            rest = []
-            for param in params:
-                if _is_covered(param, param.grad):
-                    covered.setdefault(param.dtype, []).append(param)
-                else:
-                    rest.append(param)
-        if rest and not torch.compiler.is_compiling():
-            reason = reason or f"{rest[0].dtype} {rest[0].layout} on {rest[0].device}"
-            note_fallback(type(self).__name__.lower(), reason)
-        return covered, rest
 
     def _call(self, kernel: Callable[..., None], params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
         """``kernel(params, *lists)``, on copies where strides differ; then counts the modification.
@@ -149,13 +188,13 @@ class Adam(_KernelUpdate, torch.optim.Adam):
         torch.optim.Adam(params, lr, betas, eps, weight_decay, amsgrad, fused=True)
     """
 
-    def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        new = [param for param in params if not self.state[param]]
-        if new:  # torch's own code makes the state
-            self._init_group({**group, "params": new}, [], [], [], [], [], [])
+    def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         states = [self.state[param] for param in params]
+        if not all(states):  # torch's own code makes the state
+            new = [param for param, state in zip(params, states, strict=True) if not state]
+            self._init_group({**group, "params": new}, [], [], [], [], [], [])
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
-        lists: dict[str, list[Tensor]] = {"grad": [param.grad for param in params]}  # type: ignore[misc]
+        lists: dict[str, list[Tensor]] = {"grad": grads}
         lists.update({key: [state[key] for state in states] for key in keys})
         steps = [state["step"] for state in states]
         beta1, beta2 = group["betas"]
@@ -237,9 +276,9 @@ class SGD(_KernelUpdate, torch.optim.SGD):
         torch.optim.SGD(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
     """
 
-    def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         momentum = group["momentum"]
-        lists: dict[str, list[Tensor]] = {"grad": [param.grad for param in params]}  # type: ignore[misc]
+        lists: dict[str, list[Tensor]] = {"grad": grads}
         first: list[bool] = []
         if momentum != 0:
             held = [self.state[param].get("momentum_buffer") for param in params]

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/simd/vector.h"
 #include "ops/optimizer.h"
 
@@ -43,8 +44,13 @@ FASTNN_INLINE void for_each_vector(int64_t begin, int64_t end, const Update& upd
   if (begin < end) update(end - begin, begin);
 }
 
+// What depends on a tensor's step number: the step size, and the factor of the root of exp_avg_sq.
+struct AdamScales {
+  double step, step_size, root_scale;
+};
+
 template <class T, bool amsgrad>
-void adam_run(const AdamOptions& o, const AdamTensor<T>& t, int64_t begin, int64_t end) {
+void adam_run(const AdamOptions& o, const AdamScales& scales, const AdamTensor<T>& t, int64_t begin, int64_t end) {
   const T sign = o.maximize ? T(-1) : T(1);
   const T coupled = static_cast<T>(o.decoupled ? 0 : o.weight_decay);
   const T keep = static_cast<T>(o.decoupled ? 1 - o.lr * o.weight_decay : 1);
@@ -52,8 +58,7 @@ void adam_run(const AdamOptions& o, const AdamTensor<T>& t, int64_t begin, int64
   // m + w (g - m) loses m's share where w is large, g - (1 - w)(g - m) where it is small: torch.lerp's choice.
   const bool small_weight = one_minus_beta1 < T(0.5);
   const T beta2 = static_cast<T>(o.beta2), one_minus_beta2 = static_cast<T>(1 - o.beta2);
-  const T step_size = static_cast<T>(o.lr / (1 - __builtin_pow(o.beta1, t.step)));
-  const T root_scale = static_cast<T>(1 / __builtin_sqrt(1 - __builtin_pow(o.beta2, t.step)));
+  const T step_size = static_cast<T>(scales.step_size), root_scale = static_cast<T>(scales.root_scale);
   const T eps = static_cast<T>(o.eps);
   for_each_vector<T>(begin, end, [&](int64_t n, int64_t i) {
     Vec<T> p = load_upto(t.param + i, n) * keep;
@@ -77,11 +82,19 @@ void adam_run(const AdamOptions& o, const AdamTensor<T>& t, int64_t begin, int64
 template <class T>
 void adam_step(const AdamOptions& o, const TensorList<AdamTensor<T>>& list) {
   trace<T>("adam_step", o.decoupled ? "adamw" : "adam");
+  const Scratch<AdamScales> scales(list.count);  // of each tensor; most have the step number of the one before
+  for (int64_t i = 0; i < list.count; ++i) {
+    const double step = list.tensors[i].step;
+    scales[i] = i > 0 && step == scales[i - 1].step ? scales[i - 1]
+                                                    : AdamScales{step, o.lr / (1 - __builtin_pow(o.beta1, step)),
+                                                                 1 / __builtin_sqrt(1 - __builtin_pow(o.beta2, step))};
+  }
   for_each_run(list, [&](const AdamTensor<T>& t, int64_t begin, int64_t end) {
+    const AdamScales& of_tensor = scales[&t - list.tensors];
     if (o.amsgrad)
-      adam_run<T, true>(o, t, begin, end);
+      adam_run<T, true>(o, of_tensor, t, begin, end);
     else
-      adam_run<T, false>(o, t, begin, end);
+      adam_run<T, false>(o, of_tensor, t, begin, end);
   });
 }
 

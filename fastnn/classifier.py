@@ -132,6 +132,7 @@ class CNNClassifier(torch.nn.Sequential):
             self.append(torch.nn.Identity())
             features = width
         self.append(nn.Linear(features, self.num_classes))
+        self.to(memory_format=torch.channels_last)  # the kernels' order: nothing is converted between layers
 
     def __getitem__(self, index: Any) -> Any:
         """A layer, or a plain Sequential of several."""

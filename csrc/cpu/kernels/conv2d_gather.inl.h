@@ -266,6 +266,73 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Run
   for (; p < count; ++p) tile(Constant<1>{});
 }
 
+// As gather_windows for a square kernel on one channel, whose weights stay in registers: each pixel that a window
+// reaches is read once, for all of its outputs.
+template <class T, int kernel, int vectors>
+void grey_windows(const GatherConv<T>& conv, const Image<T>& window, const T* panel, int64_t column,
+                  int64_t pooled_rows, T* out, uint8_t* winner) {
+  const int64_t columns = conv.columns - column, pooled_width = conv.out_width / 2;
+  Vec<T> bias[vectors], weights[kernel * kernel][vectors];
+  load_bias<T, vectors>(conv.bias ? conv.bias + column : nullptr, columns, bias);
+  FASTNN_UNROLL
+  for (int t = 0; t < kernel * kernel; ++t) {
+    FASTNN_UNROLL
+    for (int v = 0; v < vectors; ++v) weights[t][v] = load(panel + t * kTileColumns<T> + v * kLanes<T>);
+  }
+  for (int64_t py = 0; py < pooled_rows; ++py) {
+    const T* corner = window.data + 2 * py * window.row_stride;
+    int64_t place = py * conv.out_row_stride;
+    for (int64_t px = 0; px < pooled_width; ++px, corner += 2 * window.pixel_stride, place += conv.out_pixel_stride) {
+      Vec<T> acc[4][vectors];
+      FASTNN_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        FASTNN_UNROLL
+        for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v];
+      }
+      FASTNN_UNROLL
+      for (int y = 0; y < kernel + 1; ++y) {
+        FASTNN_UNROLL
+        for (int x = 0; x < kernel + 1; ++x) {
+          const Vec<T> pixel = broadcast(corner[y * window.row_stride + x * window.pixel_stride]);
+          FASTNN_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const int ky = y - i / 2, kx = x - i % 2;
+            if (ky < 0 || ky >= kernel || kx < 0 || kx >= kernel) continue;
+            FASTNN_UNROLL
+            for (int v = 0; v < vectors; ++v) acc[i][v] += pixel * weights[ky * kernel + kx][v];
+          }
+        }
+      }
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t left = columns - v * kLanes<T>;
+        if (left <= 0) continue;
+        const int64_t width = left < kLanes<T> ? left : kLanes<T>;
+        Vec<T> best;
+        Mask<T> at;
+        pool_window<T>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, &best, &at);
+        store_upto(out + place + v * kLanes<T>, best, width);
+        store_places<T>(winner + place + v * kLanes<T>, at, width);
+      }
+    }
+  }
+}
+
+// Vectors of columns that grey_windows handles at a time: 9 weights and 4 sums each, beside 4 values, in 16 registers
+// or twice in 32.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kGreyVectors = 2;
+#else
+constexpr int kGreyVectors = 1;
+#endif
+
+// Whether grey_windows serves: a dense 3x3 kernel on one channel, step 1, pooled.
+template <class T>
+bool is_grey(const GatherConv<T>& conv, const Runs& runs) {
+  return conv.winner && conv.depth == 1 && conv.step_y == 1 && conv.step_x == 1 && conv.taps.count == 9 &&
+         runs.count == 3 && runs.common_depth == 3 && conv.taps.y[8] == conv.taps.y[0] + 2;
+}
+
 // The taps of a window as runs; `table` holds one a tap.
 template <class T>
 Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& window, Run* table) {
@@ -342,6 +409,12 @@ void gather_conv(const GatherConv<T>& conv) {
       const int64_t column = i * kTileColumns<T>;
       const T* panel = conv.panels + i * panel_elements;
       T* out = conv.out + place + column;
+      if (is_grey(conv, runs)) {
+        for (int v = 0; v < kTileVectors && column + v * kLanes<T> < conv.columns; v += kGreyVectors)
+          grey_windows<T, 3, kGreyVectors>(conv, window, panel + v * kLanes<T>, column + v * kLanes<T>, rows,
+                                           out + v * kLanes<T>, conv.winner + place + column + v * kLanes<T>);
+        continue;
+      }
       const auto run = [&](auto vectors, auto depth) {
         constexpr int kVectors = decltype(vectors)::value, kDepth = decltype(depth)::value;
         if (conv.winner)

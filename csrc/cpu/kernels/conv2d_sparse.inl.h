@@ -352,7 +352,7 @@ inline bool lookup_serves_grad_weight(const Conv2dShape& s) {
 template <class T, int width, int rows>
 void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* grad, const uint8_t* winner, int64_t o,
                        int64_t first, T* partial, int64_t padded) {
-  const int64_t pooled_width = s.out_width / 2, windows = s.out_height / 2 * pooled_width, channels = s.out_channels;
+  const int64_t pooled_height = s.out_height / 2, pooled_width = s.out_width / 2, channels = s.out_channels;
   const int64_t left = channels - o < kLanes<T> ? channels - o : kLanes<T>;
   Vec<T> acc[rows][width];
   FASTNN_UNROLL
@@ -362,25 +362,29 @@ void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* gr
   }
   T* bias = partial + s.kernel_height * width * padded + o;
   Vec<T> bias_acc = load(bias);
-  for (int64_t q = 0; q < windows; ++q) {
-    const T* pixel = source.data + (q / pooled_width * 2 + first) * source.row_stride + q % pooled_width * 2;
-    Vec<T> pixels[rows + 1];
-    FASTNN_UNROLL
-    for (int y = 0; y < rows + 1; ++y) pixels[y] = load_upto(pixel + y * source.row_stride, width + 1);
-    uint8_t codes[kLanes<T>];
-    const uint8_t* code = winner + q * channels + o;
-    if (left < kLanes<T>) {
-      for (int i = 0; i < kLanes<T>; ++i) codes[i] = i < left ? code[i] : kNoWinner;
-      code = codes;
-    }
-    const Mask<T> place = widen_bytes<T>(code);
-    const Vec<T> g = place < Mask<T>{} + kNoWinner ? load_upto(grad + q * channels + o, left) : Vec<T>{};
-    bias_acc += g;
-    const Mask<T> column = place & 1, lower = (place & 2) != 0;
-    FASTNN_UNROLL
-    for (int x = 0; x < width; ++x) {
+  grad += o;
+  winner += o;
+  for (int64_t py = 0; py < pooled_height; ++py) {
+    const T* pixel = source.data + (2 * py + first) * source.row_stride;
+    for (int64_t px = 0; px < pooled_width; ++px, pixel += 2, grad += channels, winner += channels) {
+      Vec<T> pixels[rows + 1];
       FASTNN_UNROLL
-      for (int y = 0; y < rows; ++y) acc[y][x] += g * look_up<T>(pixels[y], pixels[y + 1], column + x, lower);
+      for (int y = 0; y < rows + 1; ++y) pixels[y] = load_upto(pixel + y * source.row_stride, width + 1);
+      uint8_t codes[kLanes<T>];
+      const uint8_t* code = winner;
+      if (left < kLanes<T>) {
+        for (int i = 0; i < kLanes<T>; ++i) codes[i] = i < left ? winner[i] : kNoWinner;
+        code = codes;
+      }
+      const Mask<T> place = widen_bytes<T>(code);
+      const Vec<T> g = place < Mask<T>{} + kNoWinner ? load_upto(grad, left) : Vec<T>{};
+      bias_acc += g;
+      const Mask<T> column = place & 1, lower = (place & 2) != 0;
+      FASTNN_UNROLL
+      for (int x = 0; x < width; ++x) {
+        FASTNN_UNROLL
+        for (int y = 0; y < rows; ++y) acc[y][x] += g * look_up<T>(pixels[y], pixels[y + 1], column + x, lower);
+      }
     }
   }
   FASTNN_UNROLL

@@ -39,9 +39,22 @@ inline void transpose_bits32(uint32_t (&rows)[32]) {
   }
 }
 
+// A vector's worth of bytes, one to a lane. (GCC 12 makes __builtin_convertvector of it one move a byte.)
 template <class T>
 FASTNN_INLINE Mask<T> widen_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Mask<T>)_mm512_maskz_cvtepu8_epi32(0xFFFF, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  else
+    return (Mask<T>)_mm512_maskz_cvtepu8_epi64(0xFF, _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Mask<T>)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  else
+    return (Mask<T>)_mm256_cvtepu8_epi64(_mm_loadu_si32(p));
+#else
   return __builtin_convertvector(*reinterpret_cast<const typename VecTypes<T>::UnalignedBytes*>(p), Mask<T>);
+#endif
 }
 
 // Lane i of the result is (upper[i] ? b : a)[index[i]]; upper is a comparison's mask, index below kLanes.

@@ -1,7 +1,7 @@
 // Lanes as integers: indices and bytes that accompany a Vec<T>, and the shuffles that deal vectors out.
 #pragma once
 
-#include "cpu/simd/vector.h"
+#include "cpu/simd/bytes.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -55,12 +55,10 @@ FASTNN_INLINE void store_bytes(uint8_t* p, Mask<T> lanes) {
 // The first n bytes, one to a lane, the other lanes 0.
 template <class T>
 FASTNN_INLINE Mask<T> load_bytes(const uint8_t* p, int64_t n) {
-  typename VecTypes<T>::Bytes bytes{};
-  if (n == kLanes<T>)
-    bytes = *reinterpret_cast<const typename VecTypes<T>::UnalignedBytes*>(p);
-  else
-    for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
-  return __builtin_convertvector(bytes, Mask<T>);
+  if (n == kLanes<T>) return widen_bytes<T>(p);
+  uint8_t bytes[kLanes<T>] = {};
+  for (int64_t i = 0; i < n; ++i) bytes[i] = p[i];
+  return widen_bytes<T>(bytes);
 }
 
 template <class T, int first, int... Index>

@@ -1,4 +1,5 @@
-// Threads. A loop's tasks are claimed from one counter, by one of two crews:
+// Threads. A loop's tasks are cut into one range a thread, so that consecutive loops over the same images find them in
+// the same cores' caches; a thread that is done helps with the others' ranges. Two crews run them:
 //
 //   OpenMP      the pool that torch's own operators use, for single operators between torch's: two pools side by side
 //               would fight for cores, since OpenMP's threads spin for a while after each region
@@ -17,8 +18,11 @@
 #include <algorithm>
 #include <atomic>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
+
+#include "cpu/scratch.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -37,21 +41,29 @@ inline void pause_briefly() {
 #endif
 }
 
+// What is left of one thread's range of tasks.
+struct alignas(64) Range {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 // One parallel loop.
 struct Loop {
-  int64_t tasks;
   int64_t run;  // tasks claimed at a time
   int threads;
   Work work;
   const void* context;
-  alignas(64) std::atomic<int64_t> next{0};
+  Range* ranges;  // one a thread
 
   void take_part(int thread) {
     in_task = true;
-    for (;;) {
-      const int64_t begin = next.fetch_add(run, std::memory_order_relaxed);
-      if (begin >= tasks) break;
-      work(context, begin, std::min(begin + run, tasks), thread);
+    for (int i = 0; i < threads; ++i) {
+      Range& range = ranges[(thread + i) % threads];
+      for (;;) {
+        const int64_t begin = range.next.fetch_add(run, std::memory_order_relaxed);
+        if (begin >= range.end) break;
+        work(context, begin, std::min(begin + run, range.end), thread);
+      }
     }
     in_task = false;
   }
@@ -137,8 +149,10 @@ void run_tasks(int64_t tasks, Work work, const void* context) {
     if (tasks > 0) work(context, 0, tasks, 0);
     return;
   }
+  const Scratch<Range> ranges(threads);
+  for (int i = 0; i < threads; ++i) new (&ranges[i]) Range{tasks * i / threads, tasks * (i + 1) / threads};
   // Eight runs a thread even out what other processes take, at little cost in claims.
-  Loop loop{tasks, std::max<int64_t>(1, tasks / (8 * threads)), threads, work, context};
+  Loop loop{std::max<int64_t>(1, tasks / (8 * threads)), threads, work, context, ranges};
   if (use_own_threads) {
     if (!crew().run(loop)) work(context, 0, tasks, 0);
     return;

@@ -26,7 +26,7 @@ constexpr int64_t kWinogradChannels = 16;
 constexpr int64_t kWinogradPixels = 128;
 // V of a block is 16 * channels * tiles elements; M as much again where the channels are few. Both stay in L2. Blocks of
 // fewer tiles would read U, which may be megabytes, faster than L3 gives it.
-constexpr int64_t kWinogradBlockBytes = 96 << 10;
+constexpr int64_t kWinogradBlockBytes = 80 << 10;
 constexpr int64_t kWinogradTiles = 24;
 
 // panels: [panel][9][channel][columns] as pack_*_panels makes them.

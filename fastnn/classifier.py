@@ -25,6 +25,7 @@ from fastnn.training import (
     Scheduler,
     TrainingError,
     evaluate,
+    make_forward,
     make_loss,
     train,
     whole_number,
@@ -132,7 +133,8 @@ class CNNClassifier(torch.nn.Sequential):
             self.append(torch.nn.Identity())
             features = width
         self.append(nn.Linear(features, self.num_classes))
-        self.to(memory_format=torch.channels_last)  # the kernels' order: nothing is converted between layers
+        # The kernels' order: nothing is converted between layers.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __getitem__(self, index: Any) -> Any:
         """A layer, or a plain Sequential of several."""
@@ -272,12 +274,12 @@ class CNNClassifier(torch.nn.Sequential):
         nothing = torch.empty(len(images), dtype=torch.int64)
         batches = Batches(images, nothing, whole_number(batch_size, "batch_size", 1), self._dtype, self._device)
         with self._eval_mode():
+            forward = make_forward(self, batches)
             start = 0
             for rows in batches.in_order():
-                batch, _ = batches.gather(rows)
                 # Logits beyond the classes have never had an image.
-                probabilities[start : start + len(batch)] = softmax(self(batch)[:, :classes])
-                start += len(batch)
+                probabilities[start : start + len(rows)] = softmax(forward(rows)[:, :classes])
+                start += len(rows)
         return probabilities.numpy()
 
     def evaluate(

@@ -1,9 +1,10 @@
-"""A whole training step as one recorded program: forward, loss and backward without Python between kernels.
+"""A whole training step, or a forward pass, as one recorded program without Python between kernels.
 
-`compile_step` walks a Sequential once, allocates every activation and gradient, and records the kernel calls. A
+`CompiledStep` walks a Sequential once, allocates every activation and gradient, and records the kernel calls. A
 step then copies its batch in, replays the program and lets the optimizer update. Activations stay in channels_last
 order throughout; a Flatten is one transposition. A model, loss or optimizer that cannot be recorded raises
-`NotCompilable`, whose message says why; `fastnn.training.make_step` then runs it through autograd.
+`NotCompilable`, whose message says why; `fastnn.training.make_step` then runs it through autograd. `CompiledForward`
+is the forward half alone.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.cross_entropy import REDUCTIONS, statistics_size
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
 
-__all__ = ["CompiledStep", "NotCompilable"]
+__all__ = ["CompiledForward", "CompiledStep", "NotCompilable"]
 
 
 class NotCompilable(ValueError):  # noqa: N818 - names the verdict, not a failure
@@ -34,11 +35,9 @@ class _Recording:
     """One batch size's program and the tensors it works in."""
 
     images: Tensor
-    targets: Tensor
-    loss: Tensor
-    correct: Tensor
-    program: _C.Program
+    program: _C.Program = field(default_factory=_C.Program)
     tensors: list[Tensor] = field(default_factory=list)  # kept alive for the program
+    results: dict[str, Tensor] = field(default_factory=dict)
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -239,7 +238,108 @@ class _own_threads:  # noqa: N801 - used as a statement
         _C.set_own_threads(self._before)
 
 
-class CompiledStep:
+class _Compiled:
+    """Layers of a Sequential as stages, and a recording for each shape of images."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        if not _runs_in_order(model) or _has_hooks(model):
+            raise NotCompilable(f"model: expected a Sequential without hooks, got {type(model).__name__}")
+        layers = [layer for layer in model._modules.values() if layer is not None]  # one may stand there twice
+        self._stages = [
+            (stage, any(parameter.requires_grad for parameter in layer.parameters()))
+            for layer in layers
+            for stage in _stages_of(layer)
+        ]
+        self._parameters = [parameter for layer in layers for parameter in layer.parameters()]
+        if not self._parameters or len(set(self._parameters)) != len(self._parameters):
+            raise NotCompilable("model: expected parameters, none of them shared between layers")
+        self._dtype = self._parameters[0].dtype
+        for parameter in self._parameters:
+            if type(parameter) is not torch.nn.Parameter or parameter.device.type != "cpu":
+                raise NotCompilable("model: expected plain parameters on the CPU")
+            if parameter.dtype is not self._dtype or self._dtype not in (torch.float32, torch.float64):
+                raise NotCompilable("model: expected parameters all float32 or all float64")
+            dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
+            if not dense:
+                raise NotCompilable("model: expected parameters in contiguous or channels_last memory")
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
+        self._recordings: dict[tuple[int, ...], _Recording] = {}
+
+    def _prepare(self, images: Tensor, batch_size: int) -> None:
+        """Records the program for so many rows of `images`; NotCompilable where `on_rows` does not take them."""
+        if images.device.type != "cpu":
+            raise NotCompilable("images: expected images and targets on the CPU")
+        if not images.is_contiguous() or images.dtype not in (torch.uint8, self._dtype):
+            raise NotCompilable(f"images: expected contiguous uint8 or {self._dtype}, got {images.dtype}")
+        self._recording((batch_size, *images.shape[1:]))
+
+    @staticmethod
+    def _gather(recording: _Recording, images: Tensor, index: Tensor) -> None:
+        """The program's images become ``images[index]``, uint8 scaled to 0..1."""
+        _C.gather_images(recording.images, images, index, 255.0 if images.dtype is torch.uint8 else 1.0)
+
+    def _recording(self, shape: tuple[int, ...]) -> _Recording:
+        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        if addresses != self._addresses:  # the parameters moved: programs hold their old places
+            self._addresses = addresses
+            self._recordings.clear()
+        recording = self._recordings.get(shape)
+        if recording is None:
+            recording = self._recordings[shape] = self._record(shape)
+        return recording
+
+    @torch.no_grad()
+    def _record(self, shape: tuple[int, ...]) -> _Recording:
+        if len(shape) != 4 or shape[0] < 1:
+            raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
+        recording = _Recording(torch.empty(shape, dtype=self._dtype, memory_format=torch.channels_last))
+        recording.program.start_recording()
+        try:
+            self._record_calls(recording)
+        finally:
+            recording.program.stop_recording()
+        return recording
+
+    def _record_calls(self, recording: _Recording) -> None:
+        raise NotImplementedError
+
+    def _record_forward(self, recording: _Recording, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, list[Backward]]:
+        """The model's output, and how to record each stage's backward."""
+        output = recording.images
+        backwards = []
+        for stage, _ in self._stages:
+            output, backward = stage(recording, output, grads)
+            backwards.append(backward)
+        return output, backwards
+
+
+class CompiledForward(_Compiled):
+    """A model's forward pass with preallocated memory and no Python between kernels.
+
+    Args:
+        model: a Sequential of fastnn layers, Flatten and Identity on the CPU, in float32 or float64.
+
+    Raises:
+        NotCompilable: where a program cannot express the model; says what stands in the way.
+    """
+
+    def prepare_rows(self, images: Tensor, batch_size: int) -> None:
+        """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
+        self._prepare(images, batch_size)
+
+    def on_rows(self, images: Tensor, index: Tensor) -> Tensor:
+        """The output for ``images[index]`` (contiguous, uint8 scaled to 0..1); the next call overwrites it."""
+        recording = self._recording((len(index), *images.shape[1:]))
+        with _own_threads():
+            self._gather(recording, images, index)
+            recording.program.run()
+        return recording.results["output"]
+
+    def _record_calls(self, recording: _Recording) -> None:
+        recording.results["output"], _ = self._record_forward(recording, {})
+
+
+class CompiledStep(_Compiled):
     """One training step - forward, loss, backward, update - with preallocated memory and no Python between kernels.
 
     Args:
@@ -264,41 +364,20 @@ class CompiledStep:
     """
 
     def __init__(self, model: torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer) -> None:
-        if not _runs_in_order(model) or _has_hooks(model):
-            raise NotCompilable(f"model: expected a Sequential without hooks, got {type(model).__name__}")
-        layers = [layer for layer in model._modules.values() if layer is not None]  # one may stand there twice
-        self._stages = [
-            (stage, any(parameter.requires_grad for parameter in layer.parameters()))
-            for layer in layers
-            for stage in _stages_of(layer)
-        ]
+        super().__init__(model)
         if type(loss) not in (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss) or loss.reduction != "mean":
             raise NotCompilable(f"loss: expected a CrossEntropyLoss of the mean, got {loss}")
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters):
+            raise NotCompilable("model: expected parameters without hooks")
         self._loss = loss
         self._optimizer = optimizer
-        self._parameters = [parameter for layer in layers for parameter in layer.parameters()]
-        if not self._parameters or len(set(self._parameters)) != len(self._parameters):
-            raise NotCompilable("model: expected parameters, none of them shared between layers")
-        self._dtype = self._parameters[0].dtype
-        for parameter in self._parameters:
-            if type(parameter) is not torch.nn.Parameter or parameter.device.type != "cpu":
-                raise NotCompilable("model: expected plain parameters on the CPU")
-            if parameter.dtype is not self._dtype or self._dtype not in (torch.float32, torch.float64):
-                raise NotCompilable("model: expected parameters all float32 or all float64")
-            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise NotCompilable("model: expected parameters without hooks")
-            dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
-            if not dense:
-                raise NotCompilable("model: expected parameters in contiguous or channels_last memory")
         self._grads: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
-        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
-        self._recordings: dict[tuple[int, ...], _Recording] = {}
         self._has_own_update = type(optimizer) in (optim.Adam, optim.AdamW, optim.SGD)
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         recording = self._recording(tuple(images.shape))
         recording.images.copy_(images)
-        recording.targets.copy_(targets)
+        recording.results["targets"].copy_(targets)
         with _own_threads():
             return self._run(recording)
 
@@ -306,24 +385,22 @@ class CompiledStep:
         """As a call with ``images[index]`` (uint8 scaled to 0..1) and ``targets[index]``, gathered in one pass."""
         recording = self._recording((len(index), *images.shape[1:]))
         with _own_threads():
-            _C.gather_images(recording.images, images, index, 255.0 if images.dtype is torch.uint8 else 1.0)
-            torch.index_select(targets, 0, index, out=recording.targets)
+            self._gather(recording, images, index)
+            torch.index_select(targets, 0, index, out=recording.results["targets"])
             return self._run(recording)
 
     def prepare_rows(self, images: Tensor, targets: Tensor, batch_size: int) -> None:
         """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
-        if images.device.type != "cpu" or targets.device.type != "cpu":
+        if targets.device.type != "cpu":
             raise NotCompilable("images: expected images and targets on the CPU")
-        if not images.is_contiguous() or images.dtype not in (torch.uint8, self._dtype):
-            raise NotCompilable(f"images: expected contiguous uint8 or {self._dtype}, got {images.dtype}")
-        self._recording((batch_size, *images.shape[1:]))
+        self._prepare(images, batch_size)
 
     def _run(self, recording: _Recording) -> tuple[Tensor, Tensor]:
         recording.program.run()
         for parameter, grad in self._grads.items():
             parameter.grad = grad
         self._update()
-        return recording.loss, recording.correct
+        return recording.results["loss"], recording.results["correct"]
 
     def _update(self) -> None:
         optimizer: Any = self._optimizer
@@ -339,54 +416,24 @@ class CompiledStep:
         else:
             optimizer.step()
 
-    def _recording(self, shape: tuple[int, ...]) -> _Recording:
-        addresses = [parameter.data_ptr() for parameter in self._parameters]
-        if addresses != self._addresses:  # the parameters moved: programs hold their old places
-            self._addresses = addresses
-            self._recordings.clear()
-        recording = self._recordings.get(shape)
-        if recording is None:
-            recording = self._recordings[shape] = self._record(shape)
-        return recording
-
-    @torch.no_grad()
-    def _record(self, shape: tuple[int, ...]) -> _Recording:
-        if len(shape) != 4 or shape[0] < 1:
-            raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
-        recording = _Recording(
-            torch.empty(shape, dtype=self._dtype, memory_format=torch.channels_last),
-            torch.empty(shape[0], dtype=torch.int64),
-            torch.empty((), dtype=self._dtype),
-            torch.empty((), dtype=torch.int64),
-            _C.Program(),
-        )
-        recording.program.start_recording()
-        try:
-            self._record_calls(recording)
-        finally:
-            recording.program.stop_recording()
-        return recording
-
     def _record_calls(self, recording: _Recording) -> None:
-        output = recording.images
-        backwards: list[tuple[Backward, bool]] = []
-        trained = False  # whether a stage before this one has parameters that are trained
-        for stage, trains in self._stages:
-            output, backward = stage(recording, output, self._grads)
-            backwards.append((backward, trained))
-            trained = trained or trains
+        output, backwards = self._record_forward(recording, self._grads)
         if output.dim() != 2:
             raise NotCompilable(f"model: expected an output (n, classes), got {tuple(output.shape)}")
-        loss = self._loss
-        options = (loss.weight, loss.ignore_index, REDUCTIONS.index("mean"), loss.label_smoothing)
-        statistics = recording.new((statistics_size(output, recording.targets),), self._dtype)
-        _C.cross_entropy_forward(recording.loss, statistics, output, recording.targets, *options)
-        _C.count_correct(recording.correct, output, recording.targets)
+        loss, correct = recording.new((), self._dtype), recording.new((), torch.int64)
+        targets = recording.new((len(output),), torch.int64)
+        recording.results.update(loss=loss, correct=correct, targets=targets)
+        options = (self._loss.weight, self._loss.ignore_index, REDUCTIONS.index("mean"), self._loss.label_smoothing)
+        statistics = recording.new((statistics_size(output, targets),), self._dtype)
+        _C.cross_entropy_forward(loss, statistics, output, targets, *options)
+        _C.count_correct(correct, output, targets)
         one = recording.new((), self._dtype).fill_(1)
         grad = recording.new_like(output)
-        _C.cross_entropy_backward(grad, None, one, statistics, output, recording.targets, *options)
-        for backward, needs_input in reversed(backwards):
-            grad_input = backward(grad, needs_input)
+        _C.cross_entropy_backward(grad, None, one, statistics, output, targets, *options)
+        # A stage's input needs a gradient where a stage before it has parameters that are trained.
+        trained = [trains for _, trains in self._stages]
+        for i in reversed(range(len(backwards))):
+            grad_input = backwards[i](grad, any(trained[:i]))
             if grad_input is None:
                 break
             grad = grad_input

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from fastnn._tensor_files import (
     unpack,
     write_tensor_file,
 )
-from fastnn.compiled import CompiledStep, NotCompilable
+from fastnn.compiled import CompiledForward, CompiledStep, NotCompilable
 from fastnn.runtime import note_fallback
 
 __all__ = [
@@ -165,7 +165,11 @@ class Batches:
         images = self.images.index_select(0, rows).to(self.device, self.dtype)
         if self.images.dtype == torch.uint8:
             images.div_(255)
-        return images, self.targets.index_select(0, rows.to(self.targets.device)).to(self.device)
+        return images, self.gather_targets(rows)
+
+    def gather_targets(self, rows: torch.Tensor) -> torch.Tensor:
+        """Targets of these rows, as a loss takes them."""
+        return self.targets.index_select(0, rows.to(self.targets.device)).to(self.device)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
@@ -238,6 +242,17 @@ def make_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimiz
 
 
 @torch.inference_mode()
+def make_forward(model: torch.nn.Module, batches: Batches) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The fastest forward pass without gradients over rows of `batches`; each result may overwrite the one before."""
+    try:
+        forward = CompiledForward(model)
+        forward.prepare_rows(batches.images, max(1, min(batches.batch_size, len(batches))))
+    except NotCompilable as error:
+        note_fallback("forward_pass", str(error))
+        return lambda rows: cast(torch.Tensor, model(batches.gather(rows)[0]))
+    return lambda rows: forward.on_rows(batches.images, rows)
+
+
 def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss) -> tuple[float, float]:
     """Mean loss and accuracy in eval mode; the model's mode is restored."""
     was_training = model.training
@@ -245,9 +260,10 @@ def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss) -> tuple[floa
     try:
         loss_sum = torch.zeros((), dtype=torch.float64, device=batches.device)
         correct = torch.zeros((), dtype=torch.int64, device=batches.device)
+        forward = make_forward(model, batches)
         for rows in batches.in_order():
-            images, targets = batches.gather(rows)
-            logits = model(images)
+            targets = batches.gather_targets(rows)
+            logits = forward(rows)
             loss_sum += loss(logits, targets) * len(targets)
             correct += (logits.argmax(1) == targets).sum()
     finally:

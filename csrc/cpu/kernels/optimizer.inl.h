@@ -15,7 +15,8 @@ namespace {
 // 8192 elements of four arrays are 128 KiB: some microseconds of work, small against a core's L2.
 constexpr int64_t kOptimizerGrain = 8192;
 
-// body(tensor, begin, end) for every run of elements that lies in one tensor and one task.
+// body(tensor, begin, end) for every run of elements that lies in one tensor and one task. Bodies take the tensor's
+// pointers by value: behind a reference, every store might change them.
 template <class Tensor, class Body>
 FASTNN_INLINE void for_each_run(const TensorList<Tensor>& list, const Body& body) {
   const int64_t total = list.count ? list.ends[list.count - 1] : 0;
@@ -50,7 +51,7 @@ struct AdamScales {
 };
 
 template <class T, bool amsgrad>
-void adam_run(const AdamOptions& o, const AdamScales& scales, const AdamTensor<T>& t, int64_t begin, int64_t end) {
+void adam_run(const AdamOptions& o, const AdamScales& scales, AdamTensor<T> t, int64_t begin, int64_t end) {
   const T sign = o.maximize ? T(-1) : T(1);
   const T coupled = static_cast<T>(o.decoupled ? 0 : o.weight_decay);
   const T keep = static_cast<T>(o.decoupled ? 1 - o.lr * o.weight_decay : 1);
@@ -104,7 +105,7 @@ void sgd_step(const SgdOptions& o, const TensorList<SgdTensor<T>>& list) {
   const T sign = o.maximize ? T(-1) : T(1);
   const T decay = static_cast<T>(o.weight_decay), lr = static_cast<T>(o.lr);
   const T momentum = static_cast<T>(o.momentum), fresh = static_cast<T>(1 - o.dampening);
-  for_each_run(list, [&](const SgdTensor<T>& t, int64_t begin, int64_t end) {
+  for_each_run(list, [&](SgdTensor<T> t, int64_t begin, int64_t end) {
     for_each_vector<T>(begin, end, [&](int64_t n, int64_t i) {
       const Vec<T> p = load_upto(t.param + i, n);
       Vec<T> g = load_upto(t.grad + i, n) * sign;

@@ -17,6 +17,7 @@ import torch
 
 from fastnn import nn, optim
 from fastnn._tensor_files import ModelFileError, open_tensor_file, write_tensor_file
+from fastnn.compiled import wants_bf16
 from fastnn.training import (
     Batches,
     EarlyStopping,
@@ -168,6 +169,7 @@ class CNNClassifier(torch.nn.Sequential):
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
         scheduler: Scheduler | Callable[[torch.optim.Optimizer], Scheduler] | None = None,
+        precision: str = "fp32",
     ) -> History:
         """Trains on images `x` with labels `y`, from the parameters as they are, and returns the history.
 
@@ -201,6 +203,9 @@ class CNNClassifier(torch.nn.Sequential):
                 those of a run that was never interrupted.
             scheduler: a torch LR scheduler of the optimizer, or a function that makes one from it. OneCycleLR
                 and CyclicLR are stepped after each batch, others after each epoch.
+            precision: "fp32", or "bf16" to let 3x3 convolutions round both factors of their forward products to
+                bfloat16, on processors with AVX512-BF16; everything else stays float32. It needs a model, loss
+                and optimizer that `fastnn.training.compile_step` takes.
 
         Raises:
             ValueError, TypeError: for unusable arguments, before anything changes.
@@ -229,6 +234,8 @@ class CNNClassifier(torch.nn.Sequential):
         }
         if isinstance(optimizer, str):
             settings["lr"] = lr
+        if wants_bf16(precision):
+            settings["precision"] = precision
         history = History()
         with _threads(num_threads):
             try:
@@ -249,6 +256,7 @@ class CNNClassifier(torch.nn.Sequential):
                     resume=resume,
                     settings=settings,
                     history=history,
+                    precision=precision,
                 )
             finally:
                 if history.epochs:

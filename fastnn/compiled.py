@@ -35,6 +35,7 @@ class _Recording:
     """One batch size's program and the tensors it works in."""
 
     images: Tensor
+    bf16: bool
     program: _C.Program = field(default_factory=_C.Program)
     tensors: list[Tensor] = field(default_factory=list)  # kept alive for the program
     results: dict[str, Tensor] = field(default_factory=dict)
@@ -73,7 +74,7 @@ def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
         output = recording.new(shape, input.dtype, channels_last=True)
         winner = recording.new(shape, torch.uint8, channels_last=True) if fused else None
         weight, bias = layer.weight, layer.bias
-        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu)
+        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu, recording.bf16)
 
         def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
             grad_input = recording.new_like(input) if needs_input else None
@@ -238,10 +239,22 @@ class _own_threads:  # noqa: N801 - used as a statement
         _C.set_own_threads(self._before)
 
 
+def wants_bf16(precision: str) -> bool:
+    """Whether `precision` is "bf16" rather than "fp32"; ValueError for others and where this processor has none."""
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision: expected 'fp32' or 'bf16', got {precision!r}")
+    if precision == "bf16" and not _C.has_bf16():
+        raise ValueError(
+            "precision: expected 'fp32', since 'bf16' needs a processor with AVX512-BF16 and the ISA avx512 "
+            f"(in use: {_C.get_isa()}), got 'bf16'"
+        )
+    return precision == "bf16"
+
+
 class _Compiled:
     """Layers of a Sequential as stages, and a recording for each shape of images."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, precision: str = "fp32") -> None:
         if not _runs_in_order(model) or _has_hooks(model):
             raise NotCompilable(f"model: expected a Sequential without hooks, got {type(model).__name__}")
         layers = [layer for layer in model._modules.values() if layer is not None]  # one may stand there twice
@@ -254,6 +267,9 @@ class _Compiled:
         if not self._parameters or len(set(self._parameters)) != len(self._parameters):
             raise NotCompilable("model: expected parameters, none of them shared between layers")
         self._dtype = self._parameters[0].dtype
+        self._bf16 = wants_bf16(precision)
+        if self._bf16 and self._dtype is not torch.float32:
+            raise NotCompilable(f"precision: expected 'fp32' for {self._dtype} parameters, got 'bf16'")
         for parameter in self._parameters:
             if type(parameter) is not torch.nn.Parameter or parameter.device.type != "cpu":
                 raise NotCompilable("model: expected plain parameters on the CPU")
@@ -292,7 +308,8 @@ class _Compiled:
     def _record(self, shape: tuple[int, ...]) -> _Recording:
         if len(shape) != 4 or shape[0] < 1:
             raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
-        recording = _Recording(torch.empty(shape, dtype=self._dtype, memory_format=torch.channels_last))
+        images = torch.empty(shape, dtype=self._dtype, memory_format=torch.channels_last)
+        recording = _Recording(images, self._bf16)
         recording.program.start_recording()
         try:
             self._record_calls(recording)
@@ -346,6 +363,8 @@ class CompiledStep(_Compiled):
         model: a Sequential of fastnn layers, Flatten and Identity on the CPU, in float32 or float64.
         loss: a CrossEntropyLoss that takes the mean.
         optimizer: of the model's parameters.
+        precision: ``"fp32"``, or ``"bf16"`` to let 3x3 convolutions round both factors of their forward products to
+            bfloat16; sums, gradients, parameters and everything else stay float32. It needs AVX512-BF16.
 
     Calling it with images ``(n, channels, height, width)`` and class numbers ``(n,)`` makes one step and returns
     the mean loss and the number of right answers, 0-dimensional tensors that the next step overwrites. Each batch
@@ -353,8 +372,9 @@ class CompiledStep(_Compiled):
 
     Raises:
         NotCompilable: where a program cannot express the model, loss or optimizer; says what stands in the way.
+        ValueError: for a precision that is unknown or that this processor does not have.
 
-    Equivalent to::
+    Equivalent to (in ``"fp32"``)::
 
         optimizer.zero_grad()
         logits = model(images)
@@ -363,8 +383,10 @@ class CompiledStep(_Compiled):
         optimizer.step()
     """
 
-    def __init__(self, model: torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer) -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer, precision: str = "fp32"
+    ) -> None:
+        super().__init__(model, precision)
         if type(loss) not in (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss) or loss.reduction != "mean":
             raise NotCompilable(f"loss: expected a CrossEntropyLoss of the mean, got {loss}")
         if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters):

@@ -216,26 +216,37 @@ class ProgramStep:
         return self.step.on_rows(batches.images, batches.targets, rows)
 
 
-def compile_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> CompiledStep:
+def compile_step(
+    model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, *, precision: str = "fp32"
+) -> CompiledStep:
     """A whole training step with preallocated memory and no Python between kernels; see `CompiledStep`.
 
     Raises:
         NotCompilable: where a program cannot express the model, loss or optimizer; says what stands in the way.
+        ValueError: for a precision that is unknown or that this processor does not have.
 
     Example:
         >>> step = fastnn.training.compile_step(model, fastnn.nn.CrossEntropyLoss(), optimizer)
         >>> for images, targets in loader:
         ...     loss, correct = step(images, targets)
     """
-    return CompiledStep(model, loss, optimizer)
+    return CompiledStep(model, loss, optimizer, precision)
 
 
-def make_step(model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, batches: Batches) -> Step:
-    """The fastest step that serves this model, loss, optimizer and data."""
+def make_step(
+    model: torch.nn.Module,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    precision: str = "fp32",
+) -> Step:
+    """The fastest step that serves this model, loss, optimizer and data. NotCompilable for bf16 without a program."""
     try:
-        step = compile_step(model, loss, optimizer)
+        step = compile_step(model, loss, optimizer, precision=precision)
         step.prepare_rows(batches.images, batches.targets, min(batches.batch_size, len(batches)))
     except NotCompilable as error:
+        if precision != "fp32":
+            raise
         note_fallback("training_step", str(error))
         return AutogradStep(model, loss, optimizer)
     return ProgramStep(step)
@@ -373,6 +384,7 @@ def train(
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
     history: History | None = None,
+    precision: str = "fp32",
 ) -> History:
     """Trains `model` up to `epochs` epochs and returns the history, which also grows in `history`.
 
@@ -415,7 +427,7 @@ def train(
             raise ModelFileError(f"{file.path}: the state does not fit the model or optimizer ({error})") from error
         complete = stored
 
-    step = make_step(model, loss_function, optimizer, batches)
+    step = make_step(model, loss_function, optimizer, batches, precision)
     bar = make_progress(progress)
     was_training = model.training
     stopped = early_stopping is not None and early_stopping.stopped

@@ -10,8 +10,16 @@ import pytest
 import torch
 
 import fastnn
-from fastnn import nn, optim
-from fastnn.training import AutogradStep, Batches, CompiledStep, NotCompilable, compile_step, make_step
+from fastnn import _C, nn, optim
+from fastnn.training import (
+    AutogradStep,
+    Batches,
+    CompiledStep,
+    NotCompilable,
+    compile_step,
+    make_forward,
+    make_step,
+)
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -277,3 +285,66 @@ def test_images_of_a_wrong_shape_are_refused() -> None:
         step(torch.rand(2, 11, 13), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="weight: expected shape"):
         step(torch.rand(2, 2, 9, 9), torch.zeros(2, dtype=torch.int64))
+
+
+# bf16
+
+
+@pytest.mark.skipif(not _C.has_bf16(), reason="this processor has no AVX512-BF16")
+def test_a_step_in_bf16_runs_its_kernel_and_stays_near_float32() -> None:
+    images, targets = data((1, 28, 28), 10, 32, torch.float32)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        model = mnist_like()
+        step = compile_step(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.05), precision=precision)
+        with fastnn.explain_dispatch() as log:
+            losses[precision] = [step(images, targets)[0].item() for _ in range(20)]
+        kernels = {record.kernel for record in log if record.operator == "conv2d_forward"}
+        assert kernels == {"gather", "winograd_bf16" if precision == "bf16" else "winograd"}
+        assert all(parameter.dtype is torch.float32 for parameter in model.parameters())
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_bf16_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = odd_sizes()
+    arguments = (nn.CrossEntropyLoss(), optim.SGD(model.parameters()))
+    with pytest.raises(ValueError, match="precision: expected 'fp32' or 'bf16', got 'fp16'"):
+        compile_step(model, *arguments, precision="fp16")
+    monkeypatch.setattr(_C, "has_bf16", lambda: False)
+    with pytest.raises(ValueError, match="needs a processor with AVX512-BF16"):
+        compile_step(model, *arguments, precision="bf16")
+    monkeypatch.setattr(_C, "has_bf16", lambda: True)
+    with pytest.raises(NotCompilable, match=r"expected 'fp32' for torch\.float64"):
+        compile_step(model.double(), *arguments, precision="bf16")
+    images, targets = data((2, 11, 13), 3, 4, torch.float32)
+    with pytest.raises(NotCompilable, match=r"layer of fastnn\.nn"):  # no silent float32
+        make_step(odd_sizes().append(torch.nn.Dropout()), *arguments, Batches(images, targets, 4), "bf16")
+
+
+# the forward pass alone
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_compiled_forward_gives_the_bits_of_the_model(name: str, dtype: torch.dtype) -> None:
+    build, shape, classes = MODELS[name]
+    torch.manual_seed(0)
+    model = build().to(dtype).eval()
+    images, targets = data(shape, classes, 11, dtype)
+    forward = make_forward(model, Batches(images, targets, 4, dtype))
+    with torch.no_grad(), fastnn.explain_dispatch() as log:
+        for rows in torch.arange(11).split(4):
+            batch = images[rows].contiguous(memory_format=torch.channels_last)
+            assert torch.equal(forward(rows), model(batch))
+    assert all(record.kernel != "torch" for record in log)
+
+
+def test_a_forward_pass_that_no_program_expresses_runs_the_model() -> None:
+    model = odd_sizes().append(torch.nn.Dropout()).eval()
+    images, targets = data((2, 11, 13), 3, 4, torch.float32)
+    with fastnn.explain_dispatch() as log:
+        forward = make_forward(model, Batches(images, targets, 4))
+    assert [record.operator for record in log] == ["forward_pass"]
+    assert torch.equal(forward(torch.arange(4)), model(images))

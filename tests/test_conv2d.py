@@ -27,13 +27,14 @@ from tolerance import (
     assert_close_bound,
     assert_identical,
     rounding_bound,
+    winograd_bf16_bound,
     winograd_bound,
     winograd_grad_input_bound,
 )
 from torch import Tensor
 
 import fastnn
-from fastnn import functional, reference
+from fastnn import _C, functional, reference
 
 
 class Sizes(NamedTuple):
@@ -140,6 +141,56 @@ def check(case: Conv2dCase, fill: str, dtype: torch.dtype, layout: str = "contig
 @pytest.mark.parametrize("case", by_id(CONV2D_CASES))
 def test_matches_reference(case: Conv2dCase, fill: str, isa: str, dtype: torch.dtype) -> None:
     check(case, fill, dtype)
+
+
+BF16_SHAPES = [  # batch, in_channels, out_channels, size, padding, fused ReLU and pooling
+    (8, 32, 64, 13, 0, True),
+    (4, 17, 33, 14, 1, False),
+    (2, 16, 16, 9, 2, True),
+    (1, 64, 40, 14, 0, False),
+]
+
+
+@pytest.mark.skipif(not _C.has_bf16(), reason="this processor has no AVX512-BF16")
+@pytest.mark.parametrize("shape", BF16_SHAPES, ids=str)
+def test_products_in_bf16_are_within_their_bound(shape: tuple[int, int, int, int, int, bool]) -> None:
+    batch, inputs, outputs, size, padding, fused = shape
+    rng = generator("bf16", str(shape))
+    x = random((batch, inputs, size, size), torch.float32, rng).contiguous(memory_format=torch.channels_last)
+    w = random((outputs, inputs, 3, 3), torch.float32, rng)
+    b = random((outputs,), torch.float32, rng)
+    expected = F.conv2d(x.double(), w.double(), b.double(), padding=padding)
+    bound = winograd_bf16_bound(x, w, padding=padding)
+    bound = bound + rounding_bound(1, torch.float32, expected.abs() + bound)
+    if fused:
+        expected, bound = F.max_pool2d(expected.relu(), 2), F.max_pool2d(bound, 2)
+    results = {}
+    for bf16 in (False, True):
+        y = torch.empty(expected.shape).contiguous(memory_format=torch.channels_last)
+        winner = torch.empty_like(y, dtype=torch.uint8) if fused else None
+        with ran_kernels("conv2d_forward", dtype=torch.float32) as records:
+            _C.conv2d_forward(y, winner, x, w, b, (1, 1), (padding, padding), (1, 1), 1, fused, bf16)
+        assert [record.kernel for record in records] == ["winograd_bf16" if bf16 else "winograd"]
+        results[bf16] = y
+    assert_close_bound(results[True], expected, bound, "output")
+    error = (results[True] - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert 1e-4 < error < 1e-2  # bfloat16's, neither float32's nor an index that is wrong
+
+
+@pytest.mark.skipif(not _C.has_bf16(), reason="this processor has no AVX512-BF16")
+def test_bf16_is_for_float32_and_its_isa() -> None:
+    x = torch.ones(1, 16, 14, 14).contiguous(memory_format=torch.channels_last)
+    w, y = torch.ones(16, 16, 3, 3), torch.empty(1, 16, 12, 12).contiguous(memory_format=torch.channels_last)
+    arguments = ((1, 1), (0, 0), (1, 1), 1, False, True)
+    with pytest.raises(TypeError, match="input: expected float32, got float64"):
+        _C.conv2d_forward(y.double(), None, x.double(), w.double(), None, *arguments)
+    before = fastnn.get_isa()
+    fastnn.set_isa("baseline")
+    try:
+        with pytest.raises(ValueError, match="bf16: expected False with the ISA baseline"):
+            _C.conv2d_forward(y, None, x, w, None, *arguments)
+    finally:
+        fastnn.set_isa(before)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

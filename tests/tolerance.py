@@ -69,6 +69,21 @@ def winograd_bound(input: Tensor, weight: Tensor, dtype: torch.dtype, **convolut
     return rounding_bound(roundings, dtype, WINOGRAD_AMPLIFICATION * sums)
 
 
+def winograd_bf16_bound(input: Tensor, weight: Tensor, **convolution: Any) -> Tensor:
+    """The same where both factors of every product are first rounded to bfloat16's 8 bits.
+
+    ``(1 + 2^-9)^2 - 1 = 2^-8 + 2^-18`` of each product, and float32's roundings of the sums of the rounded ones.
+    Factors below the smallest normal number count as zero.
+    """
+    exact = winograd_bound(input, weight, torch.float32, **convolution)
+    roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS
+    factors = 2**-8 + 2**-18
+    tiny = torch.finfo(torch.float32).tiny
+    largest = max(input.abs().max().item(), weight.abs().max().item(), 1.0)
+    per_product = exact / (roundings * unit_roundoff(torch.float32))  # of |products|, and a little more
+    return exact * (1 + factors) + per_product * factors + 64 * weight.shape[1] * tiny * largest
+
+
 def winograd_grad_input_bound(
     input: Tensor, grad_output: Tensor, weight: Tensor, dtype: torch.dtype, **convolution: Any
 ) -> Tensor:

@@ -94,17 +94,27 @@ void check_bias(const char* name, const Tensor& bias, const Tensor& input, const
 
 void conv2d_forward(const Tensor& output, const std::optional<Tensor>& winner, const Tensor& input,
                     const Tensor& weight, const std::optional<Tensor>& bias, const Pair& stride, const Pair& padding,
-                    const Pair& dilation, int64_t groups, bool relu) {
+                    const Pair& dilation, int64_t groups, bool relu, bool bf16) {
   const Conv2dShape shape = conv2d_shape(input, weight, {stride, padding, dilation, groups}, relu, winner.has_value());
+  if (bf16) {
+    check_dtype("input", input, DType::float32);
+    if (!cpu::conv2d_forward_bf16())
+      fail_value("bf16", std::string("False with the ISA ") + cpu::active_table().isa + " on this processor", "True");
+  }
   check_output("output", output, input, shape);
   if (winner) check_winner(*winner, shape);
   if (bias) check_bias("bias", *bias, input, shape);
   adopt_torch_threads();
   dispatch_floating("input", input, [&](auto zero) {
     using T = decltype(zero);
+    const Conv2dForward<T> tensors{output.data<T>(), data_or_null<uint8_t>(winner), input.data<T>(), weight.data<T>(),
+                                   data_or_null<T>(bias)};
     run_kernel([=] {
-      cpu::kernels<T>().conv2d_forward(shape, {output.data<T>(), data_or_null<uint8_t>(winner), input.data<T>(),
-                                               weight.data<T>(), data_or_null<T>(bias)});
+      // Asked again with every call: a recorded one may run after set_isa().
+      auto kernel = cpu::kernels<T>().conv2d_forward;
+      if constexpr (sizeof(T) == 4)
+        if (bf16 && cpu::conv2d_forward_bf16()) kernel = cpu::conv2d_forward_bf16();
+      kernel(shape, tensors);
     });
   });
 }
@@ -150,7 +160,7 @@ void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optiona
 void bind_conv2d(py::module_& module) {
   module.def("conv2d_forward", &conv2d_forward, py::arg("output"), py::arg("winner"), py::arg("input"),
              py::arg("weight"), py::arg("bias"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-             py::arg("groups"), py::arg("relu"));
+             py::arg("groups"), py::arg("relu"), py::arg("bf16") = false);
   module.def("conv2d_backward", &conv2d_backward, py::arg("grad_input"), py::arg("grad_weight"), py::arg("grad_bias"),
              py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("winner"),
              py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"));

@@ -83,6 +83,7 @@ void bind_runtime(py::module_& module) {
   module.def("set_isa", &set_isa, py::arg("name"));
   module.def("get_isa", [] { return cpu::active_table().isa; });
   module.def("available_isas", [] { return isa_list(true); });
+  module.def("has_bf16", [] { return cpu::conv2d_forward_bf16() != nullptr; });
   module.def("build_facts", &build_facts);
   module.def("num_threads", [] {
     adopt_torch_threads();

@@ -10,6 +10,7 @@ extern const KernelTable kernel_table_baseline;
 #ifdef FASTNN_X86_ISAS
 extern const KernelTable kernel_table_avx2;
 extern const KernelTable kernel_table_avx512;
+extern const Conv2dForwardKernel conv2d_forward_avx512_bf16;
 #endif
 
 namespace {
@@ -39,6 +40,14 @@ std::atomic<const KernelTable*> active{best_table()};
 }  // namespace
 
 const KernelTable& active_table() { return *active.load(std::memory_order_relaxed); }
+
+Conv2dForwardKernel conv2d_forward_bf16() {
+#ifdef FASTNN_X86_ISAS
+  if (&active_table() == &kernel_table_avx512 && __builtin_cpu_supports("avx512bf16"))
+    return conv2d_forward_avx512_bf16;
+#endif
+  return nullptr;
+}
 
 int isa_count() { return static_cast<int>(sizeof(isas) / sizeof(isas[0])); }
 const char* isa_name(int index) { return isas[index].table->isa; }

@@ -43,6 +43,8 @@ struct Kernels {
   void (*logarithms)(int64_t count, const T* input, T* output);
 };
 
+using Conv2dForwardKernel = void (*)(const Conv2dShape&, const Conv2dForward<float>&);
+
 struct KernelTable {
   const char* isa;
   Kernels<float> float32;
@@ -62,6 +64,10 @@ template <>
 inline const Kernels<double>& kernels<double>() {
   return active_table().float64;
 }
+
+// conv2d_forward whose 3x3 convolutions may round both factors to bfloat16, adding in float32. Null unless the table in
+// use is avx512 and this CPU has AVX512-BF16.
+Conv2dForwardKernel conv2d_forward_bf16();
 
 // The compiled tables, plainest first.
 int isa_count();

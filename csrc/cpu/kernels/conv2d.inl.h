@@ -24,7 +24,7 @@ inline bool is_depthwise(const Conv2dShape& s) {
 }
 
 // Runs one group's gather with the kernel that suits it; `panels` are packed for the direct kernel.
-template <class T>
+template <class T, class Products = FullProducts<T>>
 const char* run_gather(GatherConv<T> conv, const T* panels) {
   conv.panels = panels;
   if (!winograd_serves(conv)) {
@@ -32,14 +32,14 @@ const char* run_gather(GatherConv<T> conv, const T* panels) {
     return "gather";
   }
   const int64_t count = panels_of<T>(conv.columns);
-  const Scratch<T> transformed(count * 16 * conv.depth * kTileColumns<T>);
-  winograd_weights<T>(count, conv.depth, panels, transformed);
-  conv.panels = transformed;
-  winograd_conv(conv);
-  return "winograd";
+  const int64_t padded = winograd_groups<Products>(conv.depth) * Products::kGroup;
+  const Scratch<typename Products::Element> transformed(count * 16 * padded * kTileColumns<T>);
+  winograd_weights<T, Products>(count, conv.depth, panels, transformed);
+  winograd_conv<T, Products>(conv, transformed);
+  return Products::kName;
 }
 
-template <class T>
+template <class T, class Products = FullProducts<T>>
 void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const Conv2dShape s = with_pixels_as_rows(as_given);
   if (is_depthwise(s) && !s.pool) {
@@ -90,7 +90,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
     conv.out = t.output + group * outputs;
     if (s.pool) conv.winner = t.winner + group * outputs;
     if (t.bias) conv.bias = t.bias + group * outputs;
-    variant = run_gather<T>(conv, panels);
+    variant = run_gather<T, Products>(conv, panels);
   }
   trace<T>("conv2d_forward", variant);
 }

@@ -29,31 +29,61 @@ constexpr int64_t kWinogradPixels = 128;
 constexpr int64_t kWinogradBlockBytes = 80 << 10;
 constexpr int64_t kWinogradTiles = 24;
 
-// panels: [panel][9][channel][columns] as pack_*_panels makes them.
+// How the sums over channels are formed: in T throughout. conv2d_winograd_bf16.inl.h has another.
 template <class T>
-void winograd_weights(int64_t panels, int64_t depth, const T* packed, T* transformed) {
+struct FullProducts {
+  static constexpr const char* kName = "winograd";
+  using Element = T;                     // of V and U
+  static constexpr int64_t kGroup = 1;  // channels that one product takes: U is [16][group][kTileColumns][kGroup]
+
+  static FASTNN_INLINE void store_input(Element* to, Vec<T> value, int64_t count) { store_upto(to, value, count); }
+  // One vector of columns of channel `member` of a group. Members come in order.
+  static FASTNN_INLINE void store_weight(Element* to, Vec<T> value, int64_t) { store(to, value); }
+
+  template <int rows, int vectors>
+  static FASTNN_INLINE void accumulate(int64_t groups, const Element* const (&sources)[rows], const Element* u,
+                                       Vec<T> (&acc)[rows][vectors]) {
+    multiply_add<T, rows, vectors>(groups, sources, 1, u, kTileColumns<T>, acc);
+  }
+};
+
+template <class Products>
+int64_t winograd_groups(int64_t depth) {
+  return (depth + Products::kGroup - 1) / Products::kGroup;
+}
+
+// packed: [panel][9][channel][columns] as pack_*_panels makes them. Where a last group has channels too few, the
+// missing ones are zeros.
+template <class T, class Products>
+void winograd_weights(int64_t panels, int64_t depth, const T* packed, typename Products::Element* transformed) {
   constexpr int64_t width = kTileColumns<T>;
-  const int64_t step = depth * width;
-  parallel_ranges(panels * depth, 16, [&](int64_t begin, int64_t end) {
+  const int64_t groups = winograd_groups<Products>(depth), from_step = depth * width;
+  const int64_t to_step = groups * width * Products::kGroup;
+  parallel_ranges(panels * groups, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const T* from = packed + i / depth * 9 * step + i % depth * width;
-      T* to = transformed + i / depth * 16 * step + i % depth * width;
-      for (int64_t v = 0; v < width; v += kLanes<T>) {
-        Vec<T> g[4][3];
-        FASTNN_UNROLL
-        for (int x = 0; x < 3; ++x) {
-          const Vec<T> g0 = load(from + x * step + v), g1 = load(from + (3 + x) * step + v);
-          const Vec<T> g2 = load(from + (6 + x) * step + v);
-          const Vec<T> sum = (g0 + g2) * T(0.5), half = g1 * T(0.5);
-          g[0][x] = g0, g[1][x] = sum + half, g[2][x] = sum - half, g[3][x] = g2;
-        }
-        FASTNN_UNROLL
-        for (int y = 0; y < 4; ++y) {
-          const Vec<T> sum = (g[y][0] + g[y][2]) * T(0.5), half = g[y][1] * T(0.5);
-          store(to + (4 * y) * step + v, g[y][0]);
-          store(to + (4 * y + 1) * step + v, sum + half);
-          store(to + (4 * y + 2) * step + v, sum - half);
-          store(to + (4 * y + 3) * step + v, g[y][2]);
+      typename Products::Element* group =
+          transformed + i / groups * 16 * to_step + i % groups * width * Products::kGroup;
+      for (int64_t member = 0; member < Products::kGroup; ++member) {
+        const int64_t channel = i % groups * Products::kGroup + member;
+        if (channel >= depth) break;
+        const T* from = packed + i / groups * 9 * from_step + channel * width;
+        for (int64_t v = 0; v < width; v += kLanes<T>) {
+          Vec<T> g[4][3];
+          FASTNN_UNROLL
+          for (int x = 0; x < 3; ++x) {
+            const Vec<T> g0 = load(from + x * from_step + v), g1 = load(from + (3 + x) * from_step + v);
+            const Vec<T> g2 = load(from + (6 + x) * from_step + v);
+            const Vec<T> sum = (g0 + g2) * T(0.5), half = g1 * T(0.5);
+            g[0][x] = g0, g[1][x] = sum + half, g[2][x] = sum - half, g[3][x] = g2;
+          }
+          FASTNN_UNROLL
+          for (int y = 0; y < 4; ++y) {
+            const Vec<T> sum = (g[y][0] + g[y][2]) * T(0.5), half = g[y][1] * T(0.5);
+            const Vec<T> row[4] = {g[y][0], sum + half, sum - half, g[y][2]};
+            FASTNN_UNROLL
+            for (int x = 0; x < 4; ++x)
+              Products::store_weight(group + (4 * y + x) * to_step + v * Products::kGroup, row[x], member);
+          }
         }
       }
     }
@@ -61,8 +91,9 @@ void winograd_weights(int64_t panels, int64_t depth, const T* packed, T* transfo
 }
 
 // V of one tile: to + place * stride for the 16 places.
-template <class T>
-FASTNN_INLINE void winograd_input(const Image<T>& patch, int64_t depth, T* to, int64_t stride) {
+template <class T, class Products>
+FASTNN_INLINE void winograd_input(const Image<T>& patch, int64_t depth, typename Products::Element* to,
+                                  int64_t stride) {
   for (int64_t c = 0; c < depth; c += kLanes<T>) {
     const int64_t left = depth - c < kLanes<T> ? depth - c : kLanes<T>;
     Vec<T> d[4][4];
@@ -76,25 +107,26 @@ FASTNN_INLINE void winograd_input(const Image<T>& patch, int64_t depth, T* to, i
     }
     FASTNN_UNROLL
     for (int y = 0; y < 4; ++y) {
-      store_upto(to + (4 * y) * stride + c, d[y][0] - d[y][2], left);
-      store_upto(to + (4 * y + 1) * stride + c, d[y][1] + d[y][2], left);
-      store_upto(to + (4 * y + 2) * stride + c, d[y][2] - d[y][1], left);
-      store_upto(to + (4 * y + 3) * stride + c, d[y][1] - d[y][3], left);
+      Products::store_input(to + (4 * y) * stride + c, d[y][0] - d[y][2], left);
+      Products::store_input(to + (4 * y + 1) * stride + c, d[y][1] + d[y][2], left);
+      Products::store_input(to + (4 * y + 2) * stride + c, d[y][2] - d[y][1], left);
+      Products::store_input(to + (4 * y + 3) * stride + c, d[y][1] - d[y][3], left);
     }
   }
 }
 
 // M of one place for the tiles [0, tiles): m[tile][columns] = v[tile][channel] * u[channel][columns]
-template <class T, int vectors>
-FASTNN_INLINE void winograd_multiply(int64_t tiles, int64_t depth, const T* v, const T* u, T* m) {
+template <class T, class Products, int vectors>
+FASTNN_INLINE void winograd_multiply(int64_t tiles, int64_t groups, const typename Products::Element* v,
+                                     const typename Products::Element* u, T* m) {
   for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
     with_rows(tiles - tile < kTileRows ? tiles - tile : kTileRows, [&](auto constant) {
       constexpr int rows = decltype(constant)::value;
-      const T* sources[rows];
+      const typename Products::Element* sources[rows];
       FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) sources[r] = v + (tile + r) * depth;
+      for (int r = 0; r < rows; ++r) sources[r] = v + (tile + r) * groups * Products::kGroup;
       Vec<T> acc[rows][vectors]{};
-      multiply_add<T, rows, vectors>(depth, sources, 1, u, kTileColumns<T>, acc);
+      Products::template accumulate<rows, vectors>(groups, sources, u, acc);
       FASTNN_UNROLL
       for (int r = 0; r < rows; ++r) {
         FASTNN_UNROLL
@@ -131,9 +163,10 @@ bool winograd_serves(const GatherConv<T>& conv) {
          conv.batch * conv.out_height * conv.out_width >= kWinogradPixels;
 }
 
-// As gather_conv; conv.panels are winograd_weights().
-template <class T>
-void winograd_conv(const GatherConv<T>& conv) {
+// As gather_conv; `transformed` are winograd_weights() of conv.panels.
+template <class T, class Products>
+void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* transformed) {
+  using Element = typename Products::Element;
   constexpr int64_t width = kTileColumns<T>;
   // Pooling reads whole windows alone; else a last odd row or column is half a tile.
   const int64_t tile_rows = conv.winner ? conv.out_height / 2 : (conv.out_height + 1) / 2;
@@ -148,16 +181,18 @@ void winograd_conv(const GatherConv<T>& conv) {
   const TaskPlan plan = plan_tasks(1, tiles, most, kTileRows, panels);
   const int64_t block = plan.block;
 
-  const int64_t v_elements = 16 * block * depth, m_elements = 16 * block * width, patch_elements = 16 * depth;
-  const int64_t thread_elements = v_elements + m_elements + patch_elements;
-  const Scratch<T> scratch(threads * thread_elements);
+  const int64_t groups = winograd_groups<Products>(depth), padded = groups * Products::kGroup;
+  const int64_t v_elements = 16 * block * padded, m_elements = 16 * block * width, patch_elements = 16 * depth;
+  const Scratch<Element> inputs(threads * v_elements);
+  const Scratch<T> scratch(threads * (m_elements + patch_elements));
 
   parallel_tasks(plan.blocks * plan.column_parts, [&](int64_t task, int thread) {
     const int64_t first_tile = task / plan.column_parts * block, part = task % plan.column_parts;
     const int64_t count = tiles - first_tile < block ? tiles - first_tile : block;
-    T* v = scratch + thread * thread_elements;
-    T* m = v + v_elements;
+    Element* v = inputs + thread * v_elements;
+    T* m = scratch + thread * (m_elements + patch_elements);
     T* patch_buffer = m + m_elements;
+    if (padded > depth) zero_run(v_elements, v);
 
     for (int64_t tile = 0; tile < count; ++tile) {
       const int64_t index = first_tile + tile, image = index / (tile_rows * tile_columns);
@@ -165,18 +200,19 @@ void winograd_conv(const GatherConv<T>& conv) {
       const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
                             conv.source_row_stride, conv.source_pixel_stride};
       const Image<T> patch = window_of(source, {y + conv.taps.y[0], x + conv.taps.x[0], 4, 4}, depth, patch_buffer);
-      winograd_input(patch, depth, v + tile * depth, block * depth);
+      winograd_input<T, Products>(patch, depth, v + tile * padded, block * padded);
     }
     for (int64_t panel = panels * part / plan.column_parts; panel < panels * (part + 1) / plan.column_parts; ++panel) {
       const int64_t column = panel * width, columns = conv.columns - column < width ? conv.columns - column : width;
-      const T* u = conv.panels + panel * 16 * depth * width;
+      const Element* u = transformed + panel * 16 * padded * width;
       const bool narrow = columns <= kLanes<T>;
       for (int place = 0; place < 16; ++place) {
-        const T* v_place = v + place * block * depth;
+        const Element* v_place = v + place * block * padded;
+        const Element* u_place = u + place * padded * width;
         if (narrow)
-          winograd_multiply<T, 1>(count, depth, v_place, u + place * depth * width, m + place * block * width);
+          winograd_multiply<T, Products, 1>(count, groups, v_place, u_place, m + place * block * width);
         else
-          winograd_multiply<T, 2>(count, depth, v_place, u + place * depth * width, m + place * block * width);
+          winograd_multiply<T, Products, 2>(count, groups, v_place, u_place, m + place * block * width);
       }
       for (int64_t c = 0; c < columns; c += kLanes<T>) {
         const int64_t left = columns - c < kLanes<T> ? columns - c : kLanes<T>;

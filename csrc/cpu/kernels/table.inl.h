@@ -5,24 +5,7 @@
 #pragma once
 
 #include "cpu/kernel_table.h"
-#include "cpu/trace.h"
-
-#define FASTNN_STRING_(name) #name
-#define FASTNN_STRING(name) FASTNN_STRING_(name)
-#define FASTNN_CONCAT_(a, b) a##b
-#define FASTNN_CONCAT(a, b) FASTNN_CONCAT_(a, b)
-
-namespace fastnn::cpu {
-namespace {
-
-template <class T>
-inline void trace(const char* operation, const char* variant) {
-  trace_kernel(operation, variant, FASTNN_STRING(FASTNN_ISA), sizeof(T) == 4 ? "float32" : "float64");
-}
-
-}  // namespace
-}  // namespace fastnn::cpu
-
+#include "cpu/kernels/isa.inl.h"
 #include "cpu/kernels/batch.inl.h"
 #include "cpu/kernels/conv2d.inl.h"
 #include "cpu/kernels/cross_entropy.inl.h"

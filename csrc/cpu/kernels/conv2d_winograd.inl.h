@@ -1,13 +1,13 @@
 // Winograd's F(2x2, 3x3): 2x2 outputs of a 3x3 convolution from 16 multiplications instead of 36 (Lavin and Gray,
 // "Fast Algorithms for Convolutional Neural Networks", 2015). The 2x2 outputs of a tile are also a pooling window.
 //
-//   V = B' d B   of each 4x4 source patch d, per channel       B' = | 1  0 -1  0 |   G = |  1    0    0  |   A' = | 1 1
-//   1  0 | U = G g G'   of each 3x3 kernel g                               | 0  1  1  0 |       | 1/2  1/2  1/2 | | 0 1
-//   -1 -1 | M = sum over channels of U * V, 16 matrix products              | 0 -1  1  0 |       | 1/2 -1/2  1/2 | out
-//   = A' M A                                                    | 0  1  0 -1 |       |  0    0    1  |
+//   V = B' d B     of each 4x4 source patch d, per channel          B' = | 1  0 -1  0 |     G = |  1    0    0  |
+//   U = G g G'     of each 3x3 kernel g                                  | 0  1  1  0 |         | 1/2  1/2  1/2 |
+//   M = sum over channels of U * V: 16 matrix products                   | 0 -1  1  0 |         | 1/2 -1/2  1/2 |
+//   out = A' M A                                                         | 0  1  0 -1 |         |  0    0    1  |
 //
-//   V: [16][tile][channel]     U: [panel][16][channel][kTileColumns]     M: [16][tile][kTileColumns], one panel at a
-//   time
+//   A' = | 1  1  1  0 |     V: [16][tile][channel]     U: [panel][16][channel][kTileColumns]
+//        | 0  1 -1 -1 |     M: [16][tile][kTileColumns], one panel at a time
 //
 // Its sums round differently from a direct convolution's: see docs/performance.md for the bound. Each output still
 // depends on its own nine pixels alone (the outer rows and columns of V reach one output row or column), so NaN does
@@ -24,8 +24,8 @@ namespace {
 constexpr int64_t kWinogradChannels = 16;
 // Fewer pixels do not repay the transformation of the weights.
 constexpr int64_t kWinogradPixels = 128;
-// V of a block is 16 * channels * tiles elements; M as much again where the channels are few. Both stay in L2. Blocks of
-// fewer tiles would read U, which may be megabytes, faster than L3 gives it.
+// V of a block is 16 * channels * tiles elements; M as much again where the channels are few. Both stay in L2.
+// Blocks of fewer tiles would read U, which may be megabytes, faster than L3 gives it.
 constexpr int64_t kWinogradBlockBytes = 80 << 10;
 constexpr int64_t kWinogradTiles = 24;
 

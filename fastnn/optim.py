@@ -7,7 +7,9 @@ take the kernels; others, and ``differentiable=True``, take torch's update with 
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ __all__ = ["SGD", "Adam", "AdamW"]
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _GRAD_TYPES = frozenset((Tensor,))
 _is_neg = Tensor.is_neg
+_add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 _KERNEL_DTYPES = (torch.float32, torch.float64)
 
 
@@ -81,6 +84,17 @@ class _KernelUpdate(torch.optim.Optimizer):
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """torch's constructors set it for fused=True."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        torch wraps its method to keep it out of compiled graphs, and for that imports torch._dynamo, which takes a
+        second. Where nothing has imported it yet, nothing is being compiled.
+        """
+        if "torch._dynamo" in sys.modules:
+            super().add_param_group(param_group)
+        else:
+            _add_param_group(self, param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; `closure` reevaluates the model and returns the loss."""

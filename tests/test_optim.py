@@ -6,6 +6,9 @@ import copy
 import io
 import itertools
 import pickle
+import subprocess
+import sys
+import textwrap
 from typing import Any
 
 import pytest
@@ -396,3 +399,20 @@ def test_the_binding_names_what_is_wrong_and_changes_nothing(name: str, value: A
     with pytest.raises((ValueError, TypeError), match=words):
         _C.adam_step(**arguments)
     assert all(not tensor.any() for key in ("params", "steps") for tensor in arguments[key])
+
+
+def test_making_one_does_not_import_the_compiler() -> None:
+    """torch._dynamo takes a second to import, an eighth of a short training."""
+    program = """
+        import sys, torch, fastnn
+        layer = torch.nn.Linear(2, 2)
+        optimizer = fastnn.optim.Adam(layer.parameters(), lr=0.5)
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": 0.25})
+        assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+        layer.weight.grad = torch.ones(2, 2)
+        optimizer.step()
+        print("torch._dynamo" in sys.modules)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert output.stdout.strip() == "False"

@@ -216,6 +216,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
 
 template <class T>
 void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const T* input, T* grad_weight) {
+  if (weight_elements(s) == 0) return;
   if (s.batch * s.out_height * s.out_width == 0) return zero_run(weight_elements(s), grad_weight);
   if (is_depthwise(s)) {
     trace<T>("conv2d_grad_weight", "depthwise");

@@ -22,7 +22,7 @@ namespace {
 
 // Pixels of a unit: 128 pixels x 32 channels of source are 16 KiB, half of L1.
 constexpr int64_t kPackedPixels = 128;
-// A chunk is worth its own sums from this many units on; adding them up costs as much as some 16 pixels.
+// A chunk is worth its own sums, which have to be added to the others', from this many units on.
 constexpr int64_t kPackedChunkUnits = 8;
 // Tasks share work well between 2 to 8 threads.
 constexpr int64_t kPackedTasks = 8;
@@ -68,7 +68,7 @@ inline int64_t most_source_pixels(const PackedAxis& axis, int64_t outs) {
 
 struct PackedPlan {
   PackedAxis vertical, horizontal;
-  int64_t images, rows;  // of a unit; one of the two is all there are or one
+  int64_t images, rows;  // of a unit: rows of one image, or all rows of several
   int64_t units_per_image, units, chunks;
   int64_t input_parts, output_parts;  // tasks of a chunk
 };

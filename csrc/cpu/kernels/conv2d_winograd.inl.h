@@ -33,7 +33,7 @@ constexpr int64_t kWinogradTiles = 24;
 template <class T>
 struct FullProducts {
   static constexpr const char* kName = "winograd";
-  using Element = T;                     // of V and U
+  using Element = T;                    // of V and U
   static constexpr int64_t kGroup = 1;  // channels that one product takes: U is [16][group][kTileColumns][kGroup]
 
   static FASTNN_INLINE void store_input(Element* to, Vec<T> value, int64_t count) { store_upto(to, value, count); }

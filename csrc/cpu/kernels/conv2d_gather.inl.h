@@ -14,10 +14,12 @@
 // Taps next to each other in a source row whose pixels are dense count as one tap of several times the depth.
 #pragma once
 
+#include "cpu/kernels/conv2d_pack.inl.h"
 #include "cpu/kernels/conv2d_window.inl.h"
 #include "cpu/kernels/tile.inl.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/lanes.h"
 #include "ops/conv2d.h"
 
 namespace fastnn::cpu {
@@ -98,13 +100,15 @@ FASTNN_INLINE void pool_window(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with
   *place = at;
 }
 
+// Stores the `count` channels of a window's maximum and its place, as pool_window has them.
 template <class T>
-FASTNN_INLINE void store_places(uint8_t* p, Mask<T> places, int64_t count) {
-  const typename VecTypes<T>::Bytes bytes = __builtin_convertvector(places, typename VecTypes<T>::Bytes);
-  if (count == kLanes<T>)
-    *reinterpret_cast<typename VecTypes<T>::UnalignedBytes*>(p) = bytes;
-  else
-    for (int64_t i = 0; i < count; ++i) p[i] = bytes[i];
+FASTNN_INLINE void store_pooled(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, int64_t count, T* out,
+                                uint8_t* winner) {
+  Vec<T> best;
+  Mask<T> place;
+  pool_window<T>(a, b, c, d, with_relu, &best, &place);
+  store_upto(out, best, count);
+  store_bytes_upto<T>(winner, place, count);
 }
 
 // One run of taps: `offset` from a pixel's first tap, `depth` long, in source row y + tap_y; its weights start at
@@ -252,12 +256,9 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Run
         const int64_t left = columns - v * kLanes<T>;
         if (left <= 0) continue;
         const int64_t width = left < kLanes<T> ? left : kLanes<T>;
-        Vec<T> best;
-        Mask<T> place;
-        pool_window<T>(acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v], conv.relu, &best,
-                       &place);
-        store_upto(out + places[w] + v * kLanes<T>, best, width);
-        store_places<T>(winner + places[w] + v * kLanes<T>, place, width);
+        const int64_t at = places[w] + v * kLanes<T>;
+        store_pooled<T>(acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v], conv.relu, width,
+                        out + at, winner + at);
       }
     }
   };
@@ -308,11 +309,8 @@ void grey_windows(const GatherConv<T>& conv, const Image<T>& window, const T* pa
         const int64_t left = columns - v * kLanes<T>;
         if (left <= 0) continue;
         const int64_t width = left < kLanes<T> ? left : kLanes<T>;
-        Vec<T> best;
-        Mask<T> at;
-        pool_window<T>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, &best, &at);
-        store_upto(out + place + v * kLanes<T>, best, width);
-        store_places<T>(winner + place + v * kLanes<T>, at, width);
+        const int64_t at = place + v * kLanes<T>;
+        store_pooled<T>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, width, out + at, winner + at);
       }
     }
   }
@@ -359,7 +357,6 @@ struct TaskPlan {
 
 // Blocks of at most `most` out of `count`, multiples of `multiple` where there are several.
 inline TaskPlan plan_tasks(int64_t images, int64_t count, int64_t most, int64_t multiple, int64_t panels) {
-  constexpr int64_t kTasks = 8;
   TaskPlan plan{0, (count + most - 1) / most, 1};
   for (;;) {
     plan.block = ((count + plan.blocks - 1) / plan.blocks + multiple - 1) / multiple * multiple;
@@ -380,7 +377,7 @@ void gather_conv(const GatherConv<T>& conv) {
   const int64_t height = conv.out_height / pooling, width = conv.out_width / pooling;  // of what is stored
   if (conv.batch == 0 || height == 0 || width == 0 || conv.columns == 0) return;
   const TapRange range = tap_range(conv.taps);
-  const int64_t panels = (conv.columns + kTileColumns<T> - 1) / kTileColumns<T>;
+  const int64_t panels = panels_of<T>(conv.columns);
   const int64_t panel_elements = conv.taps.count * conv.depth * kTileColumns<T>;
 
   const int64_t rows_of_block = (kBlockPixels + width - 1) / width;

@@ -30,7 +30,7 @@ UnitPlan plan_units(const Conv2dShape& s, int64_t partial_elements) {
   const int64_t units_per_image = (s.out_height + rows - 1) / rows;
   const int64_t units = s.batch * units_per_image;
   int64_t chunks = kMaxPartialBytes / (partial_elements * static_cast<int64_t>(sizeof(T)));
-  if (chunks > kMaxChunks) chunks = kMaxChunks;
+  if (chunks > kTasks) chunks = kTasks;
   if (chunks > units) chunks = units;
   if (chunks < 1) chunks = 1;
   return {rows, units_per_image, units, chunks};
@@ -93,7 +93,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
   const int64_t padded = (outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const int64_t elements = taps * inputs * padded;
   const UnitPlan plan = plan_units<T>(s, elements);
-  const int64_t column_tasks = plan.chunks >= kMaxChunks ? 1 : panels < 8 ? panels : 8;
+  const int64_t column_tasks = plan.chunks >= kTasks ? 1 : panels < kTasks ? panels : kTasks;
   const int64_t window_elements = unit_window_elements(s, plan, inputs);
   const Scratch<T> windows(max_threads() * window_elements);
   const Scratch<T> partials(plan.chunks * elements);

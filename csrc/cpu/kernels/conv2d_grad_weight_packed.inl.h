@@ -24,8 +24,6 @@ namespace {
 constexpr int64_t kPackedPixels = 128;
 // A chunk is worth its own sums, which have to be added to the others', from this many units on.
 constexpr int64_t kPackedChunkUnits = 8;
-// Tasks share work well between 2 to 8 threads.
-constexpr int64_t kPackedTasks = 8;
 
 // One axis of the geometry.
 struct PackedAxis {
@@ -90,14 +88,14 @@ PackedPlan packed_plan(const Conv2dShape& s) {
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s);
   const int64_t bytes = outputs * inputs * kernel_taps(s) * static_cast<int64_t>(sizeof(T));
   plan.chunks = plan.units / kPackedChunkUnits;
-  if (plan.chunks > kPackedTasks) plan.chunks = kPackedTasks;
+  if (plan.chunks > kTasks) plan.chunks = kTasks;
   if (plan.chunks > kMaxPartialBytes / bytes) plan.chunks = kMaxPartialBytes / bytes;
   if (plan.chunks < 1) plan.chunks = 1;
 
   // Every part of the inputs packs the gradient anew and the other way round: the longer side is halved first.
   plan.input_parts = plan.output_parts = 1;
   const int64_t panels = panels_of<T>(inputs), tiles = (outputs + kTileRows - 1) / kTileRows;
-  while (plan.chunks * plan.input_parts * plan.output_parts < kPackedTasks) {
+  while (plan.chunks * plan.input_parts * plan.output_parts < kTasks) {
     if (inputs / plan.input_parts > outputs / plan.output_parts && 2 * plan.input_parts <= panels)
       plan.input_parts *= 2;
     else if (2 * plan.output_parts <= tiles)

@@ -14,9 +14,10 @@
 namespace fastnn::cpu {
 namespace {
 
-// A weight gradient is summed in parts, each with its own copy: 8 share work well between 2 to 8 threads; copies beyond
-// 16 MiB cost more memory traffic than they gain, and such large weights have channels enough to share.
-constexpr int64_t kMaxChunks = 8;
+// Tasks that a loop is cut into, where the shape allows it: they share work well between 2 to 8 threads.
+constexpr int64_t kTasks = 8;
+// A weight gradient is summed in chunks, each with its own copy. Copies beyond 16 MiB cost more memory traffic than
+// they gain, and such large weights have channels enough to share.
 constexpr int64_t kMaxPartialBytes = 16 << 20;
 
 inline int64_t kernel_taps(const Conv2dShape& s) { return s.kernel_height * s.kernel_width; }

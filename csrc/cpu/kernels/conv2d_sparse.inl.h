@@ -17,7 +17,7 @@
 #pragma once
 
 #include "cpu/kernels/conv2d_grad_weight.inl.h"
-#include "cpu/simd/bytes.h"
+#include "cpu/simd/lanes.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -26,7 +26,7 @@ namespace {
 template <class T>
 int64_t image_chunks(const Conv2dShape& s, int64_t partial_elements) {
   int64_t chunks = kMaxPartialBytes / (partial_elements * static_cast<int64_t>(sizeof(T)));
-  if (chunks > kMaxChunks) chunks = kMaxChunks;
+  if (chunks > kTasks) chunks = kTasks;
   if (chunks > s.batch) chunks = s.batch;
   return chunks < 1 ? 1 : chunks;
 }
@@ -370,13 +370,7 @@ void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* gr
       Vec<T> pixels[rows + 1];
       FASTNN_UNROLL
       for (int y = 0; y < rows + 1; ++y) pixels[y] = load_upto(pixel + y * source.row_stride, width + 1);
-      uint8_t codes[kLanes<T>];
-      const uint8_t* code = winner;
-      if (left < kLanes<T>) {
-        for (int i = 0; i < kLanes<T>; ++i) codes[i] = i < left ? winner[i] : kNoWinner;
-        code = codes;
-      }
-      const Mask<T> place = widen_bytes<T>(code);
+      const Mask<T> place = load_bytes<T>(winner, left);  // beyond `left`, g is 0
       const Vec<T> g = place < Mask<T>{} + kNoWinner ? load_upto(grad, left) : Vec<T>{};
       bias_acc += g;
       const Mask<T> column = place & 1, lower = (place & 2) != 0;

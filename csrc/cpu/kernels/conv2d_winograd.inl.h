@@ -225,11 +225,8 @@ void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
           T* to = conv.out + image * conv.out_image_stride + column + c;
           if (conv.winner) {
             const int64_t place = y * conv.out_row_stride + x * conv.out_pixel_stride;
-            Vec<T> best;
-            Mask<T> at;
-            pool_window<T>(out[0], out[1], out[2], out[3], conv.relu, &best, &at);
-            store_upto(to + place, best, left);
-            store_places<T>(conv.winner + image * conv.out_image_stride + column + c + place, at, left);
+            store_pooled<T>(out[0], out[1], out[2], out[3], conv.relu, left, to + place,
+                            conv.winner + image * conv.out_image_stride + column + c + place);
             continue;
           }
           FASTNN_UNROLL

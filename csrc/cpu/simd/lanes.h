@@ -52,6 +52,15 @@ FASTNN_INLINE void store_bytes(uint8_t* p, Mask<T> lanes) {
       __builtin_convertvector(lanes, typename VecTypes<T>::Bytes);
 }
 
+// As store_bytes, of the first n lanes.
+template <class T>
+FASTNN_INLINE void store_bytes_upto(uint8_t* p, Mask<T> lanes, int64_t n) {
+  if (n == kLanes<T>) return store_bytes<T>(p, lanes);
+  uint8_t bytes[kLanes<T>];
+  store_bytes<T>(bytes, lanes);
+  for (int64_t i = 0; i < n; ++i) p[i] = bytes[i];
+}
+
 // The first n bytes, one to a lane, the other lanes 0.
 template <class T>
 FASTNN_INLINE Mask<T> load_bytes(const uint8_t* p, int64_t n) {

@@ -50,10 +50,8 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const Scratch<int64_t> tap_places(2 * taps);
   int64_t* tap_y = tap_places;
   int64_t* tap_x = tap_y + taps;
-  for (int64_t i = 0; i < taps; ++i) {
-    tap_y[i] = i / s.kernel_width * s.dilation_height - s.padding_height;
-    tap_x[i] = i % s.kernel_width * s.dilation_width - s.padding_width;
-  }
+  list_taps(forward_taps(s.kernel_height, s.padding_height, s.dilation_height),
+            forward_taps(s.kernel_width, s.padding_width, s.dilation_width), tap_y, tap_x);
   const int64_t stored_height = s.pool ? s.out_height / 2 : s.out_height;
   const int64_t stored_width = s.pool ? s.out_width / 2 : s.out_width;
   GatherConv<T> conv{
@@ -173,12 +171,9 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
         });
         continue;
       }
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t y = i / horizontal.count, x = i % horizontal.count;
-        tap_y[i] = vertical.offset(y);
-        tap_x[i] = horizontal.offset(x);
-        places[i] = vertical.place(y) * s.kernel_width + horizontal.place(x);
-      }
+      list_taps(vertical, horizontal, tap_y, tap_x);
+      for (int64_t i = 0; i < count; ++i)
+        places[i] = vertical.place(i / horizontal.count) * s.kernel_width + horizontal.place(i % horizontal.count);
       GatherConv<T> conv{
           .batch = s.batch,
           .out_height = height,

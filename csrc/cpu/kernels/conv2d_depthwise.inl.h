@@ -77,6 +77,19 @@ int64_t vectors_of(int64_t channels) {
   return (channels + kLanes<T> - 1) / kLanes<T>;
 }
 
+// body(pixel, kx, source vector) for every pair that meets on one source row; see depthwise_row for the arguments.
+template <class T, int pixels, int width, int step, bool inside, class Body>
+FASTNN_INLINE void slide(const DepthwiseRow<T>& row, const T* from, int64_t column, const Body& body) {
+  FASTNN_UNROLL
+  for (int j = 0; j < (pixels - 1) * step + width; ++j, from += row.source.pixel_stride) {
+    if (!inside && (column + j < 0 || column + j >= row.source.width)) continue;
+    const Vec<T> value = in_register(load(from));
+    FASTNN_UNROLL
+    for (int kx = 0; kx < width; ++kx)
+      if (j >= kx && (j - kx) % step == 0 && (j - kx) / step < pixels) body((j - kx) / step, kx, value);
+  }
+}
+
 // acc[p] += the taps of one source row. `from` is the source of pixel 0 and tap 0, in source column `column`; `left` is
 // the number of channels, at most a vector.
 template <class T, int pixels, int width, int step, bool inside>
@@ -88,14 +101,9 @@ FASTNN_INLINE void depthwise_row(const DepthwiseRow<T>& row, const T* from, int6
     Vec<T> w[width];
     FASTNN_UNROLL
     for (int kx = 0; kx < width; ++kx) w[kx] = load(weight + kx * weight_stride);
-    FASTNN_UNROLL
-    for (int j = 0; j < (pixels - 1) * step + width; ++j, from += pixel_stride) {
-      if (!inside && (j < first || j >= end)) continue;
-      const Vec<T> value = in_register(load(from));
-      FASTNN_UNROLL
-      for (int kx = 0; kx < width; ++kx)
-        if (j >= kx && (j - kx) % step == 0 && (j - kx) / step < pixels) acc[(j - kx) / step] += value * w[kx];
-    }
+    slide<T, pixels, width, step, inside>(row, from, column,
+                                          [&](int p, int kx, Vec<T> value)
+                                              __attribute__((always_inline)) { acc[p] += value * w[kx]; });
   } else {
     for (int64_t kx = 0; kx < row.horizontal.count; ++kx) {
       const Vec<T> w = load_upto(weight + kx * weight_stride, left);
@@ -260,14 +268,9 @@ FASTNN_INLINE void depthwise_outer_row(const DepthwiseRow<T>& row, const T* from
     Vec<T> acc[width];
     FASTNN_UNROLL
     for (int kx = 0; kx < width; ++kx) acc[kx] = load(sums + kx * kLanes<T>);
-    FASTNN_UNROLL
-    for (int j = 0; j < (pixels - 1) * step + width; ++j, from += pixel_stride) {
-      if (!inside && (j < first || j >= end)) continue;
-      const Vec<T> value = in_register(load(from));
-      FASTNN_UNROLL
-      for (int kx = 0; kx < width; ++kx)
-        if (j >= kx && (j - kx) % step == 0 && (j - kx) / step < pixels) acc[kx] += value * grad[(j - kx) / step];
-    }
+    slide<T, pixels, width, step, inside>(row, from, column,
+                                          [&](int p, int kx, Vec<T> value)
+                                              __attribute__((always_inline)) { acc[kx] += value * grad[p]; });
     FASTNN_UNROLL
     for (int kx = 0; kx < width; ++kx) store(sums + kx * kLanes<T>, acc[kx]);
   } else {
@@ -318,14 +321,12 @@ void depthwise_outer(const DepthwiseRow<T>& row, const T* grad, int64_t grad_str
   }
 }
 
-// 8 chunks of rows share work well between 2 to 8 threads. Their number depends on the shape alone, each sums into its
-// own partial gradient, and the partials are added in order: the same bits for every thread count.
-constexpr int64_t kDepthwiseChunks = 8;
-
+// Chunks of rows, whose number depends on the shape alone, each sum into their own partial gradient, and the partials
+// are added in order: the same bits for every thread count.
 template <class T>
 void depthwise_grad_weight(const Conv2dShape& s, const T* input, const T* grad, int64_t grad_stride, T* grad_weight) {
   const int64_t taps = kernel_taps(s), rows = s.batch * s.out_height;
-  const int64_t chunks = rows < kDepthwiseChunks ? rows : kDepthwiseChunks;
+  const int64_t chunks = rows < kTasks ? rows : kTasks;
   const int64_t vectors = vectors_of<T>(s.in_channels), elements = vectors * taps * kLanes<T>;
   const Scratch<T> partials(chunks * elements);
   const TapAxis vertical = forward_taps(s.kernel_height, s.padding_height, s.dilation_height);

@@ -70,6 +70,14 @@ inline TapAxis phase_taps(int64_t kernel, int64_t stride, int64_t padding, int64
   return taps;
 }
 
+// The source offsets of all pairs of taps, row by row.
+inline void list_taps(const TapAxis& vertical, const TapAxis& horizontal, int64_t* y, int64_t* x) {
+  for (int64_t i = 0; i < vertical.count * horizontal.count; ++i) {
+    y[i] = vertical.offset(i / horizontal.count);
+    x[i] = horizontal.offset(i % horizontal.count);
+  }
+}
+
 // Whether the weight as it lies is OHWI already: a kernel of one tap is, in either layout.
 inline bool is_ohwi(const Conv2dShape& s) {
   return s.weight_channels_last || kernel_taps(s) == 1 || group_inputs(s) == 1;

@@ -35,7 +35,7 @@ class _Recording:
     """One batch size's program and the tensors it works in."""
 
     images: Tensor
-    bf16: bool
+    precision: str
     program: _C.Program = field(default_factory=_C.Program)
     tensors: list[Tensor] = field(default_factory=list)  # kept alive for the program
     results: dict[str, Tensor] = field(default_factory=dict)
@@ -74,7 +74,7 @@ def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
         output = recording.new(shape, input.dtype, channels_last=True)
         winner = recording.new(shape, torch.uint8, channels_last=True) if fused else None
         weight, bias = layer.weight, layer.bias
-        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu, recording.bf16)
+        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu, recording.precision)
 
         def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
             grad_input = recording.new_like(input) if needs_input else None
@@ -267,8 +267,8 @@ class _Compiled:
         if not self._parameters or len(set(self._parameters)) != len(self._parameters):
             raise NotCompilable("model: expected parameters, none of them shared between layers")
         self._dtype = self._parameters[0].dtype
-        self._bf16 = wants_bf16(precision)
-        if self._bf16 and self._dtype is not torch.float32:
+        self._precision = precision
+        if wants_bf16(precision) and self._dtype is not torch.float32:
             raise NotCompilable(f"precision: expected 'fp32' for {self._dtype} parameters, got 'bf16'")
         for parameter in self._parameters:
             if type(parameter) is not torch.nn.Parameter or parameter.device.type != "cpu":
@@ -309,7 +309,7 @@ class _Compiled:
         if len(shape) != 4 or shape[0] < 1:
             raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
         images = torch.empty(shape, dtype=self._dtype, memory_format=torch.channels_last)
-        recording = _Recording(images, self._bf16)
+        recording = _Recording(images, self._precision)
         recording.program.start_recording()
         try:
             self._record_calls(recording)

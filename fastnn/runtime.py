@@ -12,7 +12,13 @@ import torch
 
 from fastnn import _C
 
-_C.initialise(torch.Tensor, torch.get_num_threads)
+def _allocate(size: int, device_index: int) -> torch.Tensor:
+    """Workspace for a CUDA kernel, from torch's allocator (from the CPU's where the emulator stands for the GPU)."""
+    device = "cpu" if _C.is_emulator() else f"cuda:{device_index}"
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+_C.initialise(torch.Tensor, torch.get_num_threads, _allocate)
 if os.environ.get("FASTNN_ISA"):
     try:
         _C.set_isa(os.environ["FASTNN_ISA"])
@@ -89,7 +95,12 @@ def explain_dispatch() -> Iterator[list[DispatchRecord]]:
         yield records
     finally:
         _log = None
-        records.extend(DispatchRecord(*record, device="cpu", reason="") for record in _C.trace_stop())
+        records.extend(DispatchRecord(*record, reason="") for record in map(_named_device, _C.trace_stop()))
+
+
+def _named_device(record: tuple[str, str, str, str, int]) -> tuple[str, str, str, str, str]:
+    *names, device = record
+    return (*names, "cpu" if device < 0 else f"cuda:{device}")  # type: ignore[return-value]
 
 
 def note_fallback(operator: str, reason: str) -> None:

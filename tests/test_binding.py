@@ -411,9 +411,10 @@ APPLICATION = {"classifier", "training", "data", "cli", "bench", "__main__"}
 
 INCLUDE_LAYERS = {
     "ops": {"ops"},
-    "cpu": {"cpu", "ops"},
-    "cuda": {"cuda", "ops"},
-    "bindings": {"bindings", "cpu", "cuda", "ops"},
+    "common": {"common"},
+    "cpu": {"cpu", "common", "ops"},
+    "cuda": {"cuda", "common", "ops"},
+    "bindings": {"bindings", "cpu", "cuda", "common", "ops"},
 }
 
 

@@ -1,7 +1,6 @@
 // transpose, gather_images, count_correct: see ops/batch.h.
 #include "bindings/module.h"
-#include "bindings/tensor.h"
-#include "cpu/kernel_table.h"
+#include "bindings/run.h"
 
 namespace fastnn {
 namespace {
@@ -10,14 +9,13 @@ void transpose(const Tensor& output, const Tensor& input) {
   check_shape("input", input, {"batch", "rows", "columns"});
   check_shape("output", output, {input.size(0), input.size(2), input.size(1)});
   check_same_kind("output", output, "input", input);
-  check_cpu("input", input);
+  check_device("input", input);
   check_contiguous("input", input);
   check_contiguous("output", output);
   const TransposeShape shape{input.size(0), input.size(1), input.size(2)};
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] { cpu::kernels<T>().transpose(shape, {output.data<T>(), input.data<T>()}); });
+    run_kernel<T>(input, [=](const auto& kernels) { kernels.transpose(shape, {output.data<T>(), input.data<T>()}); });
   });
 }
 
@@ -25,9 +23,9 @@ void gather_images(const Tensor& output, const Tensor& input, const Tensor& inde
   check_shape("input", input, {"images", "channels", "height", "width"});
   check_shape("index", index, {"batch"});
   check_shape("output", output, {index.size(0), input.size(1), input.size(2), input.size(3)});
-  check_cpu("input", input);
-  check_cpu("index", index);
-  check_cpu("output", output);
+  check_device("input", input);
+  check_same_device("index", index, "input", input);
+  check_same_device("output", output, "input", input);
   check_contiguous("input", input);
   check_contiguous("index", index);
   check_channels_last("output", output);
@@ -36,16 +34,16 @@ void gather_images(const Tensor& output, const Tensor& input, const Tensor& inde
   const GatherImagesShape shape{
       input.size(0), index.size(0), input.size(1), input.size(2) * input.size(3), input.dtype() == DType::uint8,
       divisor};
-  for (int64_t b = 0; b < shape.batch; ++b) {
+  for (int64_t b = 0; b < shape.batch && !input.runs_on_cuda(); ++b) {  // there the kernel checks
     const int64_t i = index.data<int64_t>()[b];
     if (i < 0 || i >= shape.images)
       fail_value("index", "numbers from 0 to " + std::to_string(shape.images - 1), std::to_string(i));
   }
-  adopt_torch_threads();
-  dispatch_floating("output", output, [&](auto zero) {
+  dispatch("output", output, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel(
-        [=] { cpu::kernels<T>().gather_images(shape, {output.data<T>(), input.data<void>(), index.data<int64_t>()}); });
+    run_kernel<T>(input, [=](const auto& kernels) {
+      kernels.gather_images(shape, {output.data<T>(), input.data<void>(), index.data<int64_t>()});
+    });
   });
 }
 
@@ -55,17 +53,16 @@ void count_correct(const Tensor& correct, const Tensor& logits, const Tensor& ta
   check_shape("correct", correct, {});
   check_dtype("target", target, DType::int64);
   check_dtype("correct", correct, DType::int64);
-  check_cpu("logits", logits);
-  check_cpu("target", target);
-  check_cpu("correct", correct);
+  check_device("logits", logits);
+  check_same_device("target", target, "logits", logits);
+  check_same_device("correct", correct, "logits", logits);
   check_contiguous("logits", logits);
   check_contiguous("target", target);
   const CountCorrectShape shape{logits.size(0), logits.size(1)};
-  adopt_torch_threads();
-  dispatch_floating("logits", logits, [&](auto zero) {
+  dispatch("logits", logits, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      cpu::kernels<T>().count_correct(shape, {correct.data<int64_t>(), logits.data<T>(), target.data<int64_t>()});
+    run_kernel<T>(logits, [=](const auto& kernels) {
+      kernels.count_correct(shape, {correct.data<int64_t>(), logits.data<T>(), target.data<int64_t>()});
     });
   });
 }

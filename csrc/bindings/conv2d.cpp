@@ -2,8 +2,7 @@
 #include <array>
 
 #include "bindings/module.h"
-#include "bindings/tensor.h"
-#include "cpu/kernel_table.h"
+#include "bindings/run.h"
 
 namespace fastnn {
 namespace {
@@ -34,8 +33,16 @@ int64_t conv_out_size(const char* axis, int64_t in, int64_t kernel, int64_t stri
   return (in + 2 * padding - span) / stride + 1;
 }
 
-Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight, const Geometry& geometry, bool relu, bool pool) {
-  check_cpu("input", input);
+Precision precision_of(const std::string& name) {
+  if (name == "fp32") return Precision::fp32;
+  if (name == "tf32") return Precision::tf32;
+  if (name == "bf16") return Precision::bf16;
+  fail_value("precision", "'fp32', 'tf32' or 'bf16'", "'" + name + "'");
+}
+
+Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight, const Geometry& geometry, bool relu, bool pool,
+                         const std::string& precision) {
+  check_device("input", input);
   check_shape("input", input, {"batch", "in_channels", "in_height", "in_width"});
   check_channels_last("input", input);
   check_pair("stride", geometry.stride, 1);
@@ -68,6 +75,7 @@ Conv2dShape conv2d_shape(const Tensor& input, const Tensor& weight, const Geomet
   shape.groups = groups;
   shape.relu = relu, shape.pool = pool;
   shape.weight_channels_last = !contiguous;
+  shape.precision = precision_of(precision);
   return shape;
 }
 
@@ -92,39 +100,45 @@ void check_bias(const char* name, const Tensor& bias, const Tensor& input, const
   check_contiguous(name, bias);
 }
 
+// The CPU's bfloat16 kernel is no row of its table. Asked with every call: a recorded one may run after set_isa().
+template <class Kernels, class Buffers>
+void run_forward(const Kernels& kernels, const Conv2dShape& shape, const Buffers& buffers) {
+  if constexpr (std::is_same_v<Kernels, cpu::Kernels<float>>)
+    if (shape.precision == Precision::bf16 && cpu::conv2d_forward_bf16())
+      return cpu::conv2d_forward_bf16()(shape, buffers);
+  kernels.conv2d_forward(shape, buffers);
+}
+
 void conv2d_forward(const Tensor& output, const std::optional<Tensor>& winner, const Tensor& input,
                     const Tensor& weight, const std::optional<Tensor>& bias, const Pair& stride, const Pair& padding,
-                    const Pair& dilation, int64_t groups, bool relu, bool bf16) {
-  const Conv2dShape shape = conv2d_shape(input, weight, {stride, padding, dilation, groups}, relu, winner.has_value());
-  if (bf16) {
+                    const Pair& dilation, int64_t groups, bool relu, const std::string& precision) {
+  const Conv2dShape shape =
+      conv2d_shape(input, weight, {stride, padding, dilation, groups}, relu, winner.has_value(), precision);
+  if (shape.precision == Precision::bf16) {
     check_dtype("input", input, DType::float32);
+    if (input.runs_on_cuda()) fail_value("precision", "'fp32' or 'tf32' on CUDA", "'bf16'");
     if (!cpu::conv2d_forward_bf16())
-      fail_value("bf16", std::string("False with the ISA ") + cpu::active_table().isa + " on this processor", "True");
+      fail_value("precision", std::string("'fp32' with the ISA ") + cpu::active_table().isa + " on this processor",
+                 "'bf16'");
   }
   check_output("output", output, input, shape);
   if (winner) check_winner(*winner, shape);
   if (bias) check_bias("bias", *bias, input, shape);
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
     const Conv2dForward<T> tensors{output.data<T>(), data_or_null<uint8_t>(winner), input.data<T>(), weight.data<T>(),
                                    data_or_null<T>(bias)};
-    run_kernel([=] {
-      // Asked again with every call: a recorded one may run after set_isa().
-      auto kernel = cpu::kernels<T>().conv2d_forward;
-      if constexpr (sizeof(T) == 4)
-        if (bf16 && cpu::conv2d_forward_bf16()) kernel = cpu::conv2d_forward_bf16();
-      kernel(shape, tensors);
-    });
+    run_kernel<T>(input, [=](const auto& kernels) { run_forward(kernels, shape, tensors); });
   });
 }
 
 void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optional<Tensor>& grad_weight,
                      const std::optional<Tensor>& grad_bias, const Tensor& grad_output, const Tensor& input,
                      const Tensor& weight, const std::optional<Tensor>& output, const std::optional<Tensor>& winner,
-                     const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups) {
-  const Conv2dShape shape =
-      conv2d_shape(input, weight, {stride, padding, dilation, groups}, output.has_value(), winner.has_value());
+                     const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups,
+                     const std::string& precision) {
+  const Conv2dShape shape = conv2d_shape(input, weight, {stride, padding, dilation, groups}, output.has_value(),
+                                         winner.has_value(), precision);
   check_output("grad_output", grad_output, input, shape);
   if (output) check_output("output", *output, input, shape);
   if (winner) check_winner(*winner, shape);
@@ -143,14 +157,12 @@ void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optiona
       check_contiguous("grad_weight", *grad_weight);
   }
   if (grad_bias) check_bias("grad_bias", *grad_bias, input, shape);
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      cpu::kernels<T>().conv2d_backward(
-          shape,
-          {data_or_null<T>(grad_input), data_or_null<T>(grad_weight), data_or_null<T>(grad_bias), grad_output.data<T>(),
-           input.data<T>(), weight.data<T>(), data_or_null<T>(output), data_or_null<uint8_t>(winner)});
+    run_kernel<T>(input, [=](const auto& kernels) {
+      kernels.conv2d_backward(shape, {data_or_null<T>(grad_input), data_or_null<T>(grad_weight),
+                                      data_or_null<T>(grad_bias), grad_output.data<T>(), input.data<T>(),
+                                      weight.data<T>(), data_or_null<T>(output), data_or_null<uint8_t>(winner)});
     });
   });
 }
@@ -160,10 +172,11 @@ void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optiona
 void bind_conv2d(py::module_& module) {
   module.def("conv2d_forward", &conv2d_forward, py::arg("output"), py::arg("winner"), py::arg("input"),
              py::arg("weight"), py::arg("bias"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-             py::arg("groups"), py::arg("relu"), py::arg("bf16") = false);
+             py::arg("groups"), py::arg("relu"), py::arg("precision") = "fp32");
   module.def("conv2d_backward", &conv2d_backward, py::arg("grad_input"), py::arg("grad_weight"), py::arg("grad_bias"),
              py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("winner"),
-             py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"));
+             py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),
+             py::arg("precision") = "fp32");
 }
 
 }  // namespace fastnn

@@ -1,7 +1,7 @@
 // cross_entropy_forward, cross_entropy_backward: see ops/cross_entropy.h for the formulas.
 #include "bindings/loss.h"
 #include "bindings/module.h"
-#include "cpu/kernel_table.h"
+#include "bindings/run.h"
 
 namespace fastnn {
 namespace {
@@ -61,11 +61,10 @@ void cross_entropy_forward(const Tensor& output, const std::optional<Tensor>& st
   const CrossEntropyShape shape = cross_entropy_shape(input, target, weight, ignore_index, reduction, label_smoothing);
   check_loss("output", output, shape.reduction, "input", input, shape.samples());
   if (statistics) check_statistics(*statistics, input, target, shape.samples());
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      const int64_t outside = cpu::kernels<T>().cross_entropy_forward(
+    run_kernel<T>(input, [=](const auto& kernels) {
+      const int64_t outside = kernels.cross_entropy_forward(
           shape, {output.data<T>(), statistics_in<T>(statistics, target, shape.samples()), input.data<T>(),
                   class_target<T>(target, weight, ignore_index), probabilities_in<T>(target)});
       check_targets_inside(outside, target.data<int64_t>());
@@ -88,14 +87,13 @@ void cross_entropy_backward(const std::optional<Tensor>& grad_input, const std::
     check_contiguous(name, **grad);
   }
   if (grad_target && target.dtype() == DType::int64) fail_value("grad_target", "None for class numbers", "a tensor");
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      cpu::kernels<T>().cross_entropy_backward(
-          shape, {data_or_null<T>(grad_input), data_or_null<T>(grad_target), grad_output.data<T>(),
-                  statistics_in<T>(statistics, target, shape.samples()), input.data<T>(),
-                  class_target<T>(target, weight, ignore_index), probabilities_in<T>(target)});
+    run_kernel<T>(input, [=](const auto& kernels) {
+      kernels.cross_entropy_backward(shape,
+                                     {data_or_null<T>(grad_input), data_or_null<T>(grad_target), grad_output.data<T>(),
+                                      statistics_in<T>(statistics, target, shape.samples()), input.data<T>(),
+                                      class_target<T>(target, weight, ignore_index), probabilities_in<T>(target)});
     });
   });
 }

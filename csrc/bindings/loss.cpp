@@ -8,7 +8,7 @@ Reduction reduction_of(int number) {
 }
 
 SoftmaxShape class_lines(const char* name, const Tensor& input) {
-  check_cpu(name, input);
+  check_device(name, input);
   if (input.dim() < 1) fail_value(name, "shape (classes,) or (batch, classes, ...)", "a scalar");
   check_contiguous(name, input);
   if (input.dim() == 1) return {1, input.size(0), 1};
@@ -31,7 +31,7 @@ void check_class_target(const Tensor& target, const char* input_name, const Tens
   if (!same)
     fail_value("target", "shape " + expected + " for " + input_name + " of shape " + input.shape_string(),
                target.shape_string());
-  check_cpu("target", target);
+  check_same_device("target", target, input_name, input);
   check_contiguous("target", target);
 }
 

@@ -1,7 +1,6 @@
 // max_pool2d_forward, max_pool2d_backward: see ops/max_pool2d.h for the formulas.
 #include "bindings/module.h"
-#include "bindings/tensor.h"
-#include "cpu/kernel_table.h"
+#include "bindings/run.h"
 
 namespace fastnn {
 namespace {
@@ -17,7 +16,7 @@ void check_positive(const char* name, const Pair& pair, int64_t least) {
 // Checks what both directions share. `output` has the pooled shape; an image without batch counts as a batch of one.
 MaxPool2dShape pool_shape(const Tensor& input, const Tensor& output, const Pair& kernel_size, const Pair& stride,
                           const Pair& padding, const Pair& dilation, const char* output_name) {
-  check_cpu("input", input);
+  check_device("input", input);
   if (input.dim() != 3 && input.dim() != 4)
     fail_value("input", "shape (channels, height, width) or (batch, channels, height, width)", input.shape_string());
   check_positive("kernel_size", kernel_size, 1);
@@ -52,7 +51,7 @@ void check_winners(const Tensor& winners, const Tensor& output, const char* outp
                winners.shape_string());
   if (winners.dtype() == DType::uint8 && shape.y.kernel * shape.x.kernel > kMaxByteTaps)
     fail_value("winners", "int64 for a kernel of more than " + std::to_string(kMaxByteTaps) + " taps", "uint8");
-  check_cpu("winners", winners);
+  check_same_device("winners", winners, output_name, output);
   shape.channels_last ? check_channels_last("winners", winners) : check_contiguous("winners", winners);
 }
 
@@ -66,12 +65,11 @@ void max_pool2d_forward(const Tensor& output, const std::optional<Tensor>& winne
   const MaxPool2dShape shape = pool_shape(input, output, kernel_size, stride, padding, dilation, "output");
   if (winners) check_winners(*winners, output, "output", shape);
   if (output.numel() == 0) return;
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      cpu::kernels<T>().max_pool2d_forward(shape, {output.data<T>(), data_if<uint8_t>(winners, DType::uint8),
-                                                   data_if<int64_t>(winners, DType::int64), input.data<T>()});
+    run_kernel<T>(input, [=](const auto& kernels) {
+      kernels.max_pool2d_forward(shape, {output.data<T>(), data_if<uint8_t>(winners, DType::uint8),
+                                         data_if<int64_t>(winners, DType::int64), input.data<T>()});
     });
   });
 }
@@ -82,13 +80,12 @@ void max_pool2d_backward(const Tensor& grad_input, const Tensor& grad_output, co
       pool_shape(grad_input, grad_output, kernel_size, stride, padding, dilation, "grad_output");
   check_winners(winners, grad_output, "grad_output", shape);
   if (grad_input.numel() == 0) return;
-  adopt_torch_threads();
-  dispatch_floating("grad_input", grad_input, [&](auto zero) {
+  dispatch("grad_input", grad_input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      cpu::kernels<T>().max_pool2d_backward(
-          shape, {grad_input.data<T>(), grad_output.data<T>(), data_if<uint8_t>(winners, DType::uint8),
-                  data_if<int64_t>(winners, DType::int64)});
+    run_kernel<T>(grad_input, [=](const auto& kernels) {
+      kernels.max_pool2d_backward(shape,
+                                  {grad_input.data<T>(), grad_output.data<T>(), data_if<uint8_t>(winners, DType::uint8),
+                                   data_if<int64_t>(winners, DType::int64)});
     });
   });
 }

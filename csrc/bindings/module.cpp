@@ -1,7 +1,7 @@
-// fastnn._C: the list of what it offers. Every operator registers itself in its own file.
+// fastnn._C, or fastnn._C_emulator: the list of what it offers. Every operator registers itself in its own file.
 #include "bindings/module.h"
 
-PYBIND11_MODULE(_C, module) {
+PYBIND11_MODULE(FASTNN_MODULE, module) {
   module.doc() = "Kernels of fastnn. Outputs are allocated by the caller and filled here.";
   fastnn::bind_runtime(module);
   fastnn::bind_linear(module);

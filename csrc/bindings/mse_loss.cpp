@@ -1,7 +1,7 @@
 // mse_loss_forward, mse_loss_backward: see ops/mse_loss.h for the formulas.
 #include "bindings/loss.h"
 #include "bindings/module.h"
-#include "cpu/kernel_table.h"
+#include "bindings/run.h"
 
 namespace fastnn {
 namespace {
@@ -10,7 +10,7 @@ namespace {
 MseLossShape mse_loss_shape(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                             const Tensor& loss, const char* loss_name, const Tensor& divisor, int reduction) {
   const MseLossShape shape{input.numel(), reduction_of(reduction)};
-  check_cpu("input", input);
+  check_device("input", input);
   check_dense("input", input);
   check_same_layout("target", target, "input", input);
   if (weight) check_same_layout("weight", *weight, "input", input);
@@ -25,11 +25,10 @@ MseLossShape mse_loss_shape(const Tensor& input, const Tensor& target, const std
 void mse_loss_forward(const Tensor& output, const Tensor& divisor, const Tensor& input, const Tensor& target,
                       const std::optional<Tensor>& weight, int reduction) {
   const MseLossShape shape = mse_loss_shape(input, target, weight, output, "output", divisor, reduction);
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      cpu::kernels<T>().mse_loss_forward(
+    run_kernel<T>(input, [=](const auto& kernels) {
+      kernels.mse_loss_forward(
           shape, {output.data<T>(), divisor.data<T>(), input.data<T>(), target.data<T>(), data_or_null<T>(weight)});
     });
   });
@@ -41,11 +40,10 @@ void mse_loss_backward(const std::optional<Tensor>& grad_input, const std::optio
   const MseLossShape shape = mse_loss_shape(input, target, weight, grad_output, "grad_output", divisor, reduction);
   if (grad_input) check_same_layout("grad_input", *grad_input, "input", input);
   if (grad_target) check_same_layout("grad_target", *grad_target, "input", input);
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      cpu::kernels<T>().mse_loss_backward(
+    run_kernel<T>(input, [=](const auto& kernels) {
+      kernels.mse_loss_backward(
           shape, {data_or_null<T>(grad_input), data_or_null<T>(grad_target), grad_output.data<T>(), divisor.data<T>(),
                   input.data<T>(), target.data<T>(), data_or_null<T>(weight)});
     });

@@ -1,7 +1,7 @@
 // nll_loss_forward, nll_loss_backward: see ops/nll_loss.h for the formulas.
 #include "bindings/loss.h"
 #include "bindings/module.h"
-#include "cpu/kernel_table.h"
+#include "bindings/run.h"
 
 namespace fastnn {
 namespace {
@@ -21,15 +21,14 @@ NllLossShape nll_loss_shape(const char* name, const Tensor& input, const Tensor&
 void nll_loss_forward(const Tensor& output, const Tensor& divisor, const Tensor& input, const Tensor& target,
                       const std::optional<Tensor>& weight, int64_t ignore_index, int reduction) {
   const NllLossShape shape = nll_loss_shape("input", input, output, "output", divisor, target, weight, reduction);
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
+    run_kernel<T>(input, [=](const auto& kernels) {
       const int64_t outside =
-          cpu::kernels<T>().nll_loss_forward(shape, {output.data<T>(),
-                                                     divisor.data<T>(),
-                                                     input.data<T>(),
-                                                     {target.data<int64_t>(), data_or_null<T>(weight), ignore_index}});
+          kernels.nll_loss_forward(shape, {output.data<T>(),
+                                           divisor.data<T>(),
+                                           input.data<T>(),
+                                           {target.data<int64_t>(), data_or_null<T>(weight), ignore_index}});
       check_targets_inside(outside, target.data<int64_t>());
     });
   });
@@ -39,14 +38,13 @@ void nll_loss_backward(const Tensor& grad_input, const Tensor& grad_output, cons
                        const std::optional<Tensor>& weight, int64_t ignore_index, int reduction) {
   const NllLossShape shape =
       nll_loss_shape("grad_input", grad_input, grad_output, "grad_output", divisor, target, weight, reduction);
-  adopt_torch_threads();
-  dispatch_floating("grad_input", grad_input, [&](auto zero) {
+  dispatch("grad_input", grad_input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] {
-      cpu::kernels<T>().nll_loss_backward(shape, {grad_input.data<T>(),
-                                                  grad_output.data<T>(),
-                                                  divisor.data<T>(),
-                                                  {target.data<int64_t>(), data_or_null<T>(weight), ignore_index}});
+    run_kernel<T>(grad_input, [=](const auto& kernels) {
+      kernels.nll_loss_backward(shape, {grad_input.data<T>(),
+                                        grad_output.data<T>(),
+                                        divisor.data<T>(),
+                                        {target.data<int64_t>(), data_or_null<T>(weight), ignore_index}});
     });
   });
 }

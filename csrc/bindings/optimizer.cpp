@@ -5,8 +5,7 @@
 #include <vector>
 
 #include "bindings/module.h"
-#include "bindings/tensor.h"
-#include "cpu/kernel_table.h"
+#include "bindings/run.h"
 
 namespace fastnn {
 namespace {
@@ -19,6 +18,11 @@ void check_length(const char* name, const Tensors& tensors, const Tensors& param
   if (tensors.size() != params.size())
     fail_value(name, std::to_string(params.size()) + " tensors, one for each of params",
                std::to_string(tensors.size()));
+}
+
+bool on_device_of(const Tensor& tensor, const Tensor& other) {
+  return tensor.is_cpu() == other.is_cpu() && tensor.is_cuda() == other.is_cuda() &&
+         tensor.device_index() == other.device_index();
 }
 
 bool has_layout_of(const Tensor& tensor, const Tensor& param) {
@@ -36,9 +40,9 @@ void check_params(const Tensors& params) {
   ranges.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor& param = params[i];
-    if (!param.is_cpu() || param.dtype() != params[0].dtype() || param.dtype() == DType::other) {
+    if (param.dtype() != params[0].dtype() || param.dtype() == DType::other || !on_device_of(param, params[0])) {
       const std::string name = entry_name("params", i);
-      check_cpu(name.c_str(), param);
+      check_device(name.c_str(), param);
       check_same_kind(name.c_str(), param, "params[0]", params[0]);
     }
     if (param.numel() == 0) continue;
@@ -46,7 +50,7 @@ void check_params(const Tensors& params) {
       fail_value(entry_name("params", i).c_str(), "a tensor without gaps or overlaps",
                  "one of shape " + param.shape_string());
     const std::byte* begin = param.data<std::byte>();
-    ranges.emplace_back(begin, begin + param.numel() * (param.dtype() == DType::float64 ? 8 : 4));
+    ranges.emplace_back(begin, begin + param.numel() * param.item_size());
   }
   std::sort(ranges.begin(), ranges.end());
   for (size_t i = 1; i < ranges.size(); ++i)
@@ -57,7 +61,8 @@ void check_params(const Tensors& params) {
 void check_like_params(const char* name, const Tensors& tensors, const Tensors& params) {
   check_length(name, tensors, params);
   for (size_t i = 0; i < params.size(); ++i) {
-    if (tensors[i].dtype() == params[i].dtype() && tensors[i].is_cpu() && has_layout_of(tensors[i], params[i]))
+    if (tensors[i].dtype() == params[i].dtype() && on_device_of(tensors[i], params[i]) &&
+        has_layout_of(tensors[i], params[i]))
       continue;
     const std::string entry = entry_name(name, i), param = entry_name("params", i);
     check_same_kind(entry.c_str(), tensors[i], param.c_str(), params[i]);
@@ -74,45 +79,75 @@ std::vector<int64_t> running_ends(const Tensors& params) {
   return ends;
 }
 
+// Each holds one number: float32 on the device for CUDA's kernels, else on the CPU, where torch's default dtype counts.
+void check_steps(const Tensors& steps, const Tensors& params) {
+  check_length("steps", steps, params);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const bool on_cuda = params[i].runs_on_cuda();
+    const bool is_floating = steps[i].dtype() == DType::float32 || (steps[i].dtype() == DType::float64 && !on_cuda);
+    if (is_floating && on_device_of(steps[i], params[i]) && steps[i].numel() == 1) continue;
+    const std::string name = entry_name("steps", i), param = entry_name("params", i);
+    check_same_device(name.c_str(), steps[i], param.c_str(), params[i]);
+    if (!is_floating) fail_type(name.c_str(), on_cuda ? "float32" : "float32 or float64", steps[i].dtype_string());
+    fail_value(name.c_str(), "one number", steps[i].shape_string());
+  }
+}
+
+// A learning rate that a tensor holds, for CUDA's kernels to read when they run.
+const float* device_lr(const std::optional<Tensor>& lr, const Tensors& params) {
+  if (!lr) return nullptr;
+  if (!params[0].runs_on_cuda()) fail_value("lr_tensor", "None for parameters on cpu", "a tensor");
+  check_dtype("lr_tensor", *lr, DType::float32);
+  check_same_device("lr_tensor", *lr, "params[0]", params[0]);
+  if (lr->numel() != 1) fail_value("lr_tensor", "one number", lr->shape_string());
+  return lr->data<float>();
+}
+
+// Steps `params` by update(kernels, tensors): on the CPU at once, on CUDA recorded where a program records.
+template <class T, template <class> class Entry, class Update>
+void run_update(const Tensors& params, const std::vector<Entry<T>>& tensors, const Update& update) {
+  const std::vector<int64_t> ends = running_ends(params);
+  run_kernel<T>(params[0], [=](const auto& kernels) {
+    update(kernels, TensorList<Entry<T>>{static_cast<int64_t>(tensors.size()), tensors.data(), ends.data()});
+  });
+}
+
 void adam_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                const Tensors& max_exp_avg_sqs, const Tensors& steps, double lr, double beta1, double beta2, double eps,
-               double weight_decay, bool decoupled, bool amsgrad, bool maximize) {
+               double weight_decay, bool decoupled, bool amsgrad, bool maximize,
+               const std::optional<Tensor>& lr_tensor) {
   if (params.empty()) return;
   check_params(params);
   check_like_params("grads", grads, params);
   check_like_params("exp_avgs", exp_avgs, params);
   check_like_params("exp_avg_sqs", exp_avg_sqs, params);
   if (amsgrad) check_like_params("max_exp_avg_sqs", max_exp_avg_sqs, params);
-  check_length("steps", steps, params);
-  for (size_t i = 0; i < steps.size(); ++i) {
-    const bool is_floating = steps[i].dtype() == DType::float32 || steps[i].dtype() == DType::float64;
-    if (is_floating && steps[i].is_cpu() && steps[i].numel() == 1) continue;  // either dtype: torch follows its default
-    const std::string name = entry_name("steps", i);
-    check_cpu(name.c_str(), steps[i]);
-    if (!is_floating) fail_type(name.c_str(), "float32 or float64", steps[i].dtype_string());
-    fail_value(name.c_str(), "one number", steps[i].shape_string());
-  }
+  check_steps(steps, params);
   adopt_torch_threads();
-  const AdamOptions options{lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize};
-  const std::vector<int64_t> ends = running_ends(params);
-  dispatch_floating("params[0]", params[0], [&](auto zero) {
+  const AdamOptions options{
+      lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, device_lr(lr_tensor, params)};
+  dispatch("params[0]", params[0], [&](auto zero) {
     using T = decltype(zero);
     std::vector<AdamTensor<T>> tensors;
     tensors.reserve(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
-      const double step = steps[i].dtype() == DType::float32 ? ++*steps[i].data<float>() : ++*steps[i].data<double>();
+      const bool on_cuda = params[i].runs_on_cuda();
+      const double step = on_cuda                              ? 0
+                          : steps[i].dtype() == DType::float32 ? ++*steps[i].data<float>()
+                                                               : ++*steps[i].data<double>();
       tensors.push_back({params[i].data<T>(), grads[i].data<T>(), exp_avgs[i].data<T>(), exp_avg_sqs[i].data<T>(),
-                         amsgrad ? max_exp_avg_sqs[i].data<T>() : nullptr, step});
+                         amsgrad ? max_exp_avg_sqs[i].data<T>() : nullptr, step,
+                         on_cuda ? steps[i].data<float>() : nullptr});
     }
-    const py::gil_scoped_release release;
-    cpu::kernels<T>().adam_step(options, {static_cast<int64_t>(tensors.size()), tensors.data(), ends.data()});
+    run_update<T, AdamTensor>(params, tensors,
+                              [=](const auto& kernels, const auto& list) { kernels.adam_step(options, list); });
   });
 }
 
 // `first[i]`: momentum_buffers[i] holds nothing yet.
 void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
               const std::vector<bool>& first, double lr, double momentum, double dampening, double weight_decay,
-              bool nesterov, bool maximize) {
+              bool nesterov, bool maximize, const std::optional<Tensor>& lr_tensor) {
   if (params.empty()) return;
   check_params(params);
   check_like_params("grads", grads, params);
@@ -122,17 +157,16 @@ void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& moment
       fail_value("first", std::to_string(params.size()) + " booleans", std::to_string(first.size()));
   }
   adopt_torch_threads();
-  const SgdOptions options{lr, momentum, dampening, weight_decay, nesterov, maximize};
-  const std::vector<int64_t> ends = running_ends(params);
-  dispatch_floating("params[0]", params[0], [&](auto zero) {
+  const SgdOptions options{lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr(lr_tensor, params)};
+  dispatch("params[0]", params[0], [&](auto zero) {
     using T = decltype(zero);
     std::vector<SgdTensor<T>> tensors;
     tensors.reserve(params.size());
     for (size_t i = 0; i < params.size(); ++i)
       tensors.push_back({params[i].data<T>(), grads[i].data<T>(),
                          momentum != 0 ? momentum_buffers[i].data<T>() : nullptr, momentum != 0 && first[i]});
-    const py::gil_scoped_release release;
-    cpu::kernels<T>().sgd_step(options, {static_cast<int64_t>(tensors.size()), tensors.data(), ends.data()});
+    run_update<T, SgdTensor>(params, tensors,
+                             [=](const auto& kernels, const auto& list) { kernels.sgd_step(options, list); });
   });
 }
 
@@ -141,10 +175,11 @@ void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& moment
 void bind_optimizer(py::module_& module) {
   module.def("adam_step", &adam_step, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
              py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-             py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("amsgrad"), py::arg("maximize"));
+             py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("amsgrad"), py::arg("maximize"),
+             py::arg("lr_tensor") = py::none());
   module.def("sgd_step", &sgd_step, py::arg("params"), py::arg("grads"), py::arg("momentum_buffers"), py::arg("first"),
              py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
-             py::arg("maximize"));
+             py::arg("maximize"), py::arg("lr_tensor") = py::none());
 }
 
 }  // namespace fastnn

@@ -5,8 +5,6 @@
 // them.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <functional>
 #include <utility>
@@ -31,16 +29,5 @@ class Program {
  private:
   std::vector<std::function<void()>> calls_;
 };
-
-// Makes a kernel call without the GIL, or records it. `call` owns all it needs: it captures by value.
-template <class Call>
-void run_kernel(const Call& call) {
-  if (Program* program = Program::recording()) {
-    program->append(call);
-    return;
-  }
-  const pybind11::gil_scoped_release release;
-  call();
-}
 
 }  // namespace fastnn

@@ -1,12 +1,11 @@
 // Set-up, ISA choice, build facts and the dispatch trace.
 #include "bindings/module.h"
-#include "bindings/tensor.h"
-#include "cpu/kernel_table.h"
+#include "bindings/run.h"
+#include "common/trace.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
-#include "cpu/trace.h"
-#ifdef FASTNN_CUDA_ARCHITECTURES
-#include "cuda/device.h"
+#ifdef FASTNN_CUDA_EMULATOR
+#include "cuda/emulator/emulator.h"
 #endif
 
 namespace fastnn {
@@ -41,7 +40,7 @@ py::dict build_facts() {
   facts["compiler"] = __VERSION__;
   facts["isas_compiled"] = isa_list(false);
   facts["openmp"] = cpu::openmp_library();
-#ifdef FASTNN_CUDA_ARCHITECTURES
+#ifdef FASTNN_CUDA
   facts["cuda"] = true;
   facts["cuda_architectures"] = FASTNN_CUDA_ARCHITECTURES;
   facts["cuda_devices"] = cuda::device_count();
@@ -53,12 +52,12 @@ py::dict build_facts() {
   return facts;
 }
 
-py::list trace_stop() {
+py::list take_trace() {
   py::list records;
-  cpu::trace_stop(
-      [](const cpu::TraceRecord& record, void* list) {
+  trace_stop(
+      [](const TraceRecord& record, void* list) {
         static_cast<py::list*>(list)->append(
-            py::make_tuple(record.operation, record.variant, record.isa, record.dtype));
+            py::make_tuple(record.operation, record.variant, record.isa, record.dtype, record.device));
       },
       &records);
   return records;
@@ -76,24 +75,50 @@ void program_run(const Program& program) {
   program.run();
 }
 
+#ifdef FASTNN_CUDA_EMULATOR
+// How the emulator runs the launches that follow; `capability` is what launchers take the device for, 90 for sm_90.
+void set_schedule(const std::string& order, unsigned seed, bool eager_copies, int capability) {
+  static const char* const names[] = {"forward", "reverse", "random", "greedy"};
+  for (int i = 0; i < 4; ++i) {
+    if (order != names[i]) continue;
+    cuda::emulator::schedule = {static_cast<cuda::emulator::Order>(i), seed, eager_copies};
+    cuda::emulator::capability = capability;
+    return;
+  }
+  fail_value("order", "'forward', 'reverse', 'random' or 'greedy'", "'" + order + "'");
+}
+#endif
+
 }  // namespace
 
 void bind_runtime(py::module_& module) {
-  module.def("initialise", &initialise_tensors, py::arg("tensor_type"), py::arg("get_num_threads"));
+  module.def("initialise", &initialise_tensors, py::arg("tensor_type"), py::arg("get_num_threads"),
+             py::arg("allocate"));
   module.def("set_isa", &set_isa, py::arg("name"));
   module.def("get_isa", [] { return cpu::active_table().isa; });
   module.def("available_isas", [] { return isa_list(true); });
   module.def("has_bf16", [] { return cpu::conv2d_forward_bf16() != nullptr; });
   module.def("build_facts", &build_facts);
+  module.def("is_emulator", [] {
+#ifdef FASTNN_CUDA_EMULATOR
+    return true;
+#else
+    return false;
+#endif
+  });
   module.def("num_threads", [] {
     adopt_torch_threads();
     return cpu::max_threads();
   });
   module.def("set_own_threads", &cpu::set_own_threads, py::arg("own"));
   module.def("scratch_bytes", &cpu::scratch_thread_bytes);
-  module.def("trace_start", &cpu::trace_start);
-  module.def("trace_stop", &trace_stop);
-  py::class_<Program>(module, "Program")
+  module.def("trace_start", &trace_start);
+  module.def("trace_stop", &take_trace);
+#ifdef FASTNN_CUDA_EMULATOR
+  module.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed"), py::arg("eager_copies"),
+             py::arg("capability"));
+#endif
+  py::class_<Program>(module, "Program", py::module_local())
       .def(py::init<>())
       .def("start_recording", &program_start)
       .def("stop_recording", [](Program&) { Program::recording() = nullptr; })

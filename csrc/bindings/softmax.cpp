@@ -1,14 +1,13 @@
 // softmax_*, log_softmax_*: see ops/softmax.h for the formulas.
 #include "bindings/module.h"
-#include "bindings/tensor.h"
-#include "cpu/kernel_table.h"
+#include "bindings/run.h"
 
 namespace fastnn {
 namespace {
 
 // Checks `tensor`, whose lines run along `dim`.
 SoftmaxShape softmax_shape(const char* name, const Tensor& tensor, int64_t dim) {
-  check_cpu(name, tensor);
+  check_device(name, tensor);
   check_contiguous(name, tensor);
   if (dim < 0 || dim >= tensor.dim())
     fail_value("dim", "a dimension of " + std::string(name) + " of shape " + tensor.shape_string(),
@@ -19,77 +18,69 @@ SoftmaxShape softmax_shape(const char* name, const Tensor& tensor, int64_t dim) 
   return shape;
 }
 
-template <class T>
-using Forward = void (*cpu::Kernels<T>::*)(const SoftmaxShape&, const SoftmaxForward<T>&);
-template <class T>
-using Backward = void (*cpu::Kernels<T>::*)(const SoftmaxShape&, const SoftmaxBackward<T>&);
-
-// A kernel in both precisions.
-template <template <class> class Kernel>
-struct Kernels {
-  Kernel<float> float32;
-  Kernel<double> float64;
-  template <class T>
-  auto kernel() const {
-    if constexpr (sizeof(T) == 4)
-      return cpu::kernels<T>().*float32;
-    else
-      return cpu::kernels<T>().*float64;
-  }
-};
-
-void forward(const Kernels<Forward>& kernels, const Tensor& output, const Tensor& input, int64_t dim) {
+// `kernel(kernels, shape, buffers)` runs one of the two operators.
+template <class Kernel>
+void forward(const Kernel& kernel, const Tensor& output, const Tensor& input, int64_t dim) {
   const SoftmaxShape shape = softmax_shape("input", input, dim);
   check_same_layout("output", output, "input", input);
   if (input.numel() == 0) return;
-  adopt_torch_threads();
-  dispatch_floating("input", input, [&](auto zero) {
+  dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] { kernels.kernel<T>()(shape, {output.data<T>(), input.data<T>()}); });
+    const SoftmaxForward<T> buffers{output.data<T>(), input.data<T>()};
+    run_kernel<T>(input, [=](const auto& kernels) { kernel(kernels, shape, buffers); });
   });
 }
 
-void backward(const Kernels<Backward>& kernels, const Tensor& grad_input, const Tensor& grad_output,
-              const Tensor& output, int64_t dim) {
+template <class Kernel>
+void backward(const Kernel& kernel, const Tensor& grad_input, const Tensor& grad_output, const Tensor& output,
+              int64_t dim) {
   const SoftmaxShape shape = softmax_shape("output", output, dim);
   check_same_layout("grad_output", grad_output, "output", output);
   check_same_layout("grad_input", grad_input, "output", output);
   if (output.numel() == 0) return;
-  adopt_torch_threads();
-  dispatch_floating("output", output, [&](auto zero) {
+  dispatch("output", output, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel([=] { kernels.kernel<T>()(shape, {grad_input.data<T>(), grad_output.data<T>(), output.data<T>()}); });
+    const SoftmaxBackward<T> buffers{grad_input.data<T>(), grad_output.data<T>(), output.data<T>()};
+    run_kernel<T>(output, [=](const auto& kernels) { kernel(kernels, shape, buffers); });
   });
 }
 
 void softmax_forward(const Tensor& output, const Tensor& input, int64_t dim) {
-  forward({&cpu::Kernels<float>::softmax_forward, &cpu::Kernels<double>::softmax_forward}, output, input, dim);
+  forward([](const auto& kernels, const auto&... arguments) { kernels.softmax_forward(arguments...); }, output, input,
+          dim);
 }
 
 void log_softmax_forward(const Tensor& output, const Tensor& input, int64_t dim) {
-  forward({&cpu::Kernels<float>::log_softmax_forward, &cpu::Kernels<double>::log_softmax_forward}, output, input, dim);
+  forward([](const auto& kernels, const auto&... arguments) { kernels.log_softmax_forward(arguments...); }, output,
+          input, dim);
 }
 
 void softmax_backward(const Tensor& grad_input, const Tensor& grad_output, const Tensor& output, int64_t dim) {
-  backward({&cpu::Kernels<float>::softmax_backward, &cpu::Kernels<double>::softmax_backward}, grad_input, grad_output,
-           output, dim);
-}
-
-void log_softmax_backward(const Tensor& grad_input, const Tensor& grad_output, const Tensor& output, int64_t dim) {
-  backward({&cpu::Kernels<float>::log_softmax_backward, &cpu::Kernels<double>::log_softmax_backward}, grad_input,
+  backward([](const auto& kernels, const auto&... arguments) { kernels.softmax_backward(arguments...); }, grad_input,
            grad_output, output, dim);
 }
 
-// exp and log as the kernels compute them, for the tests of their error bounds.
+void log_softmax_backward(const Tensor& grad_input, const Tensor& grad_output, const Tensor& output, int64_t dim) {
+  backward([](const auto& kernels, const auto&... arguments) { kernels.log_softmax_backward(arguments...); },
+           grad_input, grad_output, output, dim);
+}
+
+// exp and log as the CPU's kernels compute them, for the tests of their error bounds.
 void vector_math(const Tensor& output, const Tensor& input, bool exponential) {
-  check_cpu("input", input);
+  if (!input.is_cpu()) fail_value("input", "a tensor on cpu", "one on " + input.device_string());
   check_contiguous("input", input);
   check_same_layout("output", output, "input", input);
-  dispatch_floating("input", input, [&](auto zero) {
+  const auto run = [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = exponential ? cpu::kernels<T>().exponentials : cpu::kernels<T>().logarithms;
     kernel(input.numel(), input.data<T>(), output.data<T>());
-  });
+  };
+  if (input.dtype() == DType::float64)
+    run(double{});
+  else if (input.dtype() == DType::float32)
+    run(float{});
+  else
+    fail_type("input", "a float32 or float64 tensor", input.dtype_string());
 }
 
 }  // namespace

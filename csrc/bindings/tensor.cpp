@@ -8,6 +8,7 @@ namespace {
 const DLPackExchangeAPI* exchange_api = nullptr;
 PyTypeObject* torch_tensor_type = nullptr;
 PyObject* torch_get_num_threads = nullptr;
+PyObject* torch_allocate = nullptr;
 
 // Whether memory runs through the dimensions in `order`, innermost last.
 bool runs_through(const DLTensor& view, const int* order, int count) {
@@ -22,7 +23,7 @@ bool runs_through(const DLTensor& view, const int* order, int count) {
 
 }  // namespace
 
-void initialise_tensors(py::handle tensor_type, py::handle get_num_threads) {
+void initialise_tensors(py::handle tensor_type, py::handle get_num_threads, py::handle allocate) {
   if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__"))
     throw py::import_error("fastnn needs torch >= 2.10: this torch has no torch.Tensor.__dlpack_c_exchange_api__");
   const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
@@ -34,6 +35,17 @@ void initialise_tensors(py::handle tensor_type, py::handle get_num_threads) {
   exchange_api = reinterpret_cast<DLPackExchangeAPI*>(header);
   torch_tensor_type = reinterpret_cast<PyTypeObject*>(py::reinterpret_borrow<py::object>(tensor_type).release().ptr());
   torch_get_num_threads = py::reinterpret_borrow<py::object>(get_num_threads).release().ptr();
+  torch_allocate = py::reinterpret_borrow<py::object>(allocate).release().ptr();
+}
+
+py::object allocate_workspace(size_t bytes, int device) {
+  return py::reinterpret_borrow<py::object>(torch_allocate)(bytes, device);
+}
+
+void* current_stream(int device) {
+  void* stream = nullptr;
+  if (exchange_api->current_work_stream(2, device, &stream) != 0) throw py::error_already_set();
+  return stream;
 }
 
 void adopt_torch_threads() {
@@ -67,6 +79,8 @@ DType Tensor::dtype() const {
   if (type.lanes != 1) return DType::other;
   if (type.code == 2 && type.bits == 32) return DType::float32;
   if (type.code == 2 && type.bits == 64) return DType::float64;
+  if (type.code == 4 && type.bits == 16) return DType::bfloat16;
+  if (type.code == 2 && type.bits == 16) return DType::float16;
   if (type.code == 1 && type.bits == 8) return DType::uint8;
   if (type.code == 0 && type.bits == 64) return DType::int64;
   return DType::other;
@@ -121,6 +135,8 @@ const char* dtype_name(DType dtype) {
   switch (dtype) {
     case DType::float32: return "float32";
     case DType::float64: return "float64";
+    case DType::bfloat16: return "bfloat16";
+    case DType::float16: return "float16";
     case DType::uint8: return "uint8";
     case DType::int64: return "int64";
     default: return "other";
@@ -187,12 +203,24 @@ void check_dtype(const char* name, const Tensor& tensor, DType expected) {
 void check_same_kind(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
   if (tensor.dtype() != other.dtype() || tensor.dtype() == DType::other)
     fail_type(name, other.dtype_string() + " as " + other_name, tensor.dtype_string());
-  if (tensor.device_string() != other.device_string())
-    fail_value(name, "a tensor on " + other.device_string() + " as " + other_name, "one on " + tensor.device_string());
+  check_same_device(name, tensor, other_name, other);
 }
 
-void check_cpu(const char* name, const Tensor& tensor) {
-  if (!tensor.is_cpu()) fail_value(name, "a tensor on cpu", "one on " + tensor.device_string());
+void check_same_device(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
+  if (tensor.is_cpu() == other.is_cpu() && tensor.is_cuda() == other.is_cuda() &&
+      tensor.device_index() == other.device_index())
+    return;
+  fail_value(name, "a tensor on " + other.device_string() + " as " + other_name, "one on " + tensor.device_string());
+}
+
+void check_device(const char* name, const Tensor& tensor) {
+#if defined(FASTNN_CUDA) && !defined(FASTNN_CUDA_EMULATOR)
+  if (!tensor.is_cpu() && !tensor.is_cuda())
+    fail_value(name, "a tensor on cpu or cuda", "one on " + tensor.device_string());
+#else
+  if (!tensor.is_cpu())
+    fail_value(name, "a tensor on cpu, since this build has no CUDA kernels", "one on " + tensor.device_string());
+#endif
 }
 
 }  // namespace fastnn

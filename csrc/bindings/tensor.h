@@ -1,7 +1,7 @@
 // Tensor arguments of the module, read through DLPack's C exchange API, and the checks that every binding makes.
 //
 // This folder is the only place that knows Python. A binding checks its arguments once, by name - what was
-// expected and what came - then calls the kernel table through run_kernel().
+// expected and what came - then calls the kernel through run_kernel(), see run.h.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -12,11 +12,10 @@
 #include <string>
 
 #include "bindings/dlpack.h"
-#include "bindings/program.h"
 
 namespace fastnn {
 
-enum class DType { float32, float64, uint8, int64, other };
+enum class DType { float32, float64, bfloat16, float16, uint8, int64, other };
 
 // A view of a torch.Tensor's memory, valid during the call that took it.
 class Tensor {
@@ -31,7 +30,13 @@ class Tensor {
   int64_t numel() const;
   bool is_cpu() const { return view_.device.device_type == 1; }
   bool is_cuda() const { return view_.device.device_type == 2; }
+#ifdef FASTNN_CUDA_EMULATOR
+  bool runs_on_cuda() const { return true; }
+#else
+  bool runs_on_cuda() const { return is_cuda(); }  // on CUDA's kernels; the emulator runs them on the CPU's tensors
+#endif
   int device_index() const { return view_.device.device_id; }
+  int64_t item_size() const { return view_.dtype.bits / 8; }
   DType dtype() const;
   bool is_contiguous() const;     // row-major; dimensions of size 1 do not count
   bool is_dense() const;          // in the order of some permutation of its dimensions, without gaps or overlaps
@@ -50,8 +55,11 @@ class Tensor {
   DLTensor view_;
 };
 
-// Takes torch.Tensor.__dlpack_c_exchange_api__ from torch, once, at import.
-void initialise_tensors(pybind11::handle tensor_type, pybind11::handle get_num_threads);
+// Takes torch.Tensor.__dlpack_c_exchange_api__ from torch, once, at import. `allocate(bytes, device_index)` returns a
+// tensor of so many bytes on a CUDA device.
+void initialise_tensors(pybind11::handle tensor_type, pybind11::handle get_num_threads, pybind11::handle allocate);
+pybind11::object allocate_workspace(size_t bytes, int device);
+void* current_stream(int device);  // torch's cudaStream_t
 
 // torch keeps its thread count per Python thread and sets it up on first use: called by every binding, so that
 // torch.set_num_threads() governs our loops in threads that torch has not seen yet.
@@ -76,19 +84,10 @@ void check_dense(const char* name, const Tensor& tensor);
 void check_same_layout(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
 void check_dtype(const char* name, const Tensor& tensor, DType expected);
 void check_same_kind(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
-void check_cpu(const char* name, const Tensor& tensor);
+void check_same_device(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
+void check_device(const char* name, const Tensor& tensor);  // one that there are kernels for
 
 const char* dtype_name(DType dtype);
-
-// body(T{}) with T = float or double after the dtype of `tensor`; TypeError for others.
-template <class Body>
-void dispatch_floating(const char* name, const Tensor& tensor, const Body& body) {
-  switch (tensor.dtype()) {
-    case DType::float32: return body(float{});
-    case DType::float64: return body(double{});
-    default: fail_type(name, "a float32 or float64 tensor", tensor.dtype_string());
-  }
-}
 
 template <class T>
 T* data_or_null(const std::optional<Tensor>& tensor) {

@@ -1,12 +1,101 @@
-#include "device.h"
+// Devices, and what happens around a launch.
+#include "cuda/device.h"
 
-#include <cuda_runtime.h>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+
+#include "cuda/launch.cuh"
 
 namespace fastnn::cuda {
+
+bool sync_debug() {
+  static const bool on = [] {
+    const char* value = std::getenv("FASTNN_SYNC_DEBUG");
+    return value && value[0] == '1';
+  }();
+  return on;
+}
+
+#ifdef __CUDACC__
+
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+
+// Asked once a device: a query costs as much as a launch.
+struct Facts {
+  std::once_flag asked;
+  int multiprocessors, capability;
+  char isa[8];
+};
+
+const Facts& facts(int device) {
+  static Facts known[kMaxDevices];
+  Facts& f = known[device % kMaxDevices];
+  std::call_once(f.asked, [&] {
+    f.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                   attribute(cudaDevAttrComputeCapabilityMinor, device);
+    std::snprintf(f.isa, sizeof f.isa, "sm_%d", f.capability);
+    f.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  });
+  return f;
+}
+
+}  // namespace
 
 int device_count() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
+
+DeviceGuard::DeviceGuard(int device) : before_(device) {
+  cudaGetDevice(&before_);
+  if (before_ != device) cudaSetDevice(device);
+}
+
+DeviceGuard::~DeviceGuard() {
+  int now = before_;
+  cudaGetDevice(&now);
+  if (now != before_) cudaSetDevice(before_);
+}
+
+const char* device_isa(int device) { return facts(device).isa; }
+int device_multiprocessors(int device) { return facts(device).multiprocessors; }
+int device_capability(int device) { return facts(device).capability; }
+
+void check_launch(const char* operation, const Queue& queue) {
+  cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess && sync_debug()) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    cudaStreamIsCapturing(static_cast<cudaStream_t>(queue.stream), &capture);
+    if (capture == cudaStreamCaptureStatusNone) error = cudaStreamSynchronize(static_cast<cudaStream_t>(queue.stream));
+  }
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string(operation) + ": CUDA error on device " + std::to_string(queue.device) + ": " +
+                             cudaGetErrorString(error));
+}
+
+#else
+
+// The emulator is one device that looks like a recent GPU to the launchers.
+int device_count() { return 1; }
+DeviceGuard::DeviceGuard(int device) : before_(device) {}
+DeviceGuard::~DeviceGuard() = default;
+const char* device_isa(int) { return "emulator"; }
+int device_multiprocessors(int) { return 4; }
+int device_capability(int) { return emulator::capability; }
+
+void check_launch(const char* operation, const Queue&) {
+  if (const char* message = emulator::take_error()) throw std::runtime_error(std::string(operation) + ": " + message);
+}
+
+#endif
 
 }  // namespace fastnn::cuda

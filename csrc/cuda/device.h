@@ -5,4 +5,16 @@ namespace fastnn::cuda {
 
 int device_count();
 
+// Makes `device` current for as long as the guard lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_;
+};
+
 }  // namespace fastnn::cuda

@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "ops/dtype.h"
+
 namespace fastnn {
 
 struct Conv2dShape {
@@ -26,6 +28,7 @@ struct Conv2dShape {
   bool relu;
   bool pool;
   bool weight_channels_last;
+  Precision precision;
 };
 
 constexpr uint8_t kNoWinner = 4;

@@ -10,11 +10,14 @@
 
 #include <cstdint>
 
+#include "ops/dtype.h"
+
 namespace fastnn {
 
 struct LinearShape {
   int64_t batch, in_features, out_features;
   bool relu;
+  Precision precision;
 };
 
 template <class T>

@@ -16,6 +16,7 @@ namespace fastnn {
 struct AdamOptions {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled, amsgrad, maximize;
+  const float* device_lr;  // read instead of lr where it is given; on CUDA alone, as all that is in device memory
 };
 
 template <class T>
@@ -24,13 +25,15 @@ struct AdamTensor {
   const T* grad;
   T* exp_avg;
   T* exp_avg_sq;
-  T* max_exp_avg_sq;  // with amsgrad
-  double step;        // this update's number, from 1
+  T* max_exp_avg_sq;   // with amsgrad
+  double step;         // this update's number, from 1
+  float* device_step;  // on CUDA instead: the number of updates before this one, which adds 1
 };
 
 struct SgdOptions {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
+  const float* device_lr;
 };
 
 template <class T>

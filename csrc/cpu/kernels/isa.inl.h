@@ -1,7 +1,7 @@
 // The name of the ISA that a file of cpu/isa/ is compiled for, as FASTNN_ISA, and how its kernels report themselves.
 #pragma once
 
-#include "cpu/trace.h"
+#include "common/trace.h"
 
 #define FASTNN_STRING_(name) #name
 #define FASTNN_STRING(name) FASTNN_STRING_(name)
@@ -13,7 +13,7 @@ namespace {
 
 template <class T>
 inline void trace(const char* operation, const char* variant) {
-  trace_kernel(operation, variant, FASTNN_STRING(FASTNN_ISA), sizeof(T) == 4 ? "float32" : "float64");
+  trace_kernel({operation, variant, FASTNN_STRING(FASTNN_ISA), sizeof(T) == 4 ? "float32" : "float64", kCpuDevice});
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
-#include "cpu/trace.h"
+#include "common/trace.h"
 
 #include <atomic>
 #include <mutex>
 #include <vector>
 
-namespace fastnn::cpu {
+namespace fastnn {
 namespace {
 
 std::atomic<bool> tracing{false};
@@ -13,10 +13,10 @@ std::vector<TraceRecord> records;
 
 }  // namespace
 
-void trace_kernel(const char* operation, const char* variant, const char* isa, const char* dtype) {
+void trace_kernel(const TraceRecord& record) {
   if (!tracing.load(std::memory_order_relaxed)) return;
   const std::lock_guard<std::mutex> lock(records_mutex);
-  records.push_back({operation, variant, isa, dtype});
+  records.push_back(record);
 }
 
 void trace_start() {
@@ -32,4 +32,4 @@ void trace_stop(void (*visit)(const TraceRecord&, void*), void* context) {
   records.clear();
 }
 
-}  // namespace fastnn::cpu
+}  // namespace fastnn

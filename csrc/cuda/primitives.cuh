@@ -1,0 +1,322 @@
+// What kernels are made of, each with two bodies: instructions for nvcc, and their meaning for the emulator. The only
+// place with inline PTX.
+//
+// mma fragments are as in the PTX ISA. With lane = 4 g + t: c[r] is element (g + 8 (r / 2), 2 t + r % 2) of 16 x 8.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "ops/dtype.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include <cmath>
+
+#include "cuda/emulator/emulator.h"
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define threadIdx (::fastnn::cuda::emulator::thread->index)
+#define blockIdx (::fastnn::cuda::emulator::block->index)
+#define blockDim (::fastnn::cuda::emulator::block->size)
+#define gridDim (::fastnn::cuda::emulator::block->grid)
+#endif
+
+// Instructions of sm_80; older devices get kernels without them (see device_capability), so what stands here for them
+// is never reached.
+#if defined(__CUDACC__) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
+#define FASTNN_SM80 1
+#endif
+
+namespace fastnn::cuda {
+
+constexpr int kWarpThreads = 32;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// Threads and blocks
+
+__device__ __forceinline__ int64_t global_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int64_t grid_threads() { return int64_t{gridDim.x} * blockDim.x; }
+
+__device__ __forceinline__ void sync_block() {
+#ifdef __CUDACC__
+  __syncthreads();
+#else
+  emulator::sync_block();
+#endif
+}
+
+// The block's dynamic shared memory, 16-byte aligned.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char fastnn_shared[];
+  return reinterpret_cast<T*>(fastnn_shared);
+#else
+  return static_cast<T*>(emulator::shared_memory());
+#endif
+}
+
+// The value of the lane whose number is this lane's xor `mask`. All lanes of the warp take part.
+template <class V>
+__device__ __forceinline__ V shuffle_xor(V value, int mask) {
+#ifdef __CUDACC__
+  return __shfl_xor_sync(kAllLanes, value, mask);
+#else
+  static_assert(sizeof(V) <= 8);
+  uint32_t words[2] = {0, 0};
+  std::memcpy(words, &value, sizeof(V));
+  const emulator::Slots slots = emulator::collective(words, 2, kAllLanes);
+  V result;
+  std::memcpy(&result, slots[emulator::lane() ^ mask], sizeof(V));
+  return result;
+#endif
+}
+
+// Ends the kernel with an error where `condition` is false; the host learns of it at its next synchronisation.
+__device__ __forceinline__ void device_check(bool condition, const char* message) {
+#ifdef __CUDACC__
+  if (!condition) {
+    printf("fastnn: %s (block %u, thread %u)\n", message, blockIdx.x, threadIdx.x);
+    __trap();
+  }
+#else
+  if (!condition) emulator::fail(message);
+#endif
+}
+
+// Numbers
+
+// What values of T are computed in.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
+__device__ __forceinline__ float bits_to_float(uint32_t bits) {
+#ifdef __CUDACC__
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+#endif
+}
+
+__device__ __forceinline__ uint32_t float_to_bits(float x) {
+#ifdef __CUDACC__
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+#endif
+}
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(bfloat16 x) { return bits_to_float(uint32_t{x.bits} << 16); }
+__device__ __forceinline__ float widen(float16 x) {
+#ifdef __CUDACC__
+  return __half2float(__ushort_as_half(x.bits));
+#else
+  _Float16 half;
+  std::memcpy(&half, &x.bits, 2);
+  return half;
+#endif
+}
+
+__device__ __forceinline__ void narrow_to(float x, float& result) { result = x; }
+__device__ __forceinline__ void narrow_to(double x, double& result) { result = x; }
+__device__ __forceinline__ void narrow_to(float x, bfloat16& result) {
+#ifdef __CUDACC__
+  result.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
+  const uint32_t bits = float_to_bits(x);
+  result.bits = x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+#endif
+}
+__device__ __forceinline__ void narrow_to(float x, float16& result) {
+#ifdef __CUDACC__
+  result.bits = __half_as_ushort(__float2half_rn(x));
+#else
+  const _Float16 half = static_cast<_Float16>(x);
+  std::memcpy(&result.bits, &half, 2);
+#endif
+}
+
+// x rounded to T, to nearest.
+template <class T>
+__device__ __forceinline__ T narrow(Compute<T> x) {
+  T result;
+  narrow_to(x, result);
+  return result;
+}
+
+// x rounded to 10 bits of mantissa, ties away from zero.
+__device__ __forceinline__ uint32_t to_tf32(float x) {
+#ifdef FASTNN_SM80
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+#else
+  return (float_to_bits(x) + 0x1000u) & 0xffffe000u;
+#endif
+}
+
+// 16 bytes that are moved at once.
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+// Asynchronous copies, global to shared memory
+
+// 16 bytes to 16-byte aligned shared memory; zeros where not `valid`, and then `from` is not read.
+__device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) {
+#ifdef FASTNN_SM80
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(from), "r"(valid ? 16 : 0)
+      : "memory");
+#elif defined(__CUDACC__)
+  *static_cast<Chunk*>(to) = valid ? *static_cast<const Chunk*>(from) : Chunk{};
+#else
+  emulator::copy_async(to, from, 16, valid);
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#ifdef FASTNN_SM80
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+#elif !defined(__CUDACC__)
+  emulator::commit_copies();
+#endif
+}
+
+// Waits until at most the last kGroupsLeft committed groups are under way. Other threads see the data after a barrier.
+template <int kGroupsLeft>
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef FASTNN_SM80
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kGroupsLeft) : "memory");
+#elif !defined(__CUDACC__)
+  emulator::wait_for_copies(kGroupsLeft);
+#endif
+}
+
+// Tensor cores
+
+#ifndef __CUDACC__
+namespace emulator {
+
+// c += a b for a 16 x 8 tile: lanes hand over a (4 words), b (2 words) and c (4 floats). kPack values a word.
+template <int kPack>
+void multiply_fragments(Slots s, float (*value)(uint32_t word, int part)) {
+  constexpr int kDepth = 8 * kPack;
+  float a[16][kDepth], b[kDepth][8], c[16][8];
+  for (int l = 0; l < kWarp; ++l) {
+    const int g = l / 4, t = l % 4;
+    for (int r = 0; r < 4; ++r)
+      for (int p = 0; p < kPack; ++p) a[g + 8 * (r & 1)][kPack * t + p + 4 * kPack * (r >> 1)] = value(s[l][r], p);
+    for (int r = 0; r < 2; ++r)
+      for (int p = 0; p < kPack; ++p) b[kPack * t + p + 4 * kPack * r][g] = value(s[l][4 + r], p);
+    for (int r = 0; r < 4; ++r) c[g + 8 * (r >> 1)][2 * t + (r & 1)] = bits_to_float(s[l][6 + r]);
+  }
+  for (int i = 0; i < 16; ++i)
+    for (int k = 0; k < kDepth; ++k)
+      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+  for (int l = 0; l < kWarp; ++l)
+    for (int r = 0; r < 4; ++r) s[l][6 + r] = float_to_bits(c[l / 4 + 8 * (r >> 1)][2 * (l % 4) + (r & 1)]);
+}
+
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], void (*combine)(Slots)) {
+  uint32_t in[10] = {a[0], a[1], a[2], a[3], b[0], b[1]};
+  std::memcpy(in + 6, c, 16);
+  std::memcpy(c, collective(in, 10, kAllLanes, combine)[lane()] + 6, 16);
+}
+
+}  // namespace emulator
+#endif
+
+// c (16 x 8) += a (16 x 8) b (8 x 8); the 13 low bits of a and b are not read.
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef FASTNN_SM80
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif !defined(__CUDACC__)
+  emulator::multiply(c, a, b, [](emulator::Slots s) {
+    emulator::multiply_fragments<1>(s, [](uint32_t word, int) { return bits_to_float(word & 0xffffe000u); });
+  });
+#endif
+}
+
+// c (16 x 8) += a (16 x 16) b (16 x 8); a word holds two values, the lower first.
+template <class T>
+__device__ __forceinline__ void mma_16bit(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+template <>
+__device__ __forceinline__ void mma_16bit<bfloat16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef FASTNN_SM80
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif !defined(__CUDACC__)
+  emulator::multiply(c, a, b, [](emulator::Slots s) {
+    emulator::multiply_fragments<2>(
+        s, [](uint32_t word, int part) { return widen(bfloat16{static_cast<uint16_t>(word >> 16 * part)}); });
+  });
+#endif
+}
+
+template <>
+__device__ __forceinline__ void mma_16bit<float16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef FASTNN_SM80
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#elif !defined(__CUDACC__)
+  emulator::multiply(c, a, b, [](emulator::Slots s) {
+    emulator::multiply_fragments<2>(
+        s, [](uint32_t word, int part) { return widen(float16{static_cast<uint16_t>(word >> 16 * part)}); });
+  });
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit values, transposed: lane 8 i + j gives the address of matrix i's row j (16 bytes), and
+// words[i] becomes matrix i's (2 t, g) and (2 t + 1, g).
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  uint32_t in[4];
+  std::memcpy(in, row, 16);
+  const emulator::Slots slots = emulator::collective(in, 4, kAllLanes);
+  const int g = emulator::lane() / 4, t = emulator::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    uint16_t low, high;
+    std::memcpy(&low, reinterpret_cast<const char*>(slots[8 * i + 2 * t]) + 2 * g, 2);
+    std::memcpy(&high, reinterpret_cast<const char*>(slots[8 * i + 2 * t + 1]) + 2 * g, 2);
+    words[i] = low | uint32_t{high} << 16;
+  }
+#endif
+}
+
+}  // namespace fastnn::cuda

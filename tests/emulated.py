@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastnn.runtime import _allocate
+import fastnn  # noqa: F401 - loads torch's OpenMP first
 
 emulator: Any = pytest.importorskip("fastnn._C_emulator", reason="built without FASTNN_EMULATOR")
-emulator.initialise(torch.Tensor, torch.get_num_threads, _allocate)
+# Workspace starts as NaN, like shared memory.
+emulator.initialise(
+    torch.Tensor, torch.get_num_threads, lambda size, device: torch.full((size,), 0xFF, dtype=torch.uint8)
+)
 
 ORDERS = ("forward", "reverse", "random", "greedy")
 SCHEDULES = list(itertools.product(ORDERS, (False, True)))

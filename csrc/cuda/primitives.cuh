@@ -13,6 +13,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#define GRID_CONSTANT __grid_constant__  // a kernel's parameter that may be referred to without a copy of it
 #else
 #include <cmath>
 
@@ -22,6 +23,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define GRID_CONSTANT
 #define threadIdx (::fastnn::cuda::emulator::thread->index)
 #define blockIdx (::fastnn::cuda::emulator::block->index)
 #define blockDim (::fastnn::cuda::emulator::block->size)
@@ -177,7 +179,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 }
 
 // 16 bytes that are moved at once.
-struct alignas(16) Chunk {
+struct [[gnu::may_alias]] alignas(16) Chunk {
   uint32_t words[4];
 };
 

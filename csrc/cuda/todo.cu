@@ -4,26 +4,6 @@
 namespace fastnn::cuda {
 
 template <class T>
-void Kernels<T>::linear_forward(const LinearShape&, const LinearForward<T>&) const {
-  throw std::runtime_error("linear_forward: not there");
-}
-FASTNN_INSTANTIATE(void, linear_forward, LinearShape, LinearForward)
-template <class T>
-void Kernels<T>::linear_backward(const LinearShape&, const LinearBackward<T>&) const {
-  throw std::runtime_error("linear_backward: not there");
-}
-FASTNN_INSTANTIATE(void, linear_backward, LinearShape, LinearBackward)
-template <class T>
-void Kernels<T>::conv2d_forward(const Conv2dShape&, const Conv2dForward<T>&) const {
-  throw std::runtime_error("conv2d_forward: not there");
-}
-FASTNN_INSTANTIATE(void, conv2d_forward, Conv2dShape, Conv2dForward)
-template <class T>
-void Kernels<T>::conv2d_backward(const Conv2dShape&, const Conv2dBackward<T>&) const {
-  throw std::runtime_error("conv2d_backward: not there");
-}
-FASTNN_INSTANTIATE(void, conv2d_backward, Conv2dShape, Conv2dBackward)
-template <class T>
 void Kernels<T>::max_pool2d_forward(const MaxPool2dShape&, const MaxPool2dForward<T>&) const {
   throw std::runtime_error("max_pool2d_forward: not there");
 }

@@ -1,0 +1,50 @@
+// What conv2d's two directions share, and their entry by the name of the operator that asks: linear is a convolution of
+// images of one pixel.
+#pragma once
+
+#include "cuda/conv2d_readers.cuh"
+
+namespace fastnn::cuda {
+
+template <class T>
+void run_conv2d_forward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b);
+template <class T>
+void run_conv2d_backward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b);
+
+// (out, in, taps) to (out, taps, in): the order that the readers take.
+template <class T>
+__global__ void pack_weight_kernel(int64_t count, int taps, int in, const T* weight, T* packed) {
+  for (int64_t i = global_thread(); i < count; i += grid_threads()) {
+    const int64_t row = i / in, out = row / taps;
+    packed[i] = weight[(out * in + i % in) * taps + row % taps];
+  }
+}
+
+// The weight as the readers take it: itself, or a copy in the workspace.
+template <class T>
+const T* packed_weight(const char* operation, const Queue& queue, const Conv2dShape& s, const T* weight) {
+  const int64_t in = s.in_channels / s.groups, taps = s.kernel_height * s.kernel_width;
+  if (s.weight_channels_last || in == 1 || taps == 1) return weight;
+  const int64_t count = s.out_channels * taps * in;
+  T* packed = queue.workspace<T>(count);
+  launch(operation, queue, pack_weight_kernel<T>, blocks_for(count, 256), 256, 0, count, taps, in, weight, packed);
+  return packed;
+}
+
+// Sizes that the kernels hold in 32 bits.
+inline void check_sizes(const char* operation, const Conv2dShape& s) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  const int64_t in = s.in_channels / s.groups, out = s.out_channels / s.groups;
+  if (taps * in >= kMost || taps * out >= kMost || s.in_channels >= kMost || s.out_channels >= kMost)
+    throw std::runtime_error(std::string(operation) + ": expected a kernel of less than 2^31 values a channel");
+}
+
+}  // namespace fastnn::cuda
+
+// A function of a queue, a shape and an operator's name, for every dtype.
+#define FASTNN_INSTANTIATE_OF(result, function, Buffers)                                             \
+  template result function(const char*, const Queue&, const Conv2dShape&, const Buffers<float>&);    \
+  template result function(const char*, const Queue&, const Conv2dShape&, const Buffers<double>&);   \
+  template result function(const char*, const Queue&, const Conv2dShape&, const Buffers<bfloat16>&); \
+  template result function(const char*, const Queue&, const Conv2dShape&, const Buffers<float16>&);

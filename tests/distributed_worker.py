@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from networks import CLASSES, fused_network
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +25,7 @@ from fastnn.classifier import CNNClassifier
 Scenario = Callable[[int, int, Path], Any]
 
 # The last batch has one image, and rank 1 then has none.
-IMAGES, BATCH_SIZE, CLASSES = 22, 7, 3
+IMAGES, BATCH_SIZE = 22, 7
 
 
 def make_data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,15 +36,7 @@ def make_data(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train_wrapped(wrap: Callable[[torch.nn.Module], torch.nn.Module], rank: int, size: int) -> dict[str, Any]:
     """Five steps of a usual loop, in which this rank has the images rank, rank + size, ..."""
-    torch.manual_seed(0)
-    model = wrap(
-        torch.nn.Sequential(
-            nn.Conv2d(1, 4, 3, activation="relu", max_pool=2, dtype=torch.float64),
-            torch.nn.Flatten(),
-            nn.Linear(36, 8, activation="relu", dtype=torch.float64),
-            nn.Linear(8, CLASSES, dtype=torch.float64),
-        )
-    )
+    model = wrap(fused_network())
     optimizer, loss_function = optim.Adam(model.parameters(), lr=0.01), nn.CrossEntropyLoss()
     with fastnn.explain_dispatch() as log:
         for step in range(5):

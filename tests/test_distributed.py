@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from networks import assert_near
 
 from fastnn import cli
 
@@ -50,11 +51,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     result = torchrun(worker.__file__, folder)
     assert result.returncode == 0, result.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-def assert_near(actual: Any, expected: Any) -> None:
-    """For float64 on both sides, where only the order of the additions differs."""
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("scenario", [worker.data_parallel, worker.fully_sharded], ids=["ddp", "fsdp2"])

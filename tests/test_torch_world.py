@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from cases import generator, random
 from dispatch_log import fell_back, kernels_of, ran_kernels
+from networks import CLASSES, assert_near, fused_network, make_batch, network
 from tolerance import assert_identical
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -26,37 +27,6 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastnn
 from fastnn import functional, nn, optim
-
-CLASSES = 3
-
-
-def network(layers: Any, dtype: torch.dtype = torch.float64) -> torch.nn.Sequential:
-    """One architecture, of the layers of ``fastnn.nn`` or ``torch.nn``, with the same first parameters."""
-    torch.manual_seed(0)
-    return torch.nn.Sequential(
-        layers.Conv2d(1, 4, 3, dtype=dtype),
-        layers.ReLU(),
-        layers.MaxPool2d(2),
-        torch.nn.Flatten(),
-        layers.Linear(36, 8, dtype=dtype),
-        layers.ReLU(),
-        layers.Linear(8, CLASSES, dtype=dtype),
-    )
-
-
-def fused_network(dtype: torch.dtype = torch.float64) -> torch.nn.Sequential:
-    """The same with ReLU and pooling inside the layers."""
-    torch.manual_seed(0)
-    return torch.nn.Sequential(
-        nn.Conv2d(1, 4, 3, activation="relu", max_pool=2, dtype=dtype),
-        torch.nn.Flatten(),
-        nn.Linear(36, 8, activation="relu", dtype=dtype),
-        nn.Linear(8, CLASSES, dtype=dtype),
-    )
-
-
-def make_batch(count: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    return random((count, 1, 8, 8), dtype, generator("batch", str(count))), torch.arange(count) % CLASSES
 
 
 def gradients(loss: Tensor, model: torch.nn.Module) -> tuple[Tensor, ...]:
@@ -72,11 +42,6 @@ def train(model: torch.nn.Module, layers: Any, optimizers: Any, steps: int = 3) 
         layers.CrossEntropyLoss()(model(images), targets).backward()
         optimizer.step()
     return model(images).detach()
-
-
-def assert_near(actual: Any, expected: Any) -> None:
-    """For float64 on both sides, where only the order of the additions differs."""
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
 
 
 # ---- compilers and exporters

@@ -444,9 +444,22 @@ def captured_ops(operator: Operator) -> list[tuple[Any, tuple[Any, ...]]]:
     return calls
 
 
+@pytest.fixture(scope="module")
+def captured() -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
+    return {operator.id: captured_ops(operator) for operator in OPERATORS}
+
+
+def test_every_op_is_in_a_compiled_graph_and_so_under_opcheck(
+    captured: dict[str, list[tuple[Any, tuple[Any, ...]]]],
+) -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")}
+    assert registered
+    assert {op._schema.name for calls in captured.values() for op, _ in calls} == registered
+
+
 @each_operator
-def test_opcheck(operator: Operator) -> None:
-    calls = captured_ops(operator)
+def test_opcheck(operator: Operator, captured: dict[str, list[tuple[Any, tuple[Any, ...]]]]) -> None:
+    calls = captured[operator.id]
     assert calls, "the compiled graphs hold no fastnn op"
     for op, arguments in calls:
         torch.library.opcheck(op, arguments)

@@ -71,6 +71,24 @@ def test_forward_loss_and_backward_compile_as_one_graph(backend: str, dynamic: b
     assert len(set(graphs)) == 1  # all of them made by the first call
 
 
+@pytest.mark.parametrize(("name", "options"), [("Adam", {}), ("SGD", {"momentum": 0.9})], ids=["adam", "sgd"])
+def test_compiled_optimizers_update_as_torchs_compiled_ones(name: str, options: dict[str, float]) -> None:
+    """Without fullgraph: torch's own optimizers break the graph once, to make their state."""
+    results = []
+    for optimizers in (optim, torch.optim):
+        torch._dynamo.reset()
+        model = network(torch.nn)
+        optimizer = getattr(optimizers, name)(model.parameters(), lr=0.1, **options)
+        step = torch.compile(optimizer.step, backend="aot_eager")
+        for _ in range(3):
+            for index, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.full_like(parameter, index + 0.5)
+            step()
+        results.append(tuple(parameter.detach() for parameter in model.parameters()))
+    # Graphs compute Adam's corrections of the bias in float32, as the step count is: 16 roundings of updates of 0.1.
+    torch.testing.assert_close(*results, rtol=0, atol=0.1 * 16 * 2**-24 if name == "Adam" else 1e-14)
+
+
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_export_keeps_the_operators_and_survives_a_file(dynamic: bool) -> None:
     model = fused_network()

@@ -177,6 +177,12 @@ class CNNClassifier(torch.nn.Sequential):
         afresh. `seed` fixes the order of the images, not the initial parameters: for a run that repeats bit
         for bit, call `torch.manual_seed` before making the model.
 
+        In a process group of torch.distributed (`torchrun`) all ranks train one model together, and all of them call
+        this with the same arguments. They start from rank 0's parameters, and each takes its share of every batch:
+        the result is that of one process with this `batch_size`, but for rounding, and the same bits on every rank.
+        Rank 0 shows progress and writes the checkpoint; callbacks run on every rank. A loss given as a callable has
+        to be a mean in which all images weigh alike.
+
         Args:
             x: images, a numpy array or tensor: uint8 (taken as x / 255) or float (taken as they are), shaped
                 (n, channels, height, width), (n, height, width, channels), or (n, height, width) for one
@@ -211,6 +217,7 @@ class CNNClassifier(torch.nn.Sequential):
             ValueError, TypeError: for unusable arguments, before anything changes.
             TrainingError: when the loss becomes NaN or infinite; the parameters are put back to the end of
                 the last complete epoch.
+            ConnectionError: when another rank has ended.
             KeyboardInterrupt: when interrupted in the first epoch, with the parameters as they were. After
                 that an interrupt ends the training with a warning: the parameters are those of the last
                     complete epoch, and the history is returned.

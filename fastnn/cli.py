@@ -23,6 +23,7 @@ import fastnn
 from fastnn import data
 from fastnn._extras import MissingLibraryError, require
 from fastnn._files import atomic_path
+from fastnn._ranks import joined_ranks
 from fastnn.classifier import CNNClassifier
 from fastnn.training import History, TrainingError
 
@@ -170,22 +171,24 @@ def train(
     kernel_size: Annotated[int, typer.Option(min=1, help="Height and width of the convolutions.")] = 3,
     padding: Annotated[int, typer.Option(min=0, help="Zeros around the input of each convolution.")] = 0,
 ) -> None:
-    """Train a classifier; write the model, a checkpoint for --resume, and a picture of the training curve."""
+    """Train a classifier; write the model, a checkpoint for --resume, and a picture of the training curve.
+
+    Under torchrun all processes train one model together: each takes its share of every batch.
+    """
     checkpoint = checkpoint_path(out)
     chosen = choose_recipe(recipe, epochs=epochs, batch_size=batch_size, lr=lr, schedule=schedule)
     channels = parse_widths(conv_channels, "--conv-channels")
     widths = parse_widths(hidden, "--hidden")
-    train_set, test_set = data.load(
-        data_source, validation_split=validation_split, image_size=parse_image_size(image_size)
-    )
-    torch.manual_seed(seed)
-    model = make_model(train_set, channels, widths, kernel_size, padding)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    typer.echo(
-        f"{train_set.name}: {len(train_set)} images, {test_set.name}: {len(test_set)} images, "
-        f"{'x'.join(map(str, model.input_shape))}, {len(train_set.classes)} classes; {count:,} parameters"
-    )
-    with thread_limit(threads):
+    size = parse_image_size(image_size)
+    with joined_ranks() as ranks, thread_limit(threads):
+        with ranks.first_goes_ahead():
+            train_set, test_set = data.load(
+                data_source, validation_split=validation_split, image_size=size, progress=ranks.first
+            )
+        torch.manual_seed(seed)
+        model = make_model(train_set, channels, widths, kernel_size, padding)
+        if ranks.first:
+            describe_training(train_set, test_set, model)
         history = fit(
             model,
             train_set,
@@ -199,18 +202,36 @@ def train(
             checkpoint=checkpoint,
             resume=resume,
         )
-        accuracy = model.evaluate(test_set.images, class_names(test_set))["accuracy"]
+        if ranks.first:
+            write_results(model, history, train_set, test_set, out)
+    if len(history) < chosen["epochs"]:
+        if ranks.first:
+            typer.echo(
+                f"interrupted: this is the model after epoch {len(history)} of {chosen['epochs']}; --resume goes on",
+                err=True,
+            )
+        raise typer.Exit(INTERRUPTED)
+
+
+def describe_training(train_set: data.Dataset, test_set: data.Dataset, model: CNNClassifier) -> None:
+    """Print what is trained on what."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    typer.echo(
+        f"{train_set.name}: {len(train_set)} images, {test_set.name}: {len(test_set)} images, "
+        f"{'x'.join(map(str, model.input_shape))}, {len(train_set.classes)} classes; {count:,} parameters"
+    )
+
+
+def write_results(
+    model: CNNClassifier, history: History, train_set: data.Dataset, test_set: data.Dataset, out: Path
+) -> None:
+    """Print the accuracy; write the model and the picture of its training."""
+    accuracy = model.evaluate(test_set.images, class_names(test_set))["accuracy"]
     typer.echo(f"test accuracy {accuracy:.2%} ({round(accuracy * len(test_set))} of {len(test_set)} images)")
     curve = out.with_suffix(".png")
     model.save(out)
     save_picture(plot_history(history, train_set.name), curve)
     typer.echo(f"saved {out} and {curve}")
-    if len(history) < chosen["epochs"]:
-        typer.echo(
-            f"interrupted: this is the model after epoch {len(history)} of {chosen['epochs']}; --resume goes on",
-            err=True,
-        )
-        raise typer.Exit(INTERRUPTED)
 
 
 def choose_recipe(name: str, **options: Any) -> dict[str, Any]:

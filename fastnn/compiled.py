@@ -365,6 +365,8 @@ class CompiledStep(_Compiled):
         optimizer: of the model's parameters.
         precision: ``"fp32"``, or ``"bf16"`` to let 3x3 convolutions round both factors of their forward products to
             bfloat16; sums, gradients, parameters and everything else stay float32. It needs AVX512-BF16.
+        before_update: called with the loss and the number of right answers when the parameters have their ``grad``,
+            and may change all of them in place.
 
     Calling it with images ``(n, channels, height, width)`` and class numbers ``(n,)`` makes one step and returns
     the mean loss and the number of right answers, 0-dimensional tensors that the next step overwrites. Each batch
@@ -384,7 +386,12 @@ class CompiledStep(_Compiled):
     """
 
     def __init__(
-        self, model: torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer, precision: str = "fp32"
+        self,
+        model: torch.nn.Module,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        precision: str = "fp32",
+        before_update: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
         super().__init__(model, precision)
         if type(loss) not in (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss) or loss.reduction != "mean":
@@ -393,6 +400,7 @@ class CompiledStep(_Compiled):
             raise NotCompilable("model: expected parameters without hooks")
         self._loss = loss
         self._optimizer = optimizer
+        self._before_update = before_update
         self._grads: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
         self._has_own_update = type(optimizer) in (optim.Adam, optim.AdamW, optim.SGD)
 
@@ -421,8 +429,11 @@ class CompiledStep(_Compiled):
         recording.program.run()
         for parameter, grad in self._grads.items():
             parameter.grad = grad
+        loss, correct = recording.results["loss"], recording.results["correct"]
+        if self._before_update is not None:
+            self._before_update(loss, correct)
         self._update()
-        return recording.results["loss"], recording.results["correct"]
+        return loss, correct
 
     def _update(self) -> None:
         optimizer: Any = self._optimizer

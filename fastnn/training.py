@@ -22,6 +22,7 @@ import torch
 
 from fastnn import nn
 from fastnn._progress import make_progress
+from fastnn._ranks import Average, Ranks
 from fastnn._tensor_files import (
     ModelFileError,
     open_tensor_file,
@@ -49,6 +50,8 @@ __all__ = [
 Record = dict[str, float]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 Scheduler = torch.optim.lr_scheduler.LRScheduler
+# Called with a step's loss and number of right answers between backward and update.
+BeforeUpdate = Callable[[torch.Tensor, torch.Tensor], None]
 
 # Steps between two looks at the losses. A look reads one number back, which on a GPU waits for all steps so
 # far.
@@ -191,10 +194,17 @@ class Step(Protocol):
 class AutogradStep:
     """A step for every model, loss and optimizer, through autograd."""
 
-    def __init__(self, model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        before_update: BeforeUpdate | None = None,
+    ) -> None:
         self.model = model
         self.loss = loss
         self.optimizer = optimizer
+        self.before_update = before_update
 
     def __call__(self, batches: Batches, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images, targets = batches.gather(rows)
@@ -202,8 +212,11 @@ class AutogradStep:
         logits = self.model(images)
         loss = self.loss(logits, targets)
         loss.backward()  # type: ignore[no-untyped-call]
+        loss, correct = loss.detach(), (logits.detach().argmax(1) == targets).sum()
+        if self.before_update is not None:
+            self.before_update(loss, correct)
         self.optimizer.step()
-        return loss.detach(), (logits.detach().argmax(1) == targets).sum()
+        return loss, correct
 
 
 class ProgramStep:
@@ -216,8 +229,27 @@ class ProgramStep:
         return self.step.on_rows(batches.images, batches.targets, rows)
 
 
+class SharedStep:
+    """A step of which each rank makes its share of the batch; its loss and right answers are the whole batch's."""
+
+    def __init__(self, step: Step, average: Average) -> None:
+        self.step = step
+        self.average = average
+
+    def __call__(self, batches: Batches, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        share = self.average.ranks.share(rows)
+        self.average.weight = len(share) / len(rows)
+        # A rank without a share has to meet the others all the same: it works on any row, which then weighs nothing.
+        return self.step(batches, share if len(share) else rows[:1])
+
+
 def compile_step(
-    model: torch.nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, *, precision: str = "fp32"
+    model: torch.nn.Module,
+    loss: Loss,
+    optimizer: torch.optim.Optimizer,
+    *,
+    precision: str = "fp32",
+    before_update: BeforeUpdate | None = None,
 ) -> CompiledStep:
     """A whole training step with preallocated memory and no Python between kernels; see `CompiledStep`.
 
@@ -230,7 +262,7 @@ def compile_step(
         >>> for images, targets in loader:
         ...     loss, correct = step(images, targets)
     """
-    return CompiledStep(model, loss, optimizer, precision)
+    return CompiledStep(model, loss, optimizer, precision, before_update)
 
 
 def make_step(
@@ -239,17 +271,25 @@ def make_step(
     optimizer: torch.optim.Optimizer,
     batches: Batches,
     precision: str = "fp32",
+    ranks: Ranks | None = None,
 ) -> Step:
-    """The fastest step that serves this model, loss, optimizer and data. NotCompilable for bf16 without a program."""
+    """The fastest step that serves this model, loss, optimizer and data; of several ranks each makes its share.
+
+    Raises NotCompilable for bf16 without a program.
+    """
+    average = Average(ranks, model.parameters()) if ranks is not None and ranks.size > 1 else None
+    largest_share = math.ceil(min(batches.batch_size, len(batches)) / (ranks.size if ranks else 1))
+    step: Step
     try:
-        step = compile_step(model, loss, optimizer, precision=precision)
-        step.prepare_rows(batches.images, batches.targets, min(batches.batch_size, len(batches)))
+        compiled = compile_step(model, loss, optimizer, precision=precision, before_update=average)
+        compiled.prepare_rows(batches.images, batches.targets, largest_share)
+        step = ProgramStep(compiled)
     except NotCompilable as error:
         if precision != "fp32":
             raise
         note_fallback("training_step", str(error))
-        return AutogradStep(model, loss, optimizer)
-    return ProgramStep(step)
+        step = AutogradStep(model, loss, optimizer, average)
+    return SharedStep(step, average) if average else step
 
 
 @torch.inference_mode()
@@ -264,21 +304,23 @@ def make_forward(model: torch.nn.Module, batches: Batches) -> Callable[[torch.Te
     return lambda rows: forward.on_rows(batches.images, rows)
 
 
-def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss) -> tuple[float, float]:
-    """Mean loss and accuracy in eval mode; the model's mode is restored."""
+def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss, ranks: Ranks | None = None) -> tuple[float, float]:
+    """Mean loss and accuracy in eval mode; the model's mode is restored. `ranks` divide the batches among them."""
     was_training = model.training
     model.eval()
     try:
         loss_sum = torch.zeros((), dtype=torch.float64, device=batches.device)
         correct = torch.zeros((), dtype=torch.int64, device=batches.device)
         forward = make_forward(model, batches)
-        for rows in batches.in_order():
+        for rows in ranks.share_of(batches.in_order()) if ranks else batches.in_order():
             targets = batches.gather_targets(rows)
             logits = forward(rows)
             loss_sum += loss(logits, targets) * len(targets)
             correct += (logits.argmax(1) == targets).sum()
     finally:
         model.train(was_training)
+    if ranks is not None:
+        ranks.add_up((loss_sum, correct))
     return loss_sum.item() / len(batches), correct.item() / len(batches)
 
 
@@ -389,8 +431,20 @@ def train(
     """Trains `model` up to `epochs` epochs and returns the history, which also grows in `history`.
 
     `CNNClassifier.fit` documents the arguments. `settings` are further values that a resumed run must share
-    with the run that wrote the checkpoint.
+    with the run that wrote the checkpoint. Within a process group of torch.distributed all ranks train one model
+    together: each has to call this with the same images, starts from rank 0's parameters, and takes its share of
+    every batch.
     """
+    ranks = Ranks()
+    ranks.check_same(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        images=len(batches),
+        batch_size=batches.batch_size,
+        validation_images=None if validation is None else len(validation),
+        epochs=epochs,
+        resume=resume,
+    )
+    ranks.copy_from_first(model.state_dict().values())
     history = History() if history is None else history
     if isinstance(early_stopping, int):
         early_stopping = EarlyStopping(early_stopping)
@@ -414,7 +468,7 @@ def train(
             **(settings or {}),
         }
         file = Checkpoint(checkpoint, settings)
-    history.seed = _seed(seed)
+    history.seed = ranks.from_first(_seed(seed))
     complete = run.snapshot(0)
     if resume:
         if file is None:
@@ -427,8 +481,8 @@ def train(
             raise ModelFileError(f"{file.path}: the state does not fit the model or optimizer ({error})") from error
         complete = stored
 
-    step = make_step(model, loss_function, optimizer, batches, precision)
-    bar = make_progress(progress)
+    step = make_step(model, loss_function, optimizer, batches, precision, ranks)
+    bar = make_progress(progress and ranks.first)
     was_training = model.training
     stopped = early_stopping is not None and early_stopping.stopped
     try:
@@ -442,7 +496,7 @@ def train(
             parameters = _copy_parameters(model)
             _check_parameters(parameters, epoch, batches.steps)
             if validation is not None:
-                record["val_loss"], record["val_accuracy"] = evaluate(model, validation, loss_function)
+                record["val_loss"], record["val_accuracy"] = evaluate(model, validation, loss_function, ranks)
             if run.scheduler is not None and batch_scheduler is None:
                 _step_scheduler(run.scheduler, record)
             if early_stopping is not None:
@@ -450,12 +504,13 @@ def train(
                 stopped = early_stopping.stopped
             history.epochs.append(record)
             complete = run.snapshot(epoch, parameters)
-            if file is not None:
+            if file is not None and ranks.first:
                 file.write(complete, history)
             bar.end_epoch(record)
             for hook in hooks:
                 answer = hook(model, dict(record))
                 stopped = stopped or (isinstance(answer, (bool, np.bool_)) and bool(answer))
+            stopped = ranks.any(stopped, batches.device)
     except TrainingError as error:
         run.restore(complete)
         kept = f"the end of epoch {complete.epoch}" if complete.epoch else "before the training"

@@ -6,8 +6,8 @@ One row per operator; a row is the function, its reference and a maker of small 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -358,16 +358,61 @@ def test_fake_tensors_keep_channels_last(name: str) -> None:
     assert fake.stride() == expected.stride()
 
 
+# Four units in the last place: bfloat16 has 8 bits, float16 has 11.
+HALF_TOLERANCES = {torch.bfloat16: 2**-6, torch.float16: 2**-9}
+each_half = pytest.mark.parametrize("half", HALF_TOLERANCES, ids=str)
+
+
+def with_labels(operator: Operator, move: Callable[[Tensor], Tensor]) -> Operator:
+    """The operator with its labels moved."""
+    others = tuple(move(other) if isinstance(other, Tensor) else other for other in operator.others())
+    return replace(operator, others=lambda: others)
+
+
+@each_half
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @each_operator
-def test_autocast_gives_what_torch_gives(operator: Operator) -> None:
-    leaves = operator.make(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+def test_autocast_gives_what_torch_gives(operator: Operator, device: str, half: torch.dtype) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    operator = with_labels(operator, lambda labels: labels.to(device))
+    leaves = [leaf.detach().to(device).requires_grad_() for leaf in operator.make(torch.float32)]
+    with torch.autocast(device, dtype=half):
         output, expected = operator.ours(*leaves), operator.oracle(*leaves)
     assert output.dtype == expected.dtype
-    # bfloat16 has 8 bits: one unit in the last place is 2^-8.
-    torch.testing.assert_close(output, expected, rtol=2**-6, atol=2**-6)
+    tolerance = HALF_TOLERANCES[half]
+    torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     grads = torch.autograd.grad(output.sum(), leaves)
     assert [grad.dtype for grad in grads] == [torch.float32] * len(leaves)
+
+
+@pytest.fixture
+def cuda_autocast() -> Iterator[Callable[[torch.dtype], None]]:
+    """Switches CUDA's autocast on; torch.autocast itself does not where there is no GPU."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+    def switch_on(half: torch.dtype) -> None:
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", half)
+
+    yield switch_on
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_dtype("cuda", before[1])
+
+
+@each_half
+@each_operator
+def test_autocast_on_cuda_gives_torchs_dtypes_without_a_gpu(
+    operator: Operator, half: torch.dtype, cuda_autocast: Callable[[torch.dtype], None]
+) -> None:
+    """Fake tensors have a device and a dtype but no memory."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        operator = with_labels(operator, lambda labels: torch.empty_like(labels, device="cuda"))
+        tensors = [torch.empty(shape, device="cuda") for shape in operator.shapes]
+        cuda_autocast(half)
+        output, expected = operator.ours(*tensors), operator.oracle(*tensors)
+    assert output.device.type == "cuda"
+    assert (output.dtype, output.shape) == (expected.dtype, expected.shape)
 
 
 def captured_ops(operator: Operator) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -399,9 +444,22 @@ def captured_ops(operator: Operator) -> list[tuple[Any, tuple[Any, ...]]]:
     return calls
 
 
+@pytest.fixture(scope="module")
+def captured() -> dict[str, list[tuple[Any, tuple[Any, ...]]]]:
+    return {operator.id: captured_ops(operator) for operator in OPERATORS}
+
+
+def test_every_op_is_in_a_compiled_graph_and_so_under_opcheck(
+    captured: dict[str, list[tuple[Any, tuple[Any, ...]]]],
+) -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("fastnn::")}
+    assert registered
+    assert {op._schema.name for calls in captured.values() for op, _ in calls} == registered
+
+
 @each_operator
-def test_opcheck(operator: Operator) -> None:
-    calls = captured_ops(operator)
+def test_opcheck(operator: Operator, captured: dict[str, list[tuple[Any, tuple[Any, ...]]]]) -> None:
+    calls = captured[operator.id]
     assert calls, "the compiled graphs hold no fastnn op"
     for op, arguments in calls:
         torch.library.opcheck(op, arguments)

@@ -407,7 +407,7 @@ PYTHON_LAYERS = {
     "convert": {"nn"},
 }
 # Modules that build on the operators: none of those may import one of these.
-APPLICATION = {"classifier", "training", "data", "cli", "bench", "__main__"}
+APPLICATION = {"classifier", "training", "_ranks", "data", "cli", "bench", "__main__"}
 
 INCLUDE_LAYERS = {
     "ops": {"ops"},

@@ -212,6 +212,25 @@ def test_schedulers_hooks_and_targets_count_in_every_step() -> None:
         step(images, torch.full_like(targets, 3))
 
 
+def test_a_call_before_the_update_sees_and_changes_what_the_step_found() -> None:
+    model, other = both(odd_sizes, torch.float64)
+    images, targets = data((2, 11, 13), 3, 6, torch.float64)
+
+    def clip(loss: torch.Tensor, correct: torch.Tensor) -> None:
+        assert 0 <= int(correct) <= 6
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        loss.mul_(2)
+
+    optimizer = optim.SGD(model.parameters(), lr=0.5)
+    loss, _ = compile_step(model, nn.CrossEntropyLoss(), optimizer, before_update=clip)(images, targets)
+    expected = nn.CrossEntropyLoss()(other(images), targets)
+    expected.backward()
+    assert torch.nn.utils.clip_grad_norm_(other.parameters(), 0.01) > 0.01
+    optim.SGD(other.parameters(), lr=0.5).step()
+    assert torch.equal(loss, 2 * expected)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
 class Doubling(torch.nn.Sequential):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) * 2

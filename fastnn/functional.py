@@ -1,8 +1,9 @@
 """The operators as functions: torch.nn.functional's names, signatures and results, on fastnn's kernels.
 
-Dense CPU tensors of float32 and float64, in any memory layout, run on the kernels. Everything else - other
-dtypes and devices, autocast, torch.func transforms, jit tracing - runs on torch's own operators with the same
-result; :func:`fastnn.explain_dispatch` tells which it was. Results have the memory format that torch's have.
+Dense tensors in any memory layout run on the kernels: float32 and float64 on the CPU, and bfloat16 and float16 too on
+CUDA, where float32 products follow torch's switches for tf32. Everything else - other dtypes and devices, autocast,
+torch.func transforms, jit tracing - runs on torch's own operators with the same result;
+:func:`fastnn.explain_dispatch` tells which it was. Results have the memory format that torch's have.
 """
 
 from __future__ import annotations

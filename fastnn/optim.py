@@ -1,8 +1,8 @@
 """Optimizers: torch.optim's classes with the update on fastnn's kernels, all tensors of a group in one pass.
 
 Each subclasses its torch namesake: constructor arguments, parameter groups, hooks, learning-rate schedulers and
-state keys are torch's own, and a ``state_dict`` moves both ways. Dense float32 and float64 parameters on the CPU
-take the kernels; others, and ``differentiable=True``, take torch's update with the same result.
+state keys are torch's own, and a ``state_dict`` moves both ways. Dense parameters whose device and dtype have kernels
+take them; others, and ``differentiable=True``, take torch's update with the same result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.optim.adam import adam as torch_adam
 from torch.optim.sgd import sgd as torch_sgd
 
 from fastnn import _C
-from fastnn.runtime import note_fallback
+from fastnn.runtime import kernel_dtypes, note_fallback, runs_on_cuda
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
@@ -27,19 +27,21 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _GRAD_TYPES = frozenset((Tensor,))
 _is_neg = Tensor.is_neg
 _add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-_KERNEL_DTYPES = (torch.float32, torch.float64)
 
 
 def _is_covered(param: Tensor, grad: Tensor) -> bool:
-    """Whether a kernel serves this parameter: on the CPU, float32 or float64, with a strided gradient."""
+    """Whether a kernel serves this parameter: its device and dtype have kernels, and its gradient is strided."""
     return (
         _are_plain([param], [grad])
-        and param.dtype in _KERNEL_DTYPES
+        and _has_kernel(param)
         and grad.dtype is param.dtype
-        and param.is_cpu
-        and grad.is_cpu
+        and grad.device == param.device
         and grad.layout is torch.strided
     )
+
+
+def _has_kernel(param: Tensor) -> bool:
+    return param.dtype in (kernel_dtypes(param.device.type) or ())
 
 
 def _are_plain(params: list[Tensor], grads: list[Tensor]) -> bool:
@@ -64,13 +66,33 @@ def _laid_out_as(param: Tensor, tensor: Tensor) -> Tensor:
     return tensor if tensor.stride() == copy.stride() else copy.copy_(tensor)
 
 
-def _reason_for_torch(group: dict[str, Any]) -> str:
-    """Why a group's options need torch's update, or ""."""
+def _reason_for_torch(group: dict[str, Any], param: Tensor) -> str:
+    """Why a group's options need torch's update of a parameter, or ""."""
     if torch.compiler.is_compiling():
         return "torch.compile"
     if group["differentiable"]:
         return "differentiable=True"
-    return "capturable=True" if group.get("capturable") else ""
+    return "capturable=True" if group.get("capturable") and not runs_on_cuda(param) else ""
+
+
+def _lr_on_device(group: dict[str, Any], param: Tensor) -> Tensor | None:
+    """The learning rate as a tensor that CUDA's kernels read when they run, if it is one: a graph may replay them."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor) or not runs_on_cuda(param):
+        return None
+    if lr.device == param.device and lr.dtype is torch.float32:
+        return lr
+    return lr.to(param.device, torch.float32)
+
+
+def _steps(params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    """The step counts of Adam, where the kernels want them: on CUDA in the device's memory, as float32."""
+    if runs_on_cuda(params[0]):
+        for param, state in zip(params, states, strict=True):
+            step = state["step"]
+            if step.device != param.device or step.dtype is not torch.float32:
+                state["step"] = step.to(param.device, torch.float32)
+    return [state["step"] for state in states]
 
 
 class _KernelUpdate(torch.optim.Optimizer):
@@ -124,7 +146,7 @@ class _KernelUpdate(torch.optim.Optimizer):
         The binding checks every tensor before it changes any; asking first would take as long as the update.
         """
         first = params[0]
-        if _reason_for_torch(group) or not first.is_cpu or first.dtype not in _KERNEL_DTYPES:
+        if _reason_for_torch(group, first) or not _has_kernel(first):
             return False
         if not _are_plain(params, grads):
             return False
@@ -136,14 +158,16 @@ class _KernelUpdate(torch.optim.Optimizer):
 
     def _update_apart(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Updates what no kernel serves with torch, then the rest with one kernel call a dtype."""
-        reason = _reason_for_torch(group) or ("parameters that share memory" if _share_memory(params) else "")
-        covered: dict[torch.dtype, list[Tensor]] = {}
+        reason = _reason_for_torch(group, params[0]) or (
+            "parameters that share memory" if _share_memory(params) else ""
+        )
+        covered: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         rest = []
         for param in params:
             grad = param.grad
             assert grad is not None
             if not reason and _is_covered(param, grad):
-                covered.setdefault(param.dtype, []).append(param)
+                covered.setdefault((param.device, param.dtype), []).append(param)
             else:
                 rest.append(param)
         if rest:  # first: what torch refuses then leaves every parameter as it was
@@ -210,8 +234,9 @@ class Adam(_KernelUpdate, torch.optim.Adam):
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
         lists: dict[str, list[Tensor]] = {"grad": grads}
         lists.update({key: [state[key] for state in states] for key in keys})
-        steps = [state["step"] for state in states]
+        steps = _steps(params, states)
         beta1, beta2 = group["betas"]
+        lr_tensor = _lr_on_device(group, params[0])
 
         def kernel(params: list[Tensor], grads: list[Tensor], *moments: list[Tensor]) -> None:
             exp_avgs, exp_avg_sqs, *rest = moments
@@ -222,7 +247,7 @@ class Adam(_KernelUpdate, torch.optim.Adam):
                 exp_avg_sqs,
                 rest[0] if rest else [],
                 steps,
-                float(group["lr"]),
+                0.0 if lr_tensor is not None else float(group["lr"]),
                 float(beta1),
                 float(beta2),
                 float(group["eps"]),
@@ -230,6 +255,7 @@ class Adam(_KernelUpdate, torch.optim.Adam):
                 group["decoupled_weight_decay"],
                 group["amsgrad"],
                 group["maximize"],
+                lr_tensor,
             )
 
         self._call(kernel, params, lists)
@@ -294,6 +320,7 @@ class SGD(_KernelUpdate, torch.optim.SGD):
         momentum = group["momentum"]
         lists: dict[str, list[Tensor]] = {"grad": grads}
         first: list[bool] = []
+        lr_tensor = _lr_on_device(group, params[0])
         if momentum != 0:
             held = [self.state[param].get("momentum_buffer") for param in params]
             first = [buffer is None for buffer in held]
@@ -308,12 +335,13 @@ class SGD(_KernelUpdate, torch.optim.SGD):
                 grads,
                 buffers or [],
                 first,
-                float(group["lr"]),
+                0.0 if lr_tensor is not None else float(group["lr"]),
                 float(momentum),
                 float(group["dampening"]),
                 float(group["weight_decay"]),
                 group["nesterov"],
                 group["maximize"],
+                lr_tensor,
             )
 
         self._call(kernel, params, lists)

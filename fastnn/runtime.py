@@ -12,6 +12,7 @@ import torch
 
 from fastnn import _C
 
+
 def _allocate(size: int, device_index: int) -> torch.Tensor:
     """Workspace for a CUDA kernel, from torch's allocator (from the CPU's where the emulator stands for the GPU)."""
     device = "cpu" if _C.is_emulator() else f"cuda:{device_index}"
@@ -24,6 +25,25 @@ if os.environ.get("FASTNN_ISA"):
         _C.set_isa(os.environ["FASTNN_ISA"])
     except ValueError as error:
         raise ImportError(f"FASTNN_ISA: {error}") from None
+
+
+_CPU_DTYPES = frozenset((torch.float32, torch.float64))
+_CUDA_DTYPES = _CPU_DTYPES | {torch.bfloat16, torch.float16}
+_KERNEL_DTYPES = {"cpu": _CPU_DTYPES, "meta": _CPU_DTYPES}
+if _C.is_emulator():
+    _KERNEL_DTYPES["cpu"] = _CUDA_DTYPES
+elif _C.build_facts()["cuda"]:
+    _KERNEL_DTYPES["cuda"] = _KERNEL_DTYPES["meta"] = _CUDA_DTYPES
+
+
+def kernel_dtypes(device_type: str) -> frozenset[torch.dtype] | None:
+    """The dtypes that kernels serve on a type of device ("cpu", "cuda"); None where there are no kernels."""
+    return _KERNEL_DTYPES.get(device_type)
+
+
+def runs_on_cuda(tensor: torch.Tensor) -> bool:
+    """Whether CUDA's kernels serve this tensor: on a GPU, or on the CPU under the emulator."""
+    return tensor.is_cuda or _C.is_emulator()
 
 
 def available_isas() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import DEVICE
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64)
@@ -358,12 +359,12 @@ def generator(*key: object) -> torch.Generator:
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=rng, dtype=torch.float64).to(DEVICE, dtype)
 
 
 def integers(shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     """Integers of -3..3: sums of thousands of products stay below 2^24, hence exact in float32."""
-    return torch.randint(-3, 4, shape, generator=rng).to(dtype)
+    return torch.randint(-3, 4, shape, generator=rng).to(DEVICE, dtype)
 
 
 FILLS: dict[str, Callable[[tuple[int, ...], torch.dtype, torch.Generator], Tensor]] = {

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from device import expected_device, expected_isa
 
 import fastnn
 
@@ -28,8 +29,8 @@ def ran_kernels(*operators: str, dtype: torch.dtype | None = None) -> Iterator[l
     records.extend(log)
     for record in records:
         assert record.kernel != "torch", f"{record.operator} fell back to torch: {record.reason}"
-        assert record.isa == fastnn.get_isa(), f"{record.operator} ran on {record.isa}"
-        assert record.device == "cpu"
+        assert record.isa == expected_isa(), f"{record.operator} ran on {record.isa}"
+        assert record.device == expected_device()
         if dtype is not None:
             assert record.dtype == str(dtype).removeprefix("torch.")
     names = [record.operator for record in records]

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from tolerance import (
     assert_close_bound,
     assert_identical,
+    product_bound,
     rounding_bound,
     winograd_bf16_bound,
     winograd_bound,
@@ -109,7 +110,8 @@ def check(case: Conv2dCase, fill: str, dtype: torch.dtype, layout: str = "contig
             bound = winograd_bound(x.detach(), w.detach(), dtype, **case.convolution)
             bound = bound + rounding_bound(1, dtype, pre_magnitude.detach())
         else:
-            bound = rounding_bound(sizes.forward + 1, dtype, pre_magnitude.detach())
+            ran = kernels_of(forward_records, "conv2d_forward")
+            bound = product_bound(sizes.forward + 1, dtype, pre_magnitude.detach(), ran)
         assert_close_bound(y, y64, pool_values(case, bound), "output")
         grad = torch.where(ambiguous(case, pre64.detach(), bound), 0, grad)
     else:
@@ -130,7 +132,7 @@ def check(case: Conv2dCase, fill: str, dtype: torch.dtype, layout: str = "contig
         if fill == "integers":
             assert_identical(actual, expected, name)
             continue
-        bound = rounding_bound(length + 1, dtype, magnitude)
+        bound = product_bound(length + 1, dtype, magnitude, kernels_of(backward_records, "conv2d_grad"))
         if name == "grad_input" and is_winograd(backward_records, "conv2d_grad_input"):
             extra = winograd_grad_input_bound(x.detach(), passed, w.detach(), dtype, **case.convolution)
             bound = extra + bound
@@ -165,15 +167,15 @@ def test_products_in_bf16_are_within_their_bound(shape: tuple[int, int, int, int
     if fused:
         expected, bound = F.max_pool2d(expected.relu(), 2), F.max_pool2d(bound, 2)
     results = {}
-    for bf16 in (False, True):
+    for precision in ("fp32", "bf16"):
         y = torch.empty(expected.shape).contiguous(memory_format=torch.channels_last)
         winner = torch.empty_like(y, dtype=torch.uint8) if fused else None
         with ran_kernels("conv2d_forward", dtype=torch.float32) as records:
-            _C.conv2d_forward(y, winner, x, w, b, (1, 1), (padding, padding), (1, 1), 1, fused, bf16)
-        assert [record.kernel for record in records] == ["winograd_bf16" if bf16 else "winograd"]
-        results[bf16] = y
-    assert_close_bound(results[True], expected, bound, "output")
-    error = (results[True] - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+            _C.conv2d_forward(y, winner, x, w, b, (1, 1), (padding, padding), (1, 1), 1, fused, precision)
+        assert [record.kernel for record in records] == ["winograd_bf16" if precision == "bf16" else "winograd"]
+        results[precision] = y
+    assert_close_bound(results["bf16"], expected, bound, "output")
+    error = (results["bf16"] - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert 1e-4 < error < 1e-2  # bfloat16's, neither float32's nor an index that is wrong
 
 
@@ -181,13 +183,13 @@ def test_products_in_bf16_are_within_their_bound(shape: tuple[int, int, int, int
 def test_bf16_is_for_float32_and_its_isa() -> None:
     x = torch.ones(1, 16, 14, 14).contiguous(memory_format=torch.channels_last)
     w, y = torch.ones(16, 16, 3, 3), torch.empty(1, 16, 12, 12).contiguous(memory_format=torch.channels_last)
-    arguments = ((1, 1), (0, 0), (1, 1), 1, False, True)
+    arguments = ((1, 1), (0, 0), (1, 1), 1, False, "bf16")
     with pytest.raises(TypeError, match="input: expected float32, got float64"):
         _C.conv2d_forward(y.double(), None, x.double(), w.double(), None, *arguments)
     before = fastnn.get_isa()
     fastnn.set_isa("baseline")
     try:
-        with pytest.raises(ValueError, match="bf16: expected False with the ISA baseline"):
+        with pytest.raises(ValueError, match="precision: expected 'fp32' with the ISA baseline on this processor, got 'bf16'"):
             _C.conv2d_forward(y, None, x, w, None, *arguments)
     finally:
         fastnn.set_isa(before)

@@ -18,10 +18,10 @@ from cases import (
     lay_out,
     random,
 )
-from dispatch_log import fell_back, ran_kernels
+from dispatch_log import fell_back, kernels_of, ran_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_close_bound, assert_identical, rounding_bound
+from tolerance import assert_close_bound, assert_identical, product_bound
 from torch import Tensor
 
 import fastnn
@@ -40,7 +40,7 @@ def check(case: LinearCase, fill: str, dtype: torch.dtype, layout: str = "contig
     leaves = [t for t in (x, w, b) if t is not None]
     some = x.numel() > 0
 
-    with ran_kernels(*(["linear_forward"] if some else []), dtype=dtype):
+    with ran_kernels(*(["linear_forward"] if some else []), dtype=dtype) as records:
         y = functional.linear(x, w, b, **case.kwargs)
 
     leaves64 = [t.detach().double().requires_grad_() for t in leaves]
@@ -52,7 +52,7 @@ def check(case: LinearCase, fill: str, dtype: torch.dtype, layout: str = "contig
 
     if fill == "random":
         absolute = [t.detach().abs() for t in leaves64]
-        bound = rounding_bound(in_features + 1, dtype, F.linear(*absolute))
+        bound = product_bound(in_features + 1, dtype, F.linear(*absolute), kernels_of(records, "linear_forward"))
         assert_close_bound(y, y64, bound, "output")
         # Whether a ReLU so near to zero is open may differ: no gradient goes there.
         grad = torch.where(pre.abs() <= bound, 0, grad) if relu else grad
@@ -60,16 +60,17 @@ def check(case: LinearCase, fill: str, dtype: torch.dtype, layout: str = "contig
         assert_identical(y, y64, "output")
 
     grad_layout = layout if layout in ("sliced", "transposed") and grad.dim() > 1 else "contiguous"
-    with ran_kernels(*(["linear_backward"] if some else []), dtype=dtype):
+    with ran_kernels(*(["linear_backward"] if some else []), dtype=dtype) as records:
         grads = torch.autograd.grad(y, leaves, lay_out(grad, grad_layout))
     grads64 = torch.autograd.grad(y64, leaves64, grad.double())
 
     passed = (grad.double() * (pre > 0) if relu else grad.double()).abs().reshape(rows, out_features)
     x_rows = x64.detach().abs().reshape(rows, in_features)
+    ran = kernels_of(records, "linear_backward")
     bounds = (
-        rounding_bound(out_features + 1, dtype, passed @ w64.detach().abs()).reshape(case.input),
-        rounding_bound(rows + 1, dtype, passed.T @ x_rows),
-        rounding_bound(rows + 1, dtype, passed.sum(0)),
+        product_bound(out_features + 1, dtype, passed @ w64.detach().abs(), ran).reshape(case.input),
+        product_bound(rows + 1, dtype, passed.T @ x_rows, ran),
+        product_bound(rows + 1, dtype, passed.sum(0), ran),
     )
     names = ("grad_input", "grad_weight", "grad_bias")
     for name, actual, expected, limit in zip(names, grads, grads64, bounds, strict=False):

@@ -48,6 +48,18 @@ def rounding_bound(roundings: int, dtype: torch.dtype, magnitude: Tensor) -> Ten
     return magnitude.double() * relative + roundings * torch.finfo(dtype).tiny
 
 
+def product_bound(roundings: int, dtype: torch.dtype, magnitude: Tensor, kernels: list[str]) -> Tensor:
+    """Bound of a sum of products by one of these kernels, whose terms' absolute values add up to ``magnitude``.
+
+    "tf32x3" writes each factor as ``high + low + rest`` with ``|rest| <= 2^-22 |factor|``, and leaves out the product
+    of the two low parts, at most ``2^-22`` of the whole: ``3 * 2^-22`` of each product. It adds three products where
+    others add one, and the tensor cores' sums are cut off rather than rounded, an error of up to ``2 u``.
+    """
+    if "tf32x3" not in kernels:
+        return rounding_bound(roundings, dtype, magnitude)
+    return rounding_bound(6 * roundings, dtype, magnitude) + 3 * 2.0**-22 * magnitude.double()
+
+
 def _taps(channels: int, weight: Tensor) -> Iterator[Tensor]:
     """Depthwise filters that pick one tap of the kernel each."""
     height, width = weight.shape[2:]

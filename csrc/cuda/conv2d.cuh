@@ -6,10 +6,17 @@
 
 namespace fastnn::cuda {
 
+// What the stages are called in traces and errors.
+struct StageNames {
+  const char *forward, *grad_input, *grad_weight;
+};
+constexpr StageNames kConv2dStages{"conv2d_forward", "conv2d_grad_input", "conv2d_grad_weight"};
+constexpr StageNames kLinearStages{"linear_forward", "linear_backward", "linear_backward"};
+
 template <class T>
-void run_conv2d_forward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b);
+void run_conv2d_forward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b);
 template <class T>
-void run_conv2d_backward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b);
+void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b);
 
 // (out, in, taps) to (out, taps, in): the order that the readers take.
 template <class T>
@@ -42,9 +49,9 @@ inline void check_sizes(const char* operation, const Conv2dShape& s) {
 
 }  // namespace fastnn::cuda
 
-// A function of a queue, a shape and an operator's name, for every dtype.
-#define FASTNN_INSTANTIATE_OF(result, function, Buffers)                                             \
-  template result function(const char*, const Queue&, const Conv2dShape&, const Buffers<float>&);    \
-  template result function(const char*, const Queue&, const Conv2dShape&, const Buffers<double>&);   \
-  template result function(const char*, const Queue&, const Conv2dShape&, const Buffers<bfloat16>&); \
-  template result function(const char*, const Queue&, const Conv2dShape&, const Buffers<float16>&);
+// A function of stage names, a queue and a shape, for every dtype.
+#define FASTNN_INSTANTIATE_OF(result, function, Buffers)                                                   \
+  template result function(const StageNames&, const Queue&, const Conv2dShape&, const Buffers<float>&);    \
+  template result function(const StageNames&, const Queue&, const Conv2dShape&, const Buffers<double>&);   \
+  template result function(const StageNames&, const Queue&, const Conv2dShape&, const Buffers<bfloat16>&); \
+  template result function(const StageNames&, const Queue&, const Conv2dShape&, const Buffers<float16>&);

@@ -89,21 +89,22 @@ void run_grad_bias(const char* operation, const Queue& queue, const Conv2dShape&
 }  // namespace
 
 template <class T>
-void run_conv2d_backward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b) {
-  check_sizes(operation, s);
+void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv2dShape& s,
+                         const Conv2dBackward<T>& b) {
+  check_sizes(names.grad_input, s);
   const Geometry geometry(s);
-  if (b.grad_bias && s.out_channels > 0) run_grad_bias(operation, queue, s, b);
-  if (is_depthwise(s)) return depthwise_backward(operation, queue, s, b);
+  if (b.grad_bias && s.out_channels > 0) run_grad_bias(names.grad_weight, queue, s, b);
+  if (is_depthwise(s)) return depthwise_backward(names, queue, s, b);
   const GradientSource<T> gradient(b, geometry, s.relu);
   if (b.grad_input && geometry.in_pixels() > 0 && geometry.group_in > 0) {
-    const T* weight = packed_weight(operation, queue, s, b.weight);
+    const T* weight = packed_weight(names.grad_input, queue, s, b.weight);
     const GradInputProblem<T> problem{gradient,
                                       WeightSource<T>(weight, geometry),
                                       {geometry.in_pixels(), geometry.group_in,
                                        int64_t{geometry.taps} * geometry.group_out, static_cast<int>(s.groups), 1, 0},
                                       nullptr,
                                       b.grad_input};
-    run_gemm<T>(operation, queue, problem, s.precision, true);
+    run_gemm<T>(names.grad_input, queue, problem, s.precision, true);
   }
   if (b.grad_weight && geometry.group_out > 0 && geometry.group_in > 0) {
     const GradWeightProblem<T> problem{
@@ -114,13 +115,13 @@ void run_conv2d_backward(const char* operation, const Queue& queue, const Conv2d
         nullptr,
         b.grad_weight,
         s.weight_channels_last};
-    run_gemm<T>(operation, queue, problem, s.precision, true);
+    run_gemm<T>(names.grad_weight, queue, problem, s.precision, true);
   }
 }
 
 template <class T>
 void Kernels<T>::conv2d_backward(const Conv2dShape& s, const Conv2dBackward<T>& b) const {
-  run_conv2d_backward("conv2d_backward", queue_, s, b);
+  run_conv2d_backward(kConv2dStages, queue_, s, b);
 }
 
 FASTNN_INSTANTIATE(void, conv2d_backward, Conv2dShape, Conv2dBackward)

@@ -1,8 +1,6 @@
 // conv2d of one channel a group: see conv2d_depthwise.cuh.
 #include "cuda/conv2d_depthwise.cuh"
 
-#include "cuda/conv2d.cuh"
-
 namespace fastnn::cuda {
 namespace {
 
@@ -67,32 +65,34 @@ __global__ void depthwise_grad_weight_kernel(const GRID_CONSTANT GradientSource<
 }  // namespace
 
 template <class T>
-void depthwise_forward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b) {
-  trace<T>(queue, operation, "depthwise");
+void depthwise_forward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b) {
+  trace<T>(queue, names.forward, "depthwise");
   const Geometry geometry(s);
-  launch(operation, queue, depthwise_forward_kernel<T>,
+  launch(names.forward, queue, depthwise_forward_kernel<T>,
          blocks_for(geometry.out_pixels() * s.out_channels, kDepthwiseThreads), kDepthwiseThreads, 0,
          InputSource<T>(b.input, geometry), b.weight, b.bias, s.relu, b.output);
 }
 
 template <class T>
-void depthwise_backward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b) {
-  trace<T>(queue, operation, "depthwise");
+void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b) {
   const Geometry geometry(s);
   const GradientSource<T> gradient(b, geometry, s.relu);
-  if (b.grad_input)
-    launch(operation, queue, depthwise_grad_input_kernel<T>,
+  if (b.grad_input) {
+    trace<T>(queue, names.grad_input, "depthwise");
+    launch(names.grad_input, queue, depthwise_grad_input_kernel<T>,
            blocks_for(geometry.in_pixels() * s.in_channels, kDepthwiseThreads), kDepthwiseThreads, 0, gradient,
            b.weight, b.grad_input);
+  }
   if (b.grad_weight) {
+    trace<T>(queue, names.grad_weight, "depthwise");
     const int64_t pixels = geometry.out_pixels(), column_blocks = (s.out_channels + 31) / 32;
     const int64_t parts = sum_parts(queue, pixels, column_blocks * geometry.taps);
     Compute<T>* partials = queue.workspace<Compute<T>>(parts * s.out_channels * geometry.taps);
-    launch(operation, queue, depthwise_grad_weight_kernel<T>, dim3(column_blocks, parts, geometry.taps), kSumThreads,
-           kSumThreads * sizeof(Compute<T>), gradient, InputSource<T>(b.input, geometry), (pixels + parts - 1) / parts,
-           partials);
+    launch(names.grad_weight, queue, depthwise_grad_weight_kernel<T>, dim3(column_blocks, parts, geometry.taps),
+           kSumThreads, kSumThreads * sizeof(Compute<T>), gradient, InputSource<T>(b.input, geometry),
+           (pixels + parts - 1) / parts, partials);
     const int64_t count = s.out_channels * geometry.taps;
-    launch(operation, queue, add_partials_kernel<T>, blocks_for(count, 256), 256, 0, parts, count, partials,
+    launch(names.grad_weight, queue, add_partials_kernel<T>, blocks_for(count, 256), 256, 0, parts, count, partials,
            b.grad_weight);
   }
 }

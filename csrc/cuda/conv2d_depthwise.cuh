@@ -2,7 +2,7 @@
 // matrix product would be one column wide. A thread for each value of the result, neighbours on neighbouring channels.
 #pragma once
 
-#include "cuda/conv2d_readers.cuh"
+#include "cuda/conv2d.cuh"
 
 namespace fastnn::cuda {
 
@@ -11,8 +11,8 @@ inline bool is_depthwise(const Conv2dShape& s) {
 }
 
 template <class T>
-void depthwise_forward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b);
+void depthwise_forward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b);
 template <class T>
-void depthwise_backward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b);
+void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b);
 
 }  // namespace fastnn::cuda

@@ -68,12 +68,12 @@ struct ForwardProblem {
 }  // namespace
 
 template <class T>
-void run_conv2d_forward(const char* operation, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b) {
+void run_conv2d_forward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b) {
   if (s.batch == 0 || s.out_channels == 0) return;
-  check_sizes(operation, s);
-  if (is_depthwise(s)) return depthwise_forward(operation, queue, s, b);
+  check_sizes(names.forward, s);
+  if (is_depthwise(s)) return depthwise_forward(names, queue, s, b);
   const Geometry geometry(s);
-  const T* weight = packed_weight(operation, queue, s, b.weight);
+  const T* weight = packed_weight(names.forward, queue, s, b.weight);
   const int64_t m = s.pool ? (geometry.windows() + 7) / 8 * 32 : geometry.out_pixels();
   const ForwardProblem<T> problem{
       InputSource<T>(b.input, geometry),
@@ -84,12 +84,12 @@ void run_conv2d_forward(const char* operation, const Queue& queue, const Conv2dS
       b.winner,
       b.bias,
       s.relu};
-  run_gemm<T>(operation, queue, problem, s.precision, !s.pool);
+  run_gemm<T>(names.forward, queue, problem, s.precision, !s.pool);
 }
 
 template <class T>
 void Kernels<T>::conv2d_forward(const Conv2dShape& s, const Conv2dForward<T>& b) const {
-  run_conv2d_forward("conv2d_forward", queue_, s, b);
+  run_conv2d_forward(kConv2dStages, queue_, s, b);
 }
 
 FASTNN_INSTANTIATE(void, conv2d_forward, Conv2dShape, Conv2dForward)

@@ -17,13 +17,13 @@ Conv2dShape as_conv2d(const LinearShape& s) {
 
 template <class T>
 void Kernels<T>::linear_forward(const LinearShape& s, const LinearForward<T>& b) const {
-  run_conv2d_forward<T>("linear_forward", queue_, as_conv2d(s), {b.output, nullptr, b.input, b.weight, b.bias});
+  run_conv2d_forward<T>(kLinearStages, queue_, as_conv2d(s), {b.output, nullptr, b.input, b.weight, b.bias});
 }
 
 template <class T>
 void Kernels<T>::linear_backward(const LinearShape& s, const LinearBackward<T>& b) const {
   run_conv2d_backward<T>(
-      "linear_backward", queue_, as_conv2d(s),
+      kLinearStages, queue_, as_conv2d(s),
       {b.grad_input, b.grad_weight, b.grad_bias, b.grad_output, b.input, b.weight, b.output, nullptr});
 }
 

@@ -10,10 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from fastnn.runtime import note_fallback
+from fastnn.runtime import kernel_dtypes, note_fallback
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_KERNEL_DTYPES = frozenset((torch.float32, torch.float64))
 
 _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -39,8 +38,11 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
                 return _fall_back(operator, f"tensor subclass {type(tensor).__name__}")
     if _is_autocast_enabled() and torch.is_autocast_enabled(first.device.type):
         return _fall_back(operator, "autocast")
-    dtype = first.dtype
-    if dtype not in _KERNEL_DTYPES:
+    dtype, device = first.dtype, first.device
+    dtypes = kernel_dtypes(device.type)
+    if dtypes is None:
+        return _fall_back(operator, f"device {device}")
+    if dtype not in dtypes:
         return _fall_back(operator, f"dtype {dtype}")
     for tensor in tensors:
         if tensor is None:
@@ -49,11 +51,10 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
             return _fall_back(operator, f"dtypes {dtype} and {tensor.dtype}")
         if tensor.layout is not torch.strided:
             return _fall_back(operator, f"layout {tensor.layout}")
-        if not tensor.is_cpu:
-            if tensor.is_meta:
-                plain = False
-            else:
-                return _fall_back(operator, f"device {tensor.device}")
+        if tensor.device != device:
+            return _fall_back(operator, f"devices {device} and {tensor.device}")
+    if device.type == "meta":
+        plain = False
     if _is_compiling() or not plain:
         return "op"
     if _are_functorch_transforms_active():
@@ -97,8 +98,13 @@ def empty_dense(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def empty_scalar(dtype: torch.dtype) -> Tensor:
-    return torch.empty_strided((), (), dtype=dtype)
+def empty_scalar(like: Tensor) -> Tensor:
+    return torch.empty_strided((), (), dtype=like.dtype, device=like.device)
+
+
+def allows_tf32(tensor: Tensor, operator: str) -> bool:
+    """Whether torch's switch for `operator`, "matmul" or "conv", lets this tensor's products be rounded to tf32."""
+    return tensor.is_cuda and torch._C._get_fp32_precision_getter("cuda", operator) == "tf32"
 
 
 def gapless(tensor: Tensor) -> Tensor:
@@ -129,10 +135,11 @@ def define_op(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Any:
-    """Registers ``torch.ops.fastnn.<name>`` for CPU tensors and returns its overload."""
+    """Registers ``torch.ops.fastnn.<name>`` for CPU and CUDA tensors and returns its overload."""
     name = schema[: schema.index("(")]
     _library.define(schema)
     _library.impl(name, implementation, "CPU")
+    _library.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"fastnn::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"fastnn::{name}", backward, setup_context=setup_context, lib=_library)

@@ -12,6 +12,7 @@ from fastnn import _C, reference
 from fastnn.arguments import Pair
 from fastnn.autograd.common import (
     KernelFunction,
+    allows_tf32,
     define_op,
     dense,
     differentiable_backward,
@@ -76,20 +77,35 @@ def _result_format(input: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def _empty_images(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _precision(input: Tensor) -> str:
+    return "tf32" if allows_tf32(input, "conv") else "fp32"
+
+
 def conv2d_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool, pool: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and with `pool` each maximum's place in its window (uint8, channels_last)."""
     try:
         shape = output_shape(input, weight, geometry, pool)
-        output = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
+        output = _empty_images(shape, input)
     except (IndexError, RuntimeError, ZeroDivisionError):  # not a convolution: the binding says in what way
         shape = (0, 0, 0, 0)
-        output = torch.empty(shape, dtype=input.dtype)
-    winner = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last) if pool else None
+        output = input.new_empty(shape)
+    winner = torch.empty_like(output, dtype=torch.uint8) if pool else None
     source = channels_last(input) if input.dim() == 4 else input
     _C.conv2d_forward(
-        output, winner, source, _kernel_layout(weight), None if bias is None else dense(bias), *geometry, relu
+        output,
+        winner,
+        source,
+        _kernel_layout(weight),
+        None if bias is None else dense(bias),
+        *geometry,
+        relu,
+        _precision(input),
     )
     return output.contiguous(memory_format=_result_format(input, weight)), winner
 
@@ -107,11 +123,11 @@ def conv2d_backward(
     grad_input = grad_weight = grad_bias = None
     weight = _kernel_layout(weight)
     if needed[0]:
-        grad_input = torch.empty(input.shape, dtype=input.dtype, memory_format=torch.channels_last)
+        grad_input = _empty_images(input.shape, input)
     if needed[1]:
         grad_weight = torch.empty_like(weight)
     if needed[2]:
-        grad_bias = torch.empty(weight.shape[0], dtype=weight.dtype)
+        grad_bias = weight.new_empty(weight.shape[0])
     _C.conv2d_backward(
         grad_input,
         grad_weight,
@@ -122,6 +138,7 @@ def conv2d_backward(
         None if output is None else channels_last(output),
         winner,
         *geometry,
+        _precision(input),
     )
     if grad_input is not None:
         grad_input = grad_input.contiguous(memory_format=_result_format(input, weight))

@@ -36,7 +36,7 @@ def loss_shape(input: Tensor, reduction: int) -> Sequence[int]:
 def empty_loss(input: Tensor, reduction: int) -> Tensor:
     if reduction == 0:
         return input.new_empty(loss_shape(input, reduction))
-    return empty_scalar(input.dtype)
+    return empty_scalar(input)
 
 
 def statistics_size(input: Tensor, target: Tensor) -> int:

@@ -11,9 +11,11 @@ from torch import Tensor
 from fastnn import _C, reference
 from fastnn.autograd.common import (
     KernelFunction,
+    allows_tf32,
     define_op,
     dense,
     differentiable_backward,
+    empty_dense,
     empty_like_if,
     goes_through_op,
     goes_through_torch,
@@ -22,8 +24,9 @@ from fastnn.autograd.common import (
 
 
 def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    output = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype)
-    _C.linear_forward(output, dense(input), dense(weight), None if bias is None else dense(bias), relu)
+    output = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device=input.device)
+    tf32 = allows_tf32(input, "matmul")
+    _C.linear_forward(output, dense(input), dense(weight), None if bias is None else dense(bias), relu, tf32)
     return output
 
 
@@ -31,10 +34,19 @@ def linear_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, where needed; `output` is given where a ReLU is to be undone."""
-    grad_input = torch.empty(input.shape, dtype=input.dtype) if needed[0] else None
-    grad_weight = torch.empty(weight.shape, dtype=weight.dtype) if needed[1] else None
-    grad_bias = torch.empty(weight.shape[0], dtype=weight.dtype) if needed[2] else None
-    _C.linear_backward(grad_input, grad_weight, grad_bias, dense(grad_output), dense(input), dense(weight), output)
+    grad_input = empty_dense(input) if needed[0] else None
+    grad_weight = empty_dense(weight) if needed[1] else None
+    grad_bias = weight.new_empty(weight.shape[0]) if needed[2] else None
+    _C.linear_backward(
+        grad_input,
+        grad_weight,
+        grad_bias,
+        dense(grad_output),
+        dense(input),
+        dense(weight),
+        output,
+        allows_tf32(input, "matmul"),
+    )
     return grad_input, grad_weight, grad_bias
 
 

@@ -30,8 +30,8 @@ from fastnn.autograd.cross_entropy import REDUCTIONS
 def mse_loss_forward(input: Tensor, target: Tensor, weight: Tensor | None, reduction: int) -> tuple[Tensor, Tensor]:
     """The loss and the divisor of its mean."""
     input = gapless(input)
-    output = torch.empty_like(input) if reduction == 0 else empty_scalar(input.dtype)
-    divisor = empty_scalar(input.dtype)
+    output = torch.empty_like(input) if reduction == 0 else empty_scalar(input)
+    divisor = empty_scalar(input)
     if weight is not None:
         weight = laid_out_as(input, weight)
     _C.mse_loss_forward(output, divisor, input, laid_out_as(input, target), weight, reduction)

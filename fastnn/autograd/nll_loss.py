@@ -25,7 +25,7 @@ def nll_loss_forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss and the divisor of its mean."""
     output = empty_loss(input, reduction)
-    divisor = empty_scalar(input.dtype)
+    divisor = empty_scalar(input)
     if weight is not None:
         weight = dense(weight)
     _C.nll_loss_forward(output, divisor, dense(input), dense(target), weight, ignore_index, reduction)

@@ -5,6 +5,10 @@ step then copies its batch in, replays the program and lets the optimizer update
 order throughout; a Flatten is one transposition. A model, loss or optimizer that cannot be recorded raises
 `NotCompilable`, whose message says why; `fastnn.training.make_step` then runs it through autograd. `CompiledForward`
 is the forward half alone.
+
+On CUDA a program's first run launches its kernels one by one; then it is captured as a CUDA graph, with the gathering
+of the batch and the update, and replayed. What changes from step to step - rows, learning rate, step count - lies in
+device memory.
 """
 
 from __future__ import annotations
@@ -19,15 +23,36 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from fastnn import _C, nn, optim
 from fastnn.arguments import FUSED_POOL, pair, pool_arguments, wants_relu
+from fastnn.autograd.common import allows_tf32
 from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.cross_entropy import REDUCTIONS, statistics_size
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
+from fastnn.runtime import kernel_dtypes, runs_on_cuda
 
 __all__ = ["CompiledForward", "CompiledStep", "NotCompilable"]
 
 
 class NotCompilable(ValueError):  # noqa: N818 - names the verdict, not a failure
     """The model, loss or optimizer is none that a program can express."""
+
+
+@dataclass
+class _Graph:
+    """Launches on a GPU that are captured on their second run and replayed from then on, unless `depends` changed."""
+
+    depends: tuple[Any, ...]  # what the launches were made from; held, so that no other object takes its place
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def run(self, launch: Callable[[], None]) -> None:
+        if torch.cuda.is_current_stream_capturing():  # in a graph of the caller's
+            launch()
+        elif self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                launch()
+            self.graph.replay()
+        else:
+            self.graph.replay()
 
 
 @dataclass
@@ -39,15 +64,44 @@ class _Recording:
     program: _C.Program = field(default_factory=_C.Program)
     tensors: list[Tensor] = field(default_factory=list)  # kept alive for the program
     results: dict[str, Tensor] = field(default_factory=dict)
+    graphs: dict[str, _Graph] = field(default_factory=dict)
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        tensor = torch.empty(shape, dtype=dtype, memory_format=memory_format)
+        tensor = torch.empty(shape, dtype=dtype, device=self.images.device, memory_format=memory_format)
         self.tensors.append(tensor)
         return tensor
 
     def new_like(self, tensor: Tensor) -> Tensor:
         return self.new(tuple(tensor.shape), tensor.dtype, channels_last=tensor.dim() == 4)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """`index`, on a GPU copied to where a graph reads it."""
+        if not self.images.is_cuda:
+            return index
+        if "rows" not in self.results:
+            self.results["rows"] = torch.empty_like(index)
+        return self.results["rows"].copy_(index)
+
+    def run(self, name: str, depends: tuple[Any, ...], launch: Callable[[], None]) -> None:
+        """Runs `launch`, on a GPU as a graph once it has run as it is."""
+        if not self.images.is_cuda:
+            launch()
+            return
+        graph = self.graphs.get(name)
+        if graph is not None and _same(graph.depends, depends):
+            graph.run(launch)
+        else:
+            self.graphs[name] = _Graph(depends)
+            launch()
+
+
+def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    """Whether two tuples hold the same objects, or equal numbers."""
+    return len(first) == len(second) and all(
+        a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+        for a, b in zip(first, second, strict=True)
+    )
 
 
 # A stage records its forward call on an input and returns the output with a function that records its backward:
@@ -74,7 +128,8 @@ def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
         output = recording.new(shape, input.dtype, channels_last=True)
         winner = recording.new(shape, torch.uint8, channels_last=True) if fused else None
         weight, bias = layer.weight, layer.bias
-        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu, recording.precision)
+        precision = "tf32" if allows_tf32(input, "conv") else recording.precision
+        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu, precision)
 
         def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
             grad_input = recording.new_like(input) if needs_input else None
@@ -88,6 +143,7 @@ def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
                 output if relu and not fused else None,
                 winner,
                 *geometry,
+                "tf32" if precision == "tf32" else "fp32",
             )
             return grad_input
 
@@ -106,7 +162,8 @@ def _linear_stage(layer: nn.Linear) -> Stage:
             raise NotCompilable(f"{layer}: expected rows, got shape {tuple(input.shape)}")
         weight, bias = layer.weight, layer.bias
         output = recording.new((len(input), layer.out_features), input.dtype)
-        _C.linear_forward(output, input, weight, bias, relu)
+        tf32 = allows_tf32(input, "matmul")
+        _C.linear_forward(output, input, weight, bias, relu, tf32)
 
         def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
             grad_input = recording.new(tuple(input.shape), input.dtype) if needs_input else None
@@ -118,6 +175,7 @@ def _linear_stage(layer: nn.Linear) -> Stage:
                 input,
                 weight,
                 output if relu else None,
+                tf32,
             )
             return grad_input
 
@@ -230,7 +288,7 @@ def _runs_in_order(model: torch.nn.Module) -> bool:
 
 
 class _own_threads:  # noqa: N801 - used as a statement
-    """Runs the block's kernels on fastnn's own threads: OpenMP's would spin beside them after each of their loops."""
+    """Runs the CPU's kernels on fastnn's own threads: OpenMP's would spin beside them after each of their loops."""
 
     def __enter__(self) -> None:
         self._before = _C.set_own_threads(True)
@@ -270,11 +328,16 @@ class _Compiled:
         self._precision = precision
         if wants_bf16(precision) and self._dtype is not torch.float32:
             raise NotCompilable(f"precision: expected 'fp32' for {self._dtype} parameters, got 'bf16'")
+        self._device = self._parameters[0].device
+        dtypes = kernel_dtypes(self._device.type)
+        if dtypes is None:
+            raise NotCompilable(f"model: expected parameters on a device with kernels, got {self._device}")
         for parameter in self._parameters:
-            if type(parameter) is not torch.nn.Parameter or parameter.device.type != "cpu":
-                raise NotCompilable("model: expected plain parameters on the CPU")
-            if parameter.dtype is not self._dtype or self._dtype not in (torch.float32, torch.float64):
-                raise NotCompilable("model: expected parameters all float32 or all float64")
+            if type(parameter) is not torch.nn.Parameter or parameter.device != self._device:
+                raise NotCompilable("model: expected plain parameters on one device")
+            if parameter.dtype is not self._dtype or self._dtype not in dtypes:
+                names = ", ".join(sorted(str(dtype)[6:] for dtype in dtypes))
+                raise NotCompilable(f"model: expected parameters all of one dtype of {names}, got {parameter.dtype}")
             dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
             if not dense:
                 raise NotCompilable("model: expected parameters in contiguous or channels_last memory")
@@ -283,8 +346,8 @@ class _Compiled:
 
     def _prepare(self, images: Tensor, batch_size: int) -> None:
         """Records the program for so many rows of `images`; NotCompilable where `on_rows` does not take them."""
-        if images.device.type != "cpu":
-            raise NotCompilable("images: expected images and targets on the CPU")
+        if images.device != self._device:
+            raise NotCompilable(f"images: expected images and targets on {self._device}, got {images.device}")
         if not images.is_contiguous() or images.dtype not in (torch.uint8, self._dtype):
             raise NotCompilable(f"images: expected contiguous uint8 or {self._dtype}, got {images.dtype}")
         self._recording((batch_size, *images.shape[1:]))
@@ -308,7 +371,7 @@ class _Compiled:
     def _record(self, shape: tuple[int, ...]) -> _Recording:
         if len(shape) != 4 or shape[0] < 1:
             raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
-        images = torch.empty(shape, dtype=self._dtype, memory_format=torch.channels_last)
+        images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=torch.channels_last)
         recording = _Recording(images, self._precision)
         recording.program.start_recording()
         try:
@@ -334,7 +397,7 @@ class CompiledForward(_Compiled):
     """A model's forward pass with preallocated memory and no Python between kernels.
 
     Args:
-        model: a Sequential of fastnn layers, Flatten and Identity on the CPU, in float32 or float64.
+        model: a Sequential of fastnn layers, Flatten and Identity, on a device and in a dtype that have kernels.
 
     Raises:
         NotCompilable: where a program cannot express the model; says what stands in the way.
@@ -347,9 +410,14 @@ class CompiledForward(_Compiled):
     def on_rows(self, images: Tensor, index: Tensor) -> Tensor:
         """The output for ``images[index]`` (contiguous, uint8 scaled to 0..1); the next call overwrites it."""
         recording = self._recording((len(index), *images.shape[1:]))
-        with _own_threads():
-            self._gather(recording, images, index)
+        rows = recording.rows(index)
+
+        def launch() -> None:
+            self._gather(recording, images, rows)
             recording.program.run()
+
+        with _own_threads():
+            recording.run("rows", (images,), launch)
         return recording.results["output"]
 
     def _record_calls(self, recording: _Recording) -> None:
@@ -360,7 +428,7 @@ class CompiledStep(_Compiled):
     """One training step - forward, loss, backward, update - with preallocated memory and no Python between kernels.
 
     Args:
-        model: a Sequential of fastnn layers, Flatten and Identity on the CPU, in float32 or float64.
+        model: a Sequential of fastnn layers, Flatten and Identity, on a device and in a dtype that have kernels.
         loss: a CrossEntropyLoss that takes the mean.
         optimizer: of the model's parameters.
         precision: ``"fp32"``, or ``"bf16"`` to let 3x3 convolutions round both factors of their forward products to
@@ -403,51 +471,96 @@ class CompiledStep(_Compiled):
         self._before_update = before_update
         self._grads: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
         self._has_own_update = type(optimizer) in (optim.Adam, optim.AdamW, optim.SGD)
+        self._lrs = [torch.empty((), device=self._device) for _ in optimizer.param_groups]  # on CUDA
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         recording = self._recording(tuple(images.shape))
         recording.images.copy_(images)
         recording.results["targets"].copy_(targets)
-        with _own_threads():
-            return self._run(recording)
+        return self._run(recording, "call", (), lambda: None)
 
     def on_rows(self, images: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """As a call with ``images[index]`` (uint8 scaled to 0..1) and ``targets[index]``, gathered in one pass."""
         recording = self._recording((len(index), *images.shape[1:]))
-        with _own_threads():
-            self._gather(recording, images, index)
-            torch.index_select(targets, 0, index, out=recording.results["targets"])
-            return self._run(recording)
+        rows = recording.rows(index)
+
+        def gather() -> None:
+            self._gather(recording, images, rows)
+            torch.index_select(targets, 0, rows, out=recording.results["targets"])
+
+        return self._run(recording, "rows", (images, targets), gather)
 
     def prepare_rows(self, images: Tensor, targets: Tensor, batch_size: int) -> None:
         """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
-        if targets.device.type != "cpu":
-            raise NotCompilable("images: expected images and targets on the CPU")
+        if targets.device != self._device:
+            raise NotCompilable(f"images: expected images and targets on {self._device}, got {targets.device}")
         self._prepare(images, batch_size)
 
-    def _run(self, recording: _Recording) -> tuple[Tensor, Tensor]:
-        recording.program.run()
+    def _run(
+        self, recording: _Recording, name: str, depends: tuple[Any, ...], gather: Callable[[], None]
+    ) -> tuple[Tensor, Tensor]:
+        """Gathers the batch, runs the program and updates; on a GPU all of it is one graph where it can be."""
         for parameter, grad in self._grads.items():
             parameter.grad = grad
         loss, correct = recording.results["loss"], recording.results["correct"]
-        if self._before_update is not None:
-            self._before_update(loss, correct)
-        self._update()
+        updates_on_device = runs_on_cuda(loss) and self._updates_itself() and self._before_update is None
+        if updates_on_device:
+            depends = (*depends, *self._update_depends())
+
+        def launch() -> None:
+            gather()
+            recording.program.run()
+            if updates_on_device:
+                self._update_on_device()
+
+        with _own_threads():
+            recording.run(name, depends, launch)
+            if not updates_on_device:
+                if self._before_update is not None:
+                    self._before_update(loss, correct)
+                self._update()
         return loss, correct
+
+    def _updates_itself(self) -> bool:
+        """Whether the update is fastnn's own and nobody watches it."""
+        optimizer: Any = self._optimizer
+        return self._has_own_update and not any(
+            (
+                optimizer._optimizer_step_pre_hooks,
+                optimizer._optimizer_step_post_hooks,
+                _global_optimizer_pre_hooks,
+                _global_optimizer_post_hooks,
+            )
+        )
 
     def _update(self) -> None:
         optimizer: Any = self._optimizer
-        hooks = (
-            optimizer._optimizer_step_pre_hooks,
-            optimizer._optimizer_step_post_hooks,
-            _global_optimizer_pre_hooks,
-            _global_optimizer_post_hooks,
-        )
-        if self._has_own_update and not any(hooks):
+        if self._updates_itself():
             optimizer.update()
             optimizer._opt_called = True  # what learning-rate schedulers look for
         else:
             optimizer.step()
+
+    def _update_depends(self) -> tuple[Any, ...]:
+        """Brings the learning rates to the device and returns what a graph of the update was made from besides."""
+        optimizer = self._optimizer
+        depends: list[Any] = [optimizer.state]  # load_state_dict() makes another
+        for group, lr in zip(optimizer.param_groups, self._lrs, strict=True):
+            lr.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else lr.fill_(group["lr"])
+            depends += [value for key, value in group.items() if key not in ("params", "lr")]
+        return tuple(depends)
+
+    def _update_on_device(self) -> None:
+        """The update with learning rates read on the device."""
+        groups = self._optimizer.param_groups
+        before = [group["lr"] for group in groups]
+        try:
+            for group, lr in zip(groups, self._lrs, strict=True):
+                group["lr"] = lr
+            self._update()
+        finally:
+            for group, value in zip(groups, before, strict=True):
+                group["lr"] = value
 
     def _record_calls(self, recording: _Recording) -> None:
         output, backwards = self._record_forward(recording, self._grads)

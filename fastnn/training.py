@@ -6,6 +6,7 @@ the number of right answers as tensors, so nothing waits for a number between st
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -131,7 +132,8 @@ def make_loss(loss: str | Loss) -> Loss:
 class Batches:
     """Images (n, …) with targets (n,) in memory, handed out in batches as `dtype` on `device`.
 
-    The images stay as they came; a batch is converted when it is gathered, uint8 scaled to 0..1.
+    The images keep their dtype; a batch is converted when it is gathered, uint8 scaled to 0..1. On a GPU all images
+    and targets move there at once, where they fit.
     """
 
     def __init__(
@@ -147,6 +149,10 @@ class Batches:
         self.batch_size = batch_size
         self.dtype = dtype
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            # What does not fit stays, and every batch travels by itself.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self.images, self.targets = images.to(self.device), targets.to(self.device)
 
     def __len__(self) -> int:
         return self.images.shape[0]

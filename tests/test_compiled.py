@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
     "parameter hook": (with_parameter_hook, "parameters without hooks"),
     "shared weight": (with_shared_weight, "none of them shared"),
     "shared layer": (with_the_same_layer_twice, "none of them shared"),
-    "mixed dtypes": (lambda: odd_sizes().append(nn.Linear(3, 3).double()), "all float32 or all float64"),
+    "mixed dtypes": (lambda: odd_sizes().append(nn.Linear(3, 3).double()), "all of one dtype of float32, float64"),
     "circular padding": (
         lambda: torch.nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")),
         "numeric zero padding",

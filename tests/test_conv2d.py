@@ -189,7 +189,9 @@ def test_bf16_is_for_float32_and_its_isa() -> None:
     before = fastnn.get_isa()
     fastnn.set_isa("baseline")
     try:
-        with pytest.raises(ValueError, match="precision: expected 'fp32' with the ISA baseline on this processor, got 'bf16'"):
+        with pytest.raises(
+            ValueError, match="precision: expected 'fp32' with the ISA baseline on this processor, got 'bf16'"
+        ):
             _C.conv2d_forward(y, None, x, w, None, *arguments)
     finally:
         fastnn.set_isa(before)

@@ -34,6 +34,19 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What CUDA kernels compute values of `dtype` in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rounded_bound(bound: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of a result within `bound` of `expected` in what its kernel computes in, after it is rounded to `dtype`."""
+    if computed_in(dtype) == dtype:
+        return bound
+    info = torch.finfo(dtype)
+    return bound + (expected.detach().abs() + bound) * info.eps / 2 + info.smallest_normal * info.eps / 2
+
+
 def rounding_bound(roundings: int, dtype: torch.dtype, magnitude: Tensor) -> Tensor:
     """Bound of ``roundings`` successive roundings on a sum whose terms' absolute values add up to
     ``magnitude``.

@@ -1,39 +1,55 @@
 // relu, forward and backward: see ops/relu.h for the formulas.
 #include "cuda/launch.cuh"
+#include "cuda/vector.cuh"
 
 namespace fastnn::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-
+// One 16-byte load of each array in flight a thread: 2048 threads of a multiprocessor have 32 KiB under way, and memory
+// at 3.4 TB/s with 0.7 us of latency asks for 18 KiB from each of 132.
 template <class T>
-__global__ void relu_forward_kernel(int64_t count, const T* input, T* output) {
-  for (int64_t i = global_thread(); i < count; i += grid_threads()) {
-    const Compute<T> x = widen(input[i]);
-    output[i] = x <= 0 ? narrow<T>(0) : input[i];  // NaN stays
+__global__ void __launch_bounds__(kLotThreads)
+    relu_forward_kernel(int64_t count, bool aligned, const T* input, T* output) {
+  for (int64_t tile = blockIdx.x; tile * Lot<T>::kTile < count; tile += gridDim.x) {
+    const Lot<T> lot(tile, count, aligned);
+    auto values = lot.load(input);
+#pragma unroll
+    for (T& value : values.values)
+      if (widen(value) <= 0) value = narrow<T>(0);  // NaN stays
+    lot.store(output, values);
   }
 }
 
 template <class T>
-__global__ void relu_backward_kernel(int64_t count, const T* grad_output, const T* output, T* grad_input) {
-  for (int64_t i = global_thread(); i < count; i += grid_threads())
-    grad_input[i] = widen(output[i]) <= 0 ? narrow<T>(0) : grad_output[i];
+__global__ void __launch_bounds__(kLotThreads)
+    relu_backward_kernel(int64_t count, bool aligned, const T* grad_output, const T* output, T* grad_input) {
+  for (int64_t tile = blockIdx.x; tile * Lot<T>::kTile < count; tile += gridDim.x) {
+    const Lot<T> lot(tile, count, aligned);
+    auto grads = lot.load(grad_output);
+    const auto outputs = lot.load(output);
+#pragma unroll
+    for (int e = 0; e < Lot<T>::kSize; ++e)
+      if (widen(outputs.values[e]) <= 0) grads.values[e] = narrow<T>(0);
+    lot.store(grad_input, grads);
+  }
 }
 
 }  // namespace
 
 template <class T>
 void Kernels<T>::relu_forward(const ReluShape& s, const ReluForward<T>& b) const {
-  trace<T>(queue_, "relu_forward", "elementwise");
-  launch("relu_forward", queue_, relu_forward_kernel<T>, blocks_for(s.count, kThreads), kThreads, 0, s.count, b.input,
-         b.output);
+  const bool aligned = aligned_to(16, b.input, b.output);
+  trace<T>(queue_, "relu_forward", aligned ? "vector" : "scalar");
+  launch("relu_forward", queue_, relu_forward_kernel<T>, blocks_for(s.count, Lot<T>::kTile), kLotThreads, 0, s.count,
+         aligned, b.input, b.output);
 }
 
 template <class T>
 void Kernels<T>::relu_backward(const ReluShape& s, const ReluBackward<T>& b) const {
-  trace<T>(queue_, "relu_backward", "elementwise");
-  launch("relu_backward", queue_, relu_backward_kernel<T>, blocks_for(s.count, kThreads), kThreads, 0, s.count,
-         b.grad_output, b.output, b.grad_input);
+  const bool aligned = aligned_to(16, b.grad_output, b.output, b.grad_input);
+  trace<T>(queue_, "relu_backward", aligned ? "vector" : "scalar");
+  launch("relu_backward", queue_, relu_backward_kernel<T>, blocks_for(s.count, Lot<T>::kTile), kLotThreads, 0, s.count,
+         aligned, b.grad_output, b.output, b.grad_input);
 }
 
 FASTNN_INSTANTIATE(void, relu_forward, ReluShape, ReluForward)

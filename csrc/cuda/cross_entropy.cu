@@ -43,6 +43,9 @@ __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
   using C = Compute<T>;
   LossSum total_sum{0, 0};
   for_lines(lines, [&](const Team& team, const Line& line) {
+    // The target is asked for early: it comes while the line is read.
+    WeightedClass<T> target{-1, 1};
+    if (line.leads() && !b.probabilities) target = class_of(b.classes, lines.classes, line.number);
     const C largest = line_largest(team, line, b.input);
     // dot = sum of q_c (x_c - largest), mass = sum of q_c: the loss is mass * log_sum - dot, both terms >= 0.
     C sum = 0, dot = 0, mass = 0;
@@ -68,15 +71,12 @@ __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
     if (!line.leads()) return;
     const int64_t s = line.number;
     const C log_sum = std::log(sum);
-    C loss = smoothing.some ? mass * log_sum - dot : 0, weight = 1;
-    if (!b.probabilities) {
-      const WeightedClass<T> target = class_of(b.classes, lines.classes, s);
-      weight = target.weight;
-      if (target.index >= 0)
-        loss +=
-            smoothing.keep * weight * (log_sum - (widen(b.input[line.offset + target.index * lines.inner]) - largest));
-      else
-        loss = 0;
+    C loss = smoothing.some ? mass * log_sum - dot : 0;
+    if (target.index >= 0) {
+      const C shifted = widen(b.input[line.offset + target.index * lines.inner]) - largest;
+      loss += smoothing.keep * target.weight * (log_sum - shifted);
+    } else if (!b.probabilities) {
+      loss = 0;  // ignored
     }
     if (b.statistics.largest) {
       narrow_to(largest, b.statistics.largest[s]);
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
       if (b.probabilities) narrow_to(mass, b.statistics.mass[s]);
     }
     total_sum.loss += loss;
-    total_sum.weight += weight;
+    total_sum.weight += target.weight;
     if (total.reduction == Reduction::none) b.output[s] = narrow<T>(loss);
   });
   if (total.wanted()) total.add(total_sum);

@@ -13,7 +13,7 @@ struct Add {
   }
 };
 
-// Where one of both is NaN the second: sums of what follows turn NaN by themselves.
+// The second where one of both is NaN: what is computed with the result turns NaN by itself.
 struct Larger {
   template <class V>
   __device__ __forceinline__ V operator()(V a, V b) const {

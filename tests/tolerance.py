@@ -48,6 +48,14 @@ def rounding_bound(roundings: int, dtype: torch.dtype, magnitude: Tensor) -> Ten
     return magnitude.double() * relative + roundings * torch.finfo(dtype).tiny
 
 
+def stored_bound(bound: Tensor, expected: Tensor, dtype: torch.dtype) -> Tensor:
+    """``bound`` of a result computed in float32, after it is stored in a 16-bit format (others store it as it is)."""
+    if dtype.itemsize > 2:
+        return bound
+    tiny = torch.finfo(dtype).tiny
+    return bound + unit_roundoff(dtype) * (expected.double().abs() + bound).clamp_min(tiny)
+
+
 def _taps(channels: int, weight: Tensor) -> Iterator[Tensor]:
     """Depthwise filters that pick one tap of the kernel each."""
     height, width = weight.shape[2:]

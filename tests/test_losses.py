@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CROSS_ENTROPY_CASES, NLL_CASES, LossCase, by_id, find, generator, lay_out, random
+from device import DEVICE
 from dispatch_log import fell_back, ran_kernels
 from tolerance import (
     assert_close_bound,
@@ -38,10 +39,12 @@ def make(case: LossCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | N
         target = F.softmax(random(case.input, torch.float64, rng), class_dim(x)).to(dtype)
     else:
         shape = case.input[:1] + case.input[2:] if len(case.input) > 1 else ()
-        target = torch.randint(0, classes, shape, generator=rng)
+        target = torch.randint(0, classes, shape, generator=rng).to(DEVICE)
         if case.ignore:
             target.view(-1)[::3] = kwargs.get("ignore_index", -100)
-    weight = (torch.rand(classes, generator=rng, dtype=torch.float64) + 0.5).to(dtype) if case.weight else None
+    weight = None
+    if case.weight:
+        weight = (torch.rand(classes, generator=rng, dtype=torch.float64) + 0.5).to(DEVICE, dtype)
     return x, target, weight, kwargs
 
 
@@ -52,10 +55,10 @@ def weighted_target(x: Tensor, target: Tensor, weight: Tensor | None, kwargs: di
     smoothing = kwargs.get("label_smoothing", 0.0)
     shape = [1] * x.dim()
     shape[dim] = classes
-    w = (torch.ones(classes, dtype=torch.float64) if weight is None else weight.double()).view(shape)
+    w = (torch.ones(classes, dtype=torch.float64, device=x.device) if weight is None else weight.double()).view(shape)
     if target.is_floating_point():
         q = (target.double() * (1 - smoothing) + smoothing / classes) * w
-        divisor = torch.tensor(x.numel() / classes)
+        divisor = torch.tensor(x.numel() / classes, device=x.device)
     else:
         kept = (target != kwargs.get("ignore_index", -100)).unsqueeze(dim)
         safe = torch.where(kept, target.unsqueeze(dim), 0)
@@ -116,6 +119,10 @@ def test_cross_entropy_layouts(case: LossCase, layout: str, isa: str, dtype: tor
 
 @pytest.mark.parametrize("case", by_id(NLL_CASES))
 def test_nll_loss_matches_reference(case: LossCase, isa: str, dtype: torch.dtype) -> None:
+    check_nll_loss(case, dtype)
+
+
+def check_nll_loss(case: LossCase, dtype: torch.dtype) -> None:
     x, target, weight, kwargs = make(case, dtype)
     x = x.requires_grad_()
     x64 = x.detach().double().requires_grad_()
@@ -221,7 +228,7 @@ def test_mse_loss_matches_reference(
 ) -> None:
     rng = generator("mse", shape)
     x, t = random(shape, dtype, rng).requires_grad_(), random(shape, dtype, rng).requires_grad_()
-    w = (torch.rand(shape, generator=rng, dtype=torch.float64) + 0.5).to(dtype) if weighted else None
+    w = (torch.rand(shape, generator=rng, dtype=torch.float64) + 0.5).to(DEVICE, dtype) if weighted else None
     leaves64 = [v.detach().double().requires_grad_() for v in (x, t)]
     with ran_kernels("mse_loss", dtype=dtype):
         loss = functional.mse_loss(x, t, reduction=reduction, weight=w)

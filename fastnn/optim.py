@@ -21,7 +21,7 @@ from torch.optim.sgd import sgd as torch_sgd
 from fastnn import _C
 from fastnn.runtime import note_fallback
 
-__all__ = ["SGD", "Adam", "AdamW"]
+__all__ = ["SGD", "Adam", "AdamW", "convert"]
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _GRAD_TYPES = frozenset((Tensor,))
@@ -342,3 +342,37 @@ class SGD(_KernelUpdate, torch.optim.SGD):
         if group["momentum"] != 0:
             for param, buffer in zip(params, buffers, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
+
+
+_OPTIMIZERS: dict[type, type] = {getattr(torch.optim, name): globals()[name] for name in ("SGD", "Adam", "AdamW")}
+
+
+def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Makes a torch optimizer one of this module's, in the middle of training, too.
+
+    The object stays and becomes another class: parameter groups, state, hooks, and the learning-rate schedulers and
+    gradient scalers that refer to it go on as before.
+
+    Args:
+        optimizer: a ``torch.optim.SGD``, ``Adam`` or ``AdamW``; one of this module's is left as it is.
+
+    Returns:
+        ``optimizer``.
+
+    Raises:
+        TypeError: for other classes, subclasses too, since their update may be another.
+
+    Equivalent to (but for what refers to the old one)::
+
+        new = fastnn.optim.Adam(optimizer.param_groups)
+        new.load_state_dict(optimizer.state_dict())
+    """
+    if type(optimizer) in _OPTIMIZERS.values():
+        return optimizer
+    if type(optimizer) not in _OPTIMIZERS:
+        raise TypeError(f"optimizer: expected a torch.optim.SGD, Adam or AdamW, got {type(optimizer).__name__}")
+    optimizer.__class__ = _OPTIMIZERS[type(optimizer)]
+    optimizer._patch_step_function()  # what a constructor does for hooks: the class's step may not have them yet
+    if "step" in vars(optimizer):
+        _rebind_step(optimizer)
+    return optimizer

@@ -7,9 +7,11 @@ take the kernels; others, and ``differentiable=True``, take torch's update with 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -360,19 +362,38 @@ def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         ``optimizer``.
 
     Raises:
-        TypeError: for other classes, subclasses too, since their update may be another.
+        TypeError: for other classes, subclasses too, since their update may be another; and where something other than
+            a scheduler replaced ``optimizer.step``.
 
     Equivalent to (but for what refers to the old one)::
 
         new = fastnn.optim.Adam(optimizer.param_groups)
         new.load_state_dict(optimizer.state_dict())
     """
-    if type(optimizer) in _OPTIMIZERS.values():
+    before: Any = type(optimizer)
+    if before in _OPTIMIZERS.values():
         return optimizer
-    if type(optimizer) not in _OPTIMIZERS:
-        raise TypeError(f"optimizer: expected a torch.optim.SGD, Adam or AdamW, got {type(optimizer).__name__}")
-    optimizer.__class__ = _OPTIMIZERS[type(optimizer)]
-    optimizer._patch_step_function()  # what a constructor does for hooks: the class's step may not have them yet
-    if "step" in vars(optimizer):
-        _rebind_step(optimizer)
+    if before not in _OPTIMIZERS:
+        raise TypeError(f"optimizer: expected a torch.optim.SGD, Adam or AdamW, got {before.__name__}")
+    replaced = vars(optimizer).get("step")
+    if replaced is not None and getattr(replaced, "__wrapped__", None) is not before.step:
+        raise TypeError(f"optimizer: expected the step of {before.__name__}, got one that replaces it")
+    optimizer.__class__ = _OPTIMIZERS[before]
+    optimizer._patch_step_function()  # what a constructor does, since the class's step may not run hooks yet
+    if replaced is not None:
+        _tell_schedulers(optimizer)
     return optimizer
+
+
+def _tell_schedulers(optimizer: Any) -> None:
+    """Puts the class's step under what learning-rate schedulers lay around it: they look whether it was called."""
+    reference, function = weakref.ref(optimizer), type(optimizer).step
+
+    @functools.wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        owner: Any = reference()
+        owner._opt_called = True
+        return function(owner, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step

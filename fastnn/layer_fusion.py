@@ -20,6 +20,8 @@ _KINDS: dict[type, str] = {
     nn.Linear: "linear",
     nn.ReLU: "relu",
     nn.MaxPool2d: "max_pool2d",
+    torch.nn.ReLU: "relu",  # torch's are left where they must stay, which is then the reason
+    torch.nn.MaxPool2d: "max_pool2d",
     torch.nn.BatchNorm2d: "batch_norm",
     torch.nn.Identity: "identity",
 }
@@ -141,6 +143,8 @@ class _Planner:
             if step is not None and step.kind in missing:
                 if len(last.users) > 1:
                     return f"its result is used {len(last.users)} times"
+                if user.meta["modes"] != last.meta["modes"]:
+                    return f"{step.kind} runs under another grad or autocast mode"
                 return f'{step.kind} is called as a function; torch.compile(model, backend="fastnn") fuses it'
         return ""
 

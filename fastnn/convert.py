@@ -86,8 +86,8 @@ def convert(
     Fusing follows the calls that ``forward`` makes as torch.fx traces them, in training and evaluation, with and
     without optional arguments, all of which must agree. It needs layers that are modules: a ReLU called as a function
     (``F.relu``, ``x.relu()``) stays in ``forward``, and ``torch.compile(model, backend="fastnn")`` fuses it. In a
-    module that torch.fx cannot trace, a ``Sequential`` that its code only ever calls fuses, and so do modules with a
-    ``forward`` of their own; layers it calls itself do not. Code that calls a fused layer other than through
+    module that torch.fx cannot trace, a ``Sequential`` or another module with a ``forward`` fuses inside if the code
+    only ever calls it; layers that the code calls itself do not fuse. Code that calls a fused layer other than through
     ``forward`` - another method, a loop outside the model - sees what it computes now.
 
     Left as they are: subclasses, which may compute something else, so also parametrized layers; layers whose

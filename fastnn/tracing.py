@@ -158,10 +158,20 @@ def _children_of_opaque(owner: torch.nn.Module) -> Iterator[tuple[torch.nn.Modul
     for name, child in owner.named_children():
         if _is_layer(child):
             yield child, False
-        elif not isinstance(child, _CONTAINERS) or (_runs_in_order(child) and _only_calls(owner, name)):
+        elif _is_called_whole(owner, name, child):
             yield child, True
-        else:
+        elif isinstance(child, _CONTAINERS):
             yield from _children_of_opaque(child)
+        else:
+            yield from ((module, False) for module in child.modules())
+
+
+def _is_called_whole(owner: torch.nn.Module, name: str, child: torch.nn.Module) -> bool:
+    """Whether no code of the owner reaches into a child: one with a forward that it only calls, or in a container."""
+    if type(owner).__module__.startswith("torch.nn.modules"):
+        return not isinstance(child, _CONTAINERS)
+    has_forward = not isinstance(child, _CONTAINERS) or _runs_in_order(child)
+    return has_forward and _only_calls(owner, name)
 
 
 def _runs_in_order(module: torch.nn.Module) -> bool:

@@ -444,6 +444,18 @@ def test_an_untraceable_forward_that_looks_into_a_sequential_keeps_it() -> None:
     assert_same_results(model, converted, images())
 
 
+class ReachesInside(DependsOnData):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if x.sum() > 0 else self.body.conv(x)
+
+
+def test_an_untraceable_forward_that_reaches_into_a_module_keeps_it() -> None:
+    model = ReachesInside(Block(lambda m, x: m.relu(m.conv(x))))
+    converted = convert(model)
+    assert conversion_report(converted).not_fused["body.conv"].startswith("ReachesInside.forward cannot be traced")
+    assert_same_results(model, converted, images().abs().neg())
+
+
 class Reversed(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         for layer in reversed(self):

@@ -416,3 +416,69 @@ def test_making_one_does_not_import_the_compiler() -> None:
     command = [sys.executable, "-c", textwrap.dedent(program)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert output.stdout.strip() == "False"
+
+
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("Adam", {}),
+    ("Adam", {"amsgrad": True, "fused": True}),
+    ("AdamW", {"foreach": True}),
+    ("SGD", {}),
+    ("SGD", {"momentum": 0.9, "nesterov": True}),
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("convert_at", [0, 3])
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=identify)
+def test_convert_goes_on_with_state_schedulers_and_hooks(case: tuple[str, dict[str, Any]], convert_at: int) -> None:
+    name, options = case
+    # Contiguous, since torch's fused=True takes gradients of other strides than the parameter's for such.
+    ours = [torch.nn.Parameter(p.detach().contiguous()) for p in make_parameters(torch.float64)]
+    theirs = clones(ours)
+    optimizer, other = (
+        getattr(torch.optim, name)([{"params": p[:3], "lr": 0.5}, {"params": p[3:]}], lr=0.1, **options)
+        for p in (ours, theirs)
+    )
+    schedulers = [torch.optim.lr_scheduler.StepLR(each, 2, 0.5) for each in (optimizer, other)]
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    for step in range(STEPS):
+        if step == convert_at:
+            held = [tensor for state in optimizer.state.values() for tensor in state.values()]
+            assert optim.convert(optimizer) is optimizer
+            assert type(optimizer) is getattr(optim, name)
+            still = [tensor for state in optimizer.state.values() for tensor in state.values()]
+            assert all(a is b for a, b in zip(held, still, strict=True))
+            assert optim.convert(optimizer) is optimizer
+        give_gradients(step, ours, theirs)
+        with fastnn.explain_dispatch() as log:
+            optimizer.step()
+        other.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        operator = "sgd_step" if name == "SGD" else "adam_step"
+        assert {record.operator for record in log} == ({operator} if step >= convert_at else set())
+    assert calls == ["before", "after"] * STEPS
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in other.param_groups]
+    assert optimizer.defaults == other.defaults
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-14)
+    other.load_state_dict(optimizer.state_dict())
+    copy.deepcopy(optimizer).step()
+
+
+def test_convert_refuses_what_it_does_not_know() -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    parameters = make_parameters(torch.float32)
+    for other in (torch.optim.RMSprop(parameters), Own(parameters)):
+        got = type(other).__name__
+        with pytest.raises(TypeError, match=f"optimizer: expected a torch.optim.SGD, Adam or AdamW, got {got}"):
+            optim.convert(other)
+    replaced = torch.optim.SGD(parameters)
+    replaced.step = lambda: None  # type: ignore[assignment, method-assign]
+    with pytest.raises(TypeError, match="optimizer: expected the step of SGD, got one that replaces it"):
+        optim.convert(replaced)
+    assert type(replaced) is torch.optim.SGD

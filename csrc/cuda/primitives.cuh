@@ -174,7 +174,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
 #else
-  return (float_to_bits(x) + 0x1000u) & 0xffffe000u;
+  return x != x ? 0x7fffffffu : (float_to_bits(x) + 0x1000u) & 0xffffe000u;
 #endif
 }
 

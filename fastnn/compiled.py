@@ -471,7 +471,8 @@ class CompiledStep(_Compiled):
         self._before_update = before_update
         self._grads: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
         self._has_own_update = type(optimizer) in (optim.Adam, optim.AdamW, optim.SGD)
-        self._lrs = [torch.empty((), device=self._device) for _ in optimizer.param_groups]  # on CUDA
+        # Where CUDA's update reads the learning rates of the groups.
+        self._lrs = [torch.empty((), dtype=torch.float64, device=self._device) for _ in optimizer.param_groups]
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         recording = self._recording(tuple(images.shape))

@@ -80,9 +80,7 @@ def _lr_on_device(group: dict[str, Any], param: Tensor) -> Tensor | None:
     lr = group["lr"]
     if not isinstance(lr, Tensor) or not runs_on_cuda(param):
         return None
-    if lr.device == param.device and lr.dtype is torch.float32:
-        return lr
-    return lr.to(param.device, torch.float32)
+    return lr.to(param.device, torch.float64)
 
 
 def _steps(params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:

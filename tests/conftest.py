@@ -11,18 +11,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+from device import ON_CUDA, expected_isa
 
 import fastnn
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     isas = ", ".join(fastnn.available_isas())
-    return f"fastnn: CPU ISAs {isas}; torch {torch.__version__}; {torch.get_num_threads()} threads"
+    where = f"CUDA kernels on {expected_isa()}" if ON_CUDA else f"CPU ISAs {isas}"
+    return f"fastnn: {where}; torch {torch.__version__}; {torch.get_num_threads()} threads"
 
 
-@pytest.fixture(params=fastnn.available_isas())
+@pytest.fixture(params=[expected_isa()] if ON_CUDA else fastnn.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with the kernels of each ISA this processor has."""
+    """Runs the test once with the kernels of each ISA this processor has, or of the GPU."""
+    if ON_CUDA:
+        yield request.param
+        return
     before = fastnn.get_isa()
     fastnn.set_isa(request.param)
     yield request.param

@@ -94,13 +94,13 @@ void check_steps(const Tensors& steps, const Tensors& params) {
 }
 
 // A learning rate that a tensor holds, for CUDA's kernels to read when they run.
-const float* device_lr(const std::optional<Tensor>& lr, const Tensors& params) {
+const double* device_lr(const std::optional<Tensor>& lr, const Tensors& params) {
   if (!lr) return nullptr;
   if (!params[0].runs_on_cuda()) fail_value("lr_tensor", "None for parameters on cpu", "a tensor");
-  check_dtype("lr_tensor", *lr, DType::float32);
+  check_dtype("lr_tensor", *lr, DType::float64);
   check_same_device("lr_tensor", *lr, "params[0]", params[0]);
   if (lr->numel() != 1) fail_value("lr_tensor", "one number", lr->shape_string());
-  return lr->data<float>();
+  return lr->data<double>();
 }
 
 // Steps `params` by update(kernels, tensors): on the CPU at once, on CUDA recorded where a program records.

@@ -85,7 +85,7 @@ constexpr int kAdamScalesThreads = 128;
 // step and it may be overwritten.
 template <class C>
 __global__ void __launch_bounds__(kAdamScalesThreads)
-    adam_scales_kernel(int64_t count, double lr, const float* device_lr, double beta1, double beta2,
+    adam_scales_kernel(int64_t count, double lr, const double* device_lr, double beta1, double beta2,
                        double weight_decay, AdamScales<C>* scales, AdamSteps chunk) {
   const int64_t i = global_thread();
   if (i >= count) return;
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kLotThreads, kAdamBlocks)
 template <class C>
 struct SgdConstants {
   C sign, decay, momentum, fresh, lr;
-  const float* device_lr;
+  const double* device_lr;
   bool nesterov;
 };
 

@@ -16,7 +16,7 @@ namespace fastnn {
 struct AdamOptions {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled, amsgrad, maximize;
-  const float* device_lr;  // read instead of lr where it is given; on CUDA alone, as all that is in device memory
+  const double* device_lr;  // read instead of lr where it is given; on CUDA alone, as all that is in device memory
 };
 
 template <class T>
@@ -33,7 +33,7 @@ struct AdamTensor {
 struct SgdOptions {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
-  const float* device_lr;
+  const double* device_lr;
 };
 
 template <class T>

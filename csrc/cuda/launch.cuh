@@ -43,7 +43,7 @@ void launch(const char* operation, const Queue& queue, void (*kernel)(Parameters
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(Parameters(arguments)...);
 #else
-  emulator::launch(grid, dim3(threads), shared_bytes, [&] { kernel(Parameters(arguments)...); });
+  emulator::launch(operation, grid, dim3(threads), shared_bytes, [&] { kernel(Parameters(arguments)...); });
 #endif
   check_launch(operation, queue);
 }

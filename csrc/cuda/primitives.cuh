@@ -40,18 +40,18 @@
 namespace fastnn::cuda {
 
 constexpr int kWarpThreads = 32;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // Threads and blocks
 
 __device__ __forceinline__ int64_t global_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t grid_threads() { return int64_t{gridDim.x} * blockDim.x; }
 
-__device__ __forceinline__ void sync_block() {
+// All threads of the block reach the same call, or have returned; the emulator tells calls apart by their lines.
+__device__ __forceinline__ void sync_block([[maybe_unused]] int line = __builtin_LINE()) {
 #ifdef __CUDACC__
   __syncthreads();
 #else
-  emulator::sync_block();
+  emulator::sync_block(line);
 #endif
 }
 
@@ -70,12 +70,12 @@ __device__ __forceinline__ T* shared_memory() {
 template <class V>
 __device__ __forceinline__ V shuffle_xor(V value, int mask) {
 #ifdef __CUDACC__
-  return __shfl_xor_sync(kAllLanes, value, mask);
+  return __shfl_xor_sync(0xffffffffu, value, mask);
 #else
   static_assert(sizeof(V) <= 8);
   uint32_t words[2] = {0, 0};
   std::memcpy(words, &value, sizeof(V));
-  const emulator::Slots slots = emulator::collective(words, 2, kAllLanes);
+  const emulator::Slots slots = emulator::collective(words, 2);
   V result;
   std::memcpy(&result, slots[emulator::lane() ^ mask], sizeof(V));
   return result;
@@ -180,7 +180,7 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
 #else
-  return (float_to_bits(x) + 0x1000u) & 0xffffe000u;
+  return x != x ? 0x7fffffffu : (float_to_bits(x) + 0x1000u) & 0xffffe000u;
 #endif
 }
 
@@ -201,7 +201,7 @@ __device__ __forceinline__ void copy_async16(void* to, const void* from, bool va
 #elif defined(__CUDACC__)
   *static_cast<Chunk*>(to) = valid ? *static_cast<const Chunk*>(from) : Chunk{};
 #else
-  emulator::copy_async(to, from, 16, valid);
+  emulator::copy_async16(to, from, valid);
 #endif
 }
 
@@ -248,10 +248,10 @@ void multiply_fragments(Slots s, float (*value)(uint32_t word, int part)) {
     for (int r = 0; r < 4; ++r) s[l][6 + r] = float_to_bits(c[l / 4 + 8 * (r >> 1)][2 * (l % 4) + (r & 1)]);
 }
 
-inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], void (*combine)(Slots)) {
+inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Combine combine) {
   uint32_t in[10] = {a[0], a[1], a[2], a[3], b[0], b[1]};
   std::memcpy(in + 6, c, 16);
-  std::memcpy(c, collective(in, 10, kAllLanes, combine)[lane()] + 6, 16);
+  std::memcpy(c, collective(in, 10, combine)[lane()] + 6, 16);
 }
 
 }  // namespace emulator
@@ -314,9 +314,10 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], c
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");
 #else
+  emulator::check_shared_row(row);
   uint32_t in[4];
   std::memcpy(in, row, 16);
-  const emulator::Slots slots = emulator::collective(in, 4, kAllLanes);
+  const emulator::Slots slots = emulator::collective(in, 4);
   const int g = emulator::lane() / 4, t = emulator::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     uint16_t low, high;

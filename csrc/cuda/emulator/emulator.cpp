@@ -2,20 +2,28 @@
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 #include <random>
+#include <stdexcept>
 
 namespace fastnn::cuda::emulator {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__)
+#ifdef FASTNN_ASAN
 constexpr size_t kStack = 256 << 10;  // instrumented frames are several times as large
+constexpr size_t kGuard = 0;          // the sanitizer knows where shared memory ends, and sees reads as well
 #else
 constexpr size_t kStack = 64 << 10;
+constexpr size_t kGuard = 256;  // a multiple of 16, which shared memory is aligned to
 #endif
 
-std::mutex error_mutex;
-std::string error, taken_error;
+// All ones are NaN in every floating-point format.
+constexpr unsigned char kPoison = 0xFF;
+
+struct Failure {};  // unwinds a thread of a block that has an error
+
+std::string name_of(const dim3& d) {
+  return "(" + std::to_string(d.x) + ", " + std::to_string(d.y) + ", " + std::to_string(d.z) + ")";
+}
 
 // The thread that runs after the current one: itself where no other can.
 Thread& pick() {
@@ -35,7 +43,7 @@ Thread& pick() {
 void resume(Thread& other) {
   Thread* self = thread;
   thread = &other;
-  self->fiber.switch_to(other.fiber);
+  other.fiber.enter(self->fiber);
 }
 
 // Runs others until `ready`; when none gets on for two rounds, the block is deadlocked.
@@ -44,13 +52,12 @@ void wait_until(Ready ready) {
   uint64_t seen = block->progress;
   size_t idle = 0;
   while (!ready()) {
+    if (!block->error.empty()) throw Failure();
     if (block->progress != seen) {
       seen = block->progress;
       idle = 0;
     } else if (++idle > 2 * block->threads.size()) {
-      const dim3 b = block->index;
-      fail("deadlock: thread " + std::to_string(thread->number) + " of block (" + std::to_string(b.x) + ", " +
-           std::to_string(b.y) + ", " + std::to_string(b.z) + ") waits for threads that never come");
+      fail("deadlock: thread " + std::to_string(thread->number) + " waits for threads that never come");
     }
     Thread& other = pick();
     if (&other != thread) resume(other);
@@ -66,22 +73,18 @@ void open_barrier_if_all_came() {
 }
 
 void thread_main() {
-  thread->fiber.entered(block->caller);
-  for (;;) {
-    (*block->body)();
-    thread->done = true;
-    --block->live;
-    ++block->progress;
-    block->warps[thread->number / kWarp].live &= ~(1u << lane());
-    open_barrier_if_all_came();
-    if (block->live == 0) {
-      Thread* self = thread;
-      thread = nullptr;
-      self->fiber.switch_to(block->caller);
-    } else {
-      resume(pick());
-    }
+  thread->fiber.arrive();
+  try {
+    if (block->error.empty()) (*block->body)();
+  } catch (const Failure&) {
   }
+  Thread* self = thread;
+  self->done = true;
+  --block->live;
+  ++block->progress;
+  open_barrier_if_all_came();
+  if (block->live > 0) thread = &pick();
+  (block->live > 0 ? thread->fiber : block->caller).enter_last(self->fiber);
 }
 
 std::vector<unsigned> thread_order(unsigned count) {
@@ -92,14 +95,19 @@ std::vector<unsigned> thread_order(unsigned count) {
   return order;
 }
 
-void run_block(Block& b, const std::function<void()>& body) {
+void check_guards() {
+  const auto is_poison = [](unsigned char byte) { return byte == kPoison; };
+  const std::vector<unsigned char>& shared = block->shared;
+  if (!std::all_of(shared.begin(), shared.begin() + kGuard, is_poison) ||
+      !std::all_of(shared.end() - kGuard, shared.end(), is_poison))
+    block->error = "a write outside of shared memory";
+}
+
+void run_block(const std::function<void()>& body, size_t shared_bytes) {
+  Block& b = *block;
   const unsigned count = b.size.x * b.size.y * b.size.z;
-  block = &b;
-  if (b.threads.size() != count) {
-    b.stacks.reset(new char[count * kStack]);
-    b.threads.assign(count, Thread{});
-    for (unsigned i = 0; i < count; ++i) b.threads[i].fiber.prepare(&b.stacks[i * kStack], kStack, thread_main);
-  }
+  b.shared.assign(kGuard + shared_bytes + kGuard, kPoison);
+  b.threads.resize(count);
   const std::vector<unsigned> order = thread_order(count);
   for (unsigned i = 0; i < count; ++i) {
     Thread& t = b.threads[order[i]];
@@ -107,83 +115,81 @@ void run_block(Block& b, const std::function<void()>& body) {
     t.index = dim3(t.number % b.size.x, t.number / b.size.x % b.size.y, t.number / (b.size.x * b.size.y));
     t.done = t.at_barrier = false;
     t.open.clear(), t.groups.clear();
+    t.fiber.prepare(&b.stacks[t.number * kStack], kStack, thread_main);
   }
   b.warps.resize((count + kWarp - 1) / kWarp);
-  for (unsigned w = 0; w < b.warps.size(); ++w) {
-    const unsigned lanes = count - kWarp * w;
-    b.warps[w].arrived = 0;
-    b.warps[w].live = lanes >= kWarp ? ~0u : (1u << lanes) - 1;
-  }
+  for (Warp& w : b.warps) w.arrived = 0;
   b.live = count, b.arrived = 0, b.body = &body;
+  b.error.clear();
   thread = &b.threads[order[0]];
-  b.caller.switch_to(thread->fiber);
+  thread->fiber.enter(b.caller);
+  if (b.error.empty()) check_guards();
+}
+
+// What every device from sm_80 on has, or sm_75; what a launch of more would be answered with.
+const char* limit_exceeded(dim3 grid, dim3 size, size_t shared_bytes) {
+  const size_t most_shared = (capability >= 80 ? 99 : 64) << 10;
+  if (int64_t{size.x} * size.y * size.z > 1024) return "more than 1024 threads in a block";
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "a grid of more than 2^31 - 1, 65535, 65535";
+  if (shared_bytes > most_shared) return "more shared memory than devices have";
+  return nullptr;
 }
 
 }  // namespace
 
-void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
-  const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
-#pragma omp parallel
+void launch(const char* operation, dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
+  std::string error;
+  if (const char* limit = limit_exceeded(grid, size, shared_bytes)) error = limit;
+  const int64_t blocks = error.empty() ? int64_t{grid.x} * grid.y * grid.z : 0;
+#pragma omp parallel if (blocks > 1)
   {
     Block b;
     b.size = size, b.grid = grid;
+    b.stacks.reset(new char[size_t{size.x} * size.y * size.z * kStack]);
+    block = &b;
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < blocks; ++i) {
+    for (int64_t n = 0; n < blocks; ++n) {
+      const int64_t i = schedule.order == Order::reverse ? blocks - 1 - n : n;
       b.index = dim3(i % grid.x, i / grid.x % grid.y, i / (int64_t{grid.x} * grid.y));
-      b.shared.assign(shared_bytes + 16, 0xFF);  // all ones are NaN in every floating-point format
-      run_block(b, kernel);
+      run_block(kernel, shared_bytes);
+      if (b.error.empty()) continue;
+#pragma omp critical(fastnn_emulator_error)
+      if (error.empty()) error = b.error + " (block " + name_of(b.index) + ")";
     }
   }
+  if (!error.empty()) throw std::runtime_error(std::string(operation) + ": " + error);
 }
 
-const char* take_error() {
-  const std::lock_guard<std::mutex> lock(error_mutex);
-  taken_error.swap(error);
-  error.clear();
-  return taken_error.empty() ? nullptr : taken_error.c_str();
-}
-
-// Ends the block: its threads are made anew for the next one.
 void fail(const std::string& message) {
-  {
-    const std::lock_guard<std::mutex> lock(error_mutex);
-    if (error.empty()) error = message;
-  }
-  Thread* self = thread;
-  Block* b = block;
-  thread = nullptr;
-  for (size_t i = 0; i < b->threads.size(); ++i)
-    if (&b->threads[i] != self) b->threads[i].fiber.prepare(&b->stacks[i * kStack], kStack, thread_main);
-  Fiber abandoned;
-  self->fiber.prepare(&b->stacks[self->number * kStack], kStack, thread_main);
-  abandoned.switch_to(b->caller);
-  __builtin_unreachable();
+  if (block->error.empty()) block->error = message;
+  throw Failure();
 }
 
-void* shared_memory() {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(block->shared.data());
-  return reinterpret_cast<void*>((address + 15) & ~uintptr_t{15});
-}
+void* shared_memory() { return block->shared.data() + kGuard; }
 
-void sync_block() {
+void sync_block(int line) {
+  if (block->arrived > 0 && block->barrier_line != line)
+    fail("threads wait at different barriers, of lines " + std::to_string(block->barrier_line) + " and " +
+         std::to_string(line));
+  block->barrier_line = line;
   const unsigned generation = block->generation;
   ++block->arrived;
   ++block->progress;
   thread->at_barrier = true;
   open_barrier_if_all_came();
   wait_until([&] { return block->generation != generation; });
-  thread->at_barrier = false;
 }
 
-Slots collective(const void* in, size_t words, uint32_t mask, void (*combine)(Slots)) {
+Slots collective(const void* in, size_t words, Combine combine) {
   Warp& w = block->warps[thread->number / kWarp];
+  if (w.arrived != 0 && (w.words != words || w.combine != combine)) fail("lanes of a warp are at different operations");
+  w.words = words, w.combine = combine;
   const uint32_t generation = w.generation;
   const Slots slots = w.slots[generation & 1];
   std::memcpy(slots[lane()], in, words * 4);
   w.arrived |= 1u << lane();
   ++block->progress;
-  const uint32_t expected = mask & w.live;
-  if ((w.arrived & expected) == expected) {
+  if (w.arrived == ~0u) {
     if (combine) combine(slots);
     w.arrived = 0;
     ++w.generation;
@@ -194,11 +200,32 @@ Slots collective(const void* in, size_t words, uint32_t mask, void (*combine)(Sl
   return slots;
 }
 
-void copy_async(void* to, const void* from, int size, bool valid) {
-  Copy copy{to, {}, size};
-  if (valid) std::memcpy(copy.bytes, from, size);
+void check_shared_row(const void* row) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(row);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(shared_memory());
+  if (address % 16 != 0) fail("16 bytes of shared memory that are not aligned");
+  if (address < begin || address + 16 > begin + block->shared.size() - 2 * kGuard)
+    fail("16 bytes outside of shared memory");
+}
+
+namespace {
+
+void land(const Copy& copy) {
+  if (copy.from)
+    std::memcpy(copy.to, copy.from, 16);
+  else
+    std::memset(copy.to, 0, 16);
+}
+
+}  // namespace
+
+void copy_async16(void* to, const void* from, bool valid) {
+  check_shared_row(to);
+  if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)
+    fail("an asynchronous copy from memory that is not aligned");
+  const Copy copy{to, valid ? from : nullptr};
   if (schedule.eager_copies)
-    std::memcpy(to, copy.bytes, size);
+    land(copy);
   else
     thread->open.push_back(copy);
 }
@@ -212,7 +239,7 @@ void wait_for_copies(size_t groups_left) {
   std::vector<std::vector<Copy>>& groups = thread->groups;
   const size_t landed = groups.size() > groups_left ? groups.size() - groups_left : 0;
   for (size_t i = 0; i < landed; ++i)
-    for (const Copy& copy : groups[i]) std::memcpy(copy.to, copy.bytes, copy.size);
+    for (const Copy& copy : groups[i]) land(copy);
   groups.erase(groups.begin(), groups.begin() + landed);
 }
 

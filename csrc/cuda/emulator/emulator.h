@@ -3,8 +3,12 @@
 //
 // A fiber runs until it waits for others - at a barrier or a warp-wide operation - and then hands over to the next.
 // Kernels that forget a barrier or a wait can still be right by luck, so there are several schedules: the order in
-// which threads run, and when an asynchronous copy lands. A race shows as a result that differs between them. Shared
-// memory starts as NaN.
+// which threads and blocks run, and when an asynchronous copy lands. A race shows as a result that differs between
+// them. Shared memory starts as NaN.
+//
+// What a GPU answers with an error, or with nothing at all, ends the launch with an exception: device_check, a
+// deadlock, a barrier or a warp-wide operation that not all threads reach, writing or copying outside of shared memory,
+// a misaligned copy, more threads or shared memory than devices have.
 #pragma once
 
 #include <cstddef>
@@ -39,22 +43,26 @@ struct Schedule {
 };
 
 inline Schedule schedule;
-inline int capability = 90;  // what launchers are told: 75 makes them choose kernels without asynchronous copies
+inline int capability = 90;  // what launchers are told: 75 makes them choose kernels without tensor cores
 
 constexpr int kWarp = 32;
-constexpr int kSlotWords = 16;  // the most that a lane hands to a warp-wide operation: mma's fragments
+constexpr int kSlotWords = 10;  // the most that a lane hands to a warp-wide operation: mma's fragments
 
 using Slots = uint32_t (*)[kSlotWords];
+using Combine = void (*)(Slots);
 
+// A warp-wide operation under way: who has come, with what. Slots are two, since a lane may come to the next operation
+// while others still read the last one's.
 struct Warp {
-  uint32_t live = 0, arrived = 0, generation = 0;
+  uint32_t arrived = 0, generation = 0;
+  size_t words = 0;
+  Combine combine = nullptr;
   uint32_t slots[2][kWarp][kSlotWords];
 };
 
 struct Copy {
   void* to;
-  unsigned char bytes[16];
-  int size;
+  const void* from;  // null: zeros
 };
 
 struct Thread {
@@ -70,31 +78,31 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> stacks;
-  std::vector<unsigned char> shared;
+  std::vector<unsigned char> shared;  // between two guards
   Fiber caller;
   dim3 size, grid, index;
-  unsigned live = 0, arrived = 0, generation = 0;
+  unsigned live = 0, arrived = 0, generation = 0;  // of the barrier
+  int barrier_line = 0;                            // of the source: where the threads that arrived wait
   uint64_t progress = 0;
   const std::function<void()>* body = nullptr;
+  std::string error;  // ends all of the block's threads
 };
 
 inline thread_local Block* block = nullptr;
 inline thread_local Thread* thread = nullptr;
 
-// Runs `kernel` once for each thread of each block.
-void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel);
-
-// The last launch's error - a deadlock or a failed device_check - or null; asking clears it.
-const char* take_error();
+// Runs `kernel` once for each thread of each block. Throws std::runtime_error, naming `operation`.
+void launch(const char* operation, dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel);
 
 // What kernels call, through primitives.cuh.
 [[noreturn]] void fail(const std::string& message);
 void* shared_memory();
-void sync_block();
+void sync_block(int line);
 inline unsigned lane() { return thread->number % kWarp; }
-// Every lane of `mask` hands over `words` words; the last to come runs `combine` on all of them, then all go on.
-Slots collective(const void* in, size_t words, uint32_t mask, void (*combine)(Slots) = nullptr);
-void copy_async(void* to, const void* from, int size, bool valid);
+// Every lane of the warp hands over `words` words; the last to come runs `combine` on all of them, then all go on.
+Slots collective(const void* in, size_t words, Combine combine = nullptr);
+void check_shared_row(const void* row);  // 16 aligned bytes of shared memory
+void copy_async16(void* to, const void* from, bool valid);
 void commit_copies();
 void wait_for_copies(size_t groups_left);
 

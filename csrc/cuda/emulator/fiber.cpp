@@ -2,10 +2,16 @@
 
 #include <cstdint>
 
+#ifdef FASTNN_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 namespace fastnn::cuda::emulator {
 
 #ifdef FASTNN_FIBER_SWITCH
 
+extern "C" void fastnn_fiber_switch(void** save, void* load);
 asm(R"(
 .text
 .globl fastnn_fiber_switch
@@ -30,47 +36,49 @@ fastnn_fiber_switch:
 .size fastnn_fiber_switch, .-fastnn_fiber_switch
 )");
 
-void Fiber::prepare(char* memory, size_t size, void (*entry)()) {
-  stack = memory, stack_size = size, fake_stack = nullptr;
-  void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(memory) + size) & ~uintptr_t{15});
+void Fiber::prepare(char* stack, size_t size, void (*entry)()) {
+  stack_ = stack, stack_size_ = size, fake_stack_ = nullptr;
+  void** top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + size) & ~uintptr_t{15});
   *--top = nullptr;  // where a call would have left its return address: the stack is aligned as the ABI wants
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
-  stack_pointer = top;
+  stack_pointer_ = top;
 }
 
 #else
 
-void Fiber::prepare(char* memory, size_t size, void (*entry)()) {
-  stack = memory, stack_size = size, fake_stack = nullptr;
-  getcontext(&context);
-  context.uc_stack.ss_sp = memory;
-  context.uc_stack.ss_size = size;
-  context.uc_link = nullptr;
-  makecontext(&context, entry, 0);
+void Fiber::prepare(char* stack, size_t size, void (*entry)()) {
+  stack_ = stack, stack_size_ = size, fake_stack_ = nullptr;
+  getcontext(&context_);
+  context_.uc_stack.ss_sp = stack;
+  context_.uc_stack.ss_size = size;
+  context_.uc_link = nullptr;
+  makecontext(&context_, entry, 0);
 }
 
 #endif
 
-void Fiber::switch_to(Fiber& to) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(&fake_stack, to.stack, to.stack_size);
+namespace {
+thread_local Fiber* left;  // by the last switch
+}
+
+void Fiber::enter(Fiber& from, [[maybe_unused]] bool last) {
+  left = &from;
+#ifdef FASTNN_ASAN
+  if (last) __asan_handle_no_return();  // frames that never return leave no forbidden zones on the stack
+  __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack_, stack_, stack_size_);
 #endif
 #ifdef FASTNN_FIBER_SWITCH
-  fastnn_fiber_switch(&stack_pointer, to.stack_pointer);
+  fastnn_fiber_switch(&from.stack_pointer_, stack_pointer_);
 #else
-  swapcontext(&context, &to.context);
+  swapcontext(&from.context_, &context_);
 #endif
-#if defined(__SANITIZE_ADDRESS__)
-  const void* left;
-  size_t left_size;
-  __sanitizer_finish_switch_fiber(fake_stack, &left, &left_size);
-#endif
+  from.arrive();
 }
 
-void Fiber::entered([[maybe_unused]] Fiber& first) {
-#if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_finish_switch_fiber(fake_stack, &first.stack, &first.stack_size);
+void Fiber::arrive() {
+#ifdef FASTNN_ASAN
+  __sanitizer_finish_switch_fiber(fake_stack_, &left->stack_, &left->stack_size_);
 #endif
 }
 

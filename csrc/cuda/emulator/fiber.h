@@ -1,39 +1,48 @@
 // A stack that can be left and entered again: what a CUDA thread runs on.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cstddef>
 
 #if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
+#define FASTNN_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define FASTNN_ASAN 1
 #endif
-
-namespace fastnn::cuda::emulator {
+#endif
 
 // ucontext's switch saves the signal mask with a system call, which costs a hundred times the switch itself: on x86-64
 // the registers that a function must keep are pushed and the stack pointer exchanged.
 #if defined(__x86_64__)
 #define FASTNN_FIBER_SWITCH 1
-extern "C" void fastnn_fiber_switch(void** save, void* load);
-#endif
-
-struct Fiber {
-#ifdef FASTNN_FIBER_SWITCH
-  void* stack_pointer = nullptr;
 #else
-  ucontext_t context;
+#include <ucontext.h>
 #endif
-  const void* stack = nullptr;  // for the address sanitizer, which must know on which stack it is
-  size_t stack_size = 0;
-  void* fake_stack = nullptr;
 
-  // The next switch to this fiber calls `entry`, which never returns.
+namespace fastnn::cuda::emulator {
+
+class Fiber {
+ public:
+  // The next switch to this fiber calls `entry`, which begins with arrive() and ends with another's enter_last().
   void prepare(char* stack, size_t size, void (*entry)());
-  // Leaves `this`, which is running, for `to`.
-  void switch_to(Fiber& to);
-  // First thing in `entry`: completes the switch that led here from `first`, a thread's own stack.
-  void entered(Fiber& first);
+  // Leaves the running fiber `from` for this one.
+  void enter(Fiber& from) { enter(from, false); }
+  // The same when `from` will never be entered again, until it is prepared anew.
+  void enter_last(Fiber& from) { enter(from, true); }
+  void arrive();
+
+ private:
+  void enter(Fiber& from, bool last);
+
+#ifdef FASTNN_FIBER_SWITCH
+  void* stack_pointer_ = nullptr;
+#else
+  ucontext_t context_;
+#endif
+  // For the address sanitizer, which must be told on which stack it is and keeps some of the stack elsewhere.
+  const void* stack_ = nullptr;
+  size_t stack_size_ = 0;
+  void* fake_stack_ = nullptr;
 };
 
 }  // namespace fastnn::cuda::emulator

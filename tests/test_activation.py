@@ -11,13 +11,9 @@ from cases import DTYPES, SOFTMAX_CASES, SoftmaxCase, by_id, find, generator, in
 from dispatch_log import fell_back, ran_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_checks import check_softmax
 from tolerance import (
-    assert_close_bound,
     assert_identical,
-    log_softmax_bound,
-    softmax_bound,
-    softmax_relative_error,
-    unit_roundoff,
 )
 
 import fastnn
@@ -79,50 +75,6 @@ def test_relu_inplace(isa: str, dtype: torch.dtype) -> None:
 def test_relu_inplace_on_a_leaf_raises() -> None:
     with pytest.raises(RuntimeError, match="in-place"):
         functional.relu(torch.ones(3, requires_grad=True), inplace=True)
-
-
-def check_softmax(case: SoftmaxCase, dtype: torch.dtype, scale: float, layout: str = "contiguous") -> None:
-    rng = generator("softmax", case.id, scale)
-    x = lay_out(random(case.input, dtype, rng) * scale, layout).requires_grad_()
-    x64 = x.detach().double().requires_grad_()
-    classes = x.shape[case.dim]
-    grad = random(case.input, dtype, rng)
-    some = x.numel() > 0
-    u = unit_roundoff(dtype)
-
-    with ran_kernels(*(["softmax"] if some else []), dtype=dtype):
-        y = functional.softmax(x, case.dim)
-    y64 = F.softmax(x64, case.dim)
-    assert y.dtype == dtype
-    if some:
-        assert_close_bound(y, y64, softmax_bound(x.detach(), case.dim, dtype), "softmax")
-    with ran_kernels(*(["softmax"] if some else []), dtype=dtype):
-        (actual,) = torch.autograd.grad(y, x, grad)
-    (expected,) = torch.autograd.grad(y64, x64, grad.double(), retain_graph=True)
-    if some:
-        # grad_input = y * (grad - sum y * grad), with the rounded y.
-        relative = softmax_relative_error(x.detach(), case.dim, dtype)
-        mean = (y64 * grad.double().abs()).sum(case.dim, keepdim=True)
-        magnitude = (y64 * (grad.double().abs() + mean)).detach()
-        factor = (2 * relative.amax(case.dim, keepdim=True) / u + classes + 4) * u
-        bound = magnitude * factor * 2 + 4 * torch.finfo(dtype).tiny
-        assert_close_bound(actual, expected, bound, "softmax gradient")
-
-    with ran_kernels(*(["log_softmax"] if some else []), dtype=dtype):
-        z = functional.log_softmax(x, case.dim)
-    z64 = F.log_softmax(x64, case.dim)
-    if some:
-        limit = log_softmax_bound(x.detach(), case.dim, dtype)
-        assert_close_bound(z, z64, limit, "log_softmax")
-    with ran_kernels(*(["log_softmax"] if some else []), dtype=dtype):
-        (actual,) = torch.autograd.grad(z, x, grad)
-    (expected,) = torch.autograd.grad(z64, x64, grad.double())
-    if some:
-        # grad_input = grad - exp(z) * sum grad, with the rounded z.
-        total = grad.double().abs().sum(case.dim, keepdim=True)
-        magnitude = grad.double().abs() + y64.detach() * total
-        bound = magnitude * 2 * (limit + (classes + 12) * u)
-        assert_close_bound(actual, expected, bound, "log_softmax gradient")
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])

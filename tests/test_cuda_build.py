@@ -25,7 +25,9 @@ def kernels() -> list[dict[str, Any]]:
 
 def test_no_kernel_spills(kernels: list[dict[str, Any]]) -> None:
     spilling = [kernel for kernel in kernels if kernel["spilled_bytes"]]
-    assert not spilling, "\n".join(f"{k['kernel']} on {k['architecture']}: {k['spilled_bytes']} bytes" for k in spilling)
+    assert not spilling, "\n".join(
+        f"{k['kernel']} on {k['architecture']}: {k['spilled_bytes']} bytes" for k in spilling
+    )
 
 
 def test_every_operator_is_in_the_report_for_every_architecture(kernels: list[dict[str, Any]]) -> None:

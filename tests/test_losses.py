@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CROSS_ENTROPY_CASES, NLL_CASES, LossCase, by_id, find, generator, lay_out, random
+from cases import CROSS_ENTROPY_CASES, DTYPES, NLL_CASES, LossCase, by_id, find, generator, lay_out, random
 from dispatch_log import fell_back, ran_kernels
+from fuzzing import fuzz, running_on
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from tolerance import (
     assert_close_bound,
     assert_identical,
@@ -19,6 +22,7 @@ from tolerance import (
 )
 from torch import Tensor
 
+import fastnn
 from fastnn import functional, reference
 
 MSE_SHAPES = ((7,), (3, 17), (2, 3, 5, 4), (), (4099,))
@@ -114,8 +118,7 @@ def test_cross_entropy_layouts(case: LossCase, layout: str, isa: str, dtype: tor
     check_cross_entropy(case, dtype, layout)
 
 
-@pytest.mark.parametrize("case", by_id(NLL_CASES))
-def test_nll_loss_matches_reference(case: LossCase, isa: str, dtype: torch.dtype) -> None:
+def check_nll_loss(case: LossCase, dtype: torch.dtype) -> None:
     x, target, weight, kwargs = make(case, dtype)
     x = x.requires_grad_()
     x64 = x.detach().double().requires_grad_()
@@ -130,6 +133,41 @@ def test_nll_loss_matches_reference(case: LossCase, isa: str, dtype: torch.dtype
     (actual,) = torch.autograd.grad(loss, x, grad)
     (expected,) = torch.autograd.grad(loss64, x64, grad.double())
     assert_close_bound(actual, expected, rounding_bound(roundings, dtype, expected.abs()), "grad_input")
+
+
+@pytest.mark.parametrize("case", by_id(NLL_CASES))
+def test_nll_loss_matches_reference(case: LossCase, isa: str, dtype: torch.dtype) -> None:
+    check_nll_loss(case, dtype)
+
+
+@st.composite
+def loss_cases(draw: st.DrawFn, name: str) -> LossCase:
+    """A loss of any shape and options; at least one sample counts."""
+    shape = (draw(st.integers(1, 9)), draw(st.integers(1, 40)), *draw(st.lists(st.integers(1, 9), max_size=2)))
+    kwargs: dict[str, Any] = {"reduction": draw(st.sampled_from(REDUCTIONS))}
+    target = draw(st.sampled_from(["indices", "probabilities"])) if name == "cross_entropy" else "indices"
+    if name == "cross_entropy":
+        kwargs["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 1.0]))
+    if target == "indices" and draw(st.booleans()):
+        kwargs["ignore_index"] = draw(st.integers(0, shape[1] - 1))
+    case = LossCase(f"{shape}", shape, target, draw(st.booleans()), target == "indices" and draw(st.booleans()), kwargs)
+    _, targets, _, _ = make(case, torch.float32)
+    assume(target != "indices" or bool((targets != kwargs.get("ignore_index", -100)).any()))
+    return case
+
+
+@fuzz(60)
+@given(case=loss_cases("cross_entropy"), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(fastnn.available_isas()))
+def test_cross_entropy_of_any_shape(case: LossCase, dtype: torch.dtype, isa: str) -> None:
+    with running_on(isa):
+        check_cross_entropy(case, dtype)
+
+
+@fuzz(30)
+@given(case=loss_cases("nll_loss"), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(fastnn.available_isas()))
+def test_nll_loss_of_any_shape(case: LossCase, dtype: torch.dtype, isa: str) -> None:
+    with running_on(isa):
+        check_nll_loss(case, dtype)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
@@ -213,12 +251,7 @@ def test_legacy_reductions(name: str, legacy: dict[str, bool]) -> None:
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("shape", MSE_SHAPES, ids=str)
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
-def test_mse_loss_matches_reference(
-    shape: tuple[int, ...], reduction: str, weighted: bool, isa: str, dtype: torch.dtype
-) -> None:
+def check_mse_loss(shape: tuple[int, ...], reduction: str, weighted: bool, dtype: torch.dtype) -> None:
     rng = generator("mse", shape)
     x, t = random(shape, dtype, rng).requires_grad_(), random(shape, dtype, rng).requires_grad_()
     w = (torch.rand(shape, generator=rng, dtype=torch.float64) + 0.5).to(dtype) if weighted else None
@@ -235,6 +268,28 @@ def test_mse_loss_matches_reference(
     grads64 = torch.autograd.grad(loss64, leaves64, grad.double())
     for actual, expected in zip(grads, grads64, strict=True):
         assert_close_bound(actual, expected, rounding_bound(roundings, dtype, expected.abs()), "gradient")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", MSE_SHAPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+def test_mse_loss_matches_reference(
+    shape: tuple[int, ...], reduction: str, weighted: bool, isa: str, dtype: torch.dtype
+) -> None:
+    check_mse_loss(shape, reduction, weighted, dtype)
+
+
+@fuzz(30)
+@given(
+    shape=st.lists(st.integers(1, 20), max_size=4),
+    reduction=st.sampled_from(REDUCTIONS),
+    weighted=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_mse_loss_of_any_shape(shape: list[int], reduction: str, weighted: bool, dtype: torch.dtype, isa: str) -> None:
+    with running_on(isa):
+        check_mse_loss(tuple(shape), reduction, weighted, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")

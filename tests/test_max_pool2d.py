@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, FILLS, LAYOUTS, POOL_CASES, PoolCase, by_id, find, generator, lay_out
 from dispatch_log import fell_back, ran_kernels
-from hypothesis import assume, given, settings
+from fuzzing import fuzz, running_on
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tolerance import assert_close_bound, assert_identical, rounding_bound
 
@@ -115,7 +116,7 @@ def test_window_that_sees_padding_alone(isa: str, dtype: torch.dtype) -> None:
     assert torch.autograd.grad(y, x, torch.ones_like(y))[0].item() == 0
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@fuzz(80)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)),
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -152,9 +153,5 @@ def test_any_geometry(
         "dilation": dilation,
         "ceil_mode": ceil_mode,
     }
-    before = fastnn.get_isa()
-    fastnn.set_isa(isa)
-    try:
+    with running_on(isa):
         check(PoolCase("fuzz", shape, kwargs), "integers", dtype, layout)
-    finally:
-        fastnn.set_isa(before)

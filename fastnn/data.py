@@ -581,8 +581,9 @@ def _read_picture(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise DataError(f"{path}: expected a picture, got nothing there") from error
     except (image_module.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk or the permissions, not the picture
+        # EINVAL: damaged offsets that point before the start; any other OSError is the disk's or the permissions'.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise DataError(f"{path}: expected a PNG or JPEG picture, got damaged or other data ({error})") from error
     return values[None] if grey else np.moveaxis(values, 2, 0)
 

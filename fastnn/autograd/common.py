@@ -27,7 +27,7 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
     tensors = (first, *others)
     plain = True
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None and first is not None:
             continue
         if type(tensor) not in _PLAIN_TYPES:
             plain = False

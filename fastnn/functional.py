@@ -231,6 +231,8 @@ def max_pool2d(
     way = route("max_pool2d", input)
     if way == "torch":
         return reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"ceil_mode: expected a bool, got {ceil_mode!r}")
     kernel = pair("kernel_size", kernel_size)
     window = (
         kernel,
@@ -304,8 +306,10 @@ def _along_dim(
         dim = torch.nn.functional._get_softmax_dim(  # type: ignore[attr-defined]
             name, input.dim(), stacklevel + 1
         )
+    if isinstance(dim, bool):
+        raise TypeError(f"dim: expected an int, got {dim}")
     if dtype is not None:
-        input = input.to(dtype)
+        input = input.to(dtype=dtype)
     way = route(name, input)
     if way == "torch":
         return operator.reference(input, dim)

@@ -49,6 +49,8 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
             return _fall_back(operator, f"dtypes {dtype} and {tensor.dtype}")
         if tensor.layout is not torch.strided:
             return _fall_back(operator, f"layout {tensor.layout}")
+        if tensor.is_nested:
+            return _fall_back(operator, "nested tensor")
         if not tensor.is_cpu:
             if tensor.is_meta:
                 plain = False

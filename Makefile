@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: train test check format bench fuzz clean
+.PHONY: train test check format bench fuzz sanitize portability clean
 
 train: $(VENV)/app  ## Train the classifier on the bundled handwritten digits: model.safetensors, model.png
 	$(BIN)/fastnn train --data digits --epochs 20 --seed 0 --out model.safetensors
@@ -18,18 +18,24 @@ check: $(VENV)/check  ## Linters, types and formats
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 format: $(VENV)/check  ## Apply the formatters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 bench: $(VENV)/test  ## Benchmarks against PyTorch: benchmarks/results/*.json and the tables in README.md
 	$(BIN)/python benchmarks/run.py
 
 fuzz: $(VENV)/test  ## 30 times as many drawn cases as in the suite: more than 20,000
 	FASTNN_FUZZ=30 $(BIN)/pytest -m fuzz
+
+sanitize: $(VENV)/build  ## The kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh
+
+portability: $(VENV)/build  ## Other compilers, aarch64, and a wheel for each environment in PYTHONS
+	PATH="$(abspath $(BIN)):$$PATH" tests/portability.sh
 
 clean:
 	rm -rf $(VENV) build fastnn/_C*.so *.egg-info
@@ -44,6 +50,10 @@ $(VENV)/app: $(VENV)/bin/pip $(SOURCES)
 
 $(VENV)/test: $(VENV)/bin/pip $(SOURCES)
 	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/build: $(VENV)/test
+	$(PIP) cmake ninja pybind11
 	touch $@
 
 $(VENV)/check: $(VENV)/bin/pip $(SOURCES)

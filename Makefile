@@ -13,7 +13,7 @@ TEST_BUILD := CMAKE_ARGS="-DFASTNN_EMULATOR=ON -DCMAKE_CUDA_ARCHITECTURES=75-rea
 # What is built to train: CUDA for this machine's GPU, if it has one.
 APP_BUILD := $(if $(shell command -v nvidia-smi),CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=native,FASTNN_CUDA=OFF)
 
-.PHONY: train test check bench clean
+.PHONY: train test check format bench fuzz sanitize portability clean
 
 train: $(VENV)/app  ## Train the classifier on the bundled handwritten digits: model.safetensors, model.png
 	$(BIN)/fastnn train --data digits --epochs 20 --seed 0 --out model.safetensors
@@ -26,15 +26,24 @@ check: $(VENV)/check  ## Linters, types and formats
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 format: $(VENV)/check  ## Apply the formatters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 bench: $(VENV)/test  ## Benchmarks against PyTorch: benchmarks/results/*.json and the tables in README.md
 	$(BIN)/python benchmarks/run.py
+
+fuzz: $(VENV)/test  ## 30 times as many drawn cases as in the suite: more than 20,000
+	FASTNN_FUZZ=30 $(BIN)/pytest -m fuzz
+
+sanitize: $(VENV)/build  ## The kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+	PATH="$(abspath $(BIN)):$$PATH" tests/sanitize.sh
+
+portability: $(VENV)/build  ## Other compilers, aarch64, and a wheel for each environment in PYTHONS
+	PATH="$(abspath $(BIN)):$$PATH" tests/portability.sh
 
 clean:
 	rm -rf $(VENV) build fastnn/_C*.so fastnn/cuda_resources.json fastnn/fastnn_emulator_test *.egg-info
@@ -49,6 +58,10 @@ $(VENV)/app: $(VENV)/bin/pip $(SOURCES)
 
 $(VENV)/test: $(VENV)/bin/pip $(SOURCES)
 	$(TEST_BUILD) $(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/build: $(VENV)/test
+	$(PIP) cmake ninja pybind11
 	touch $@
 
 $(VENV)/check: $(VENV)/bin/pip $(SOURCES)

@@ -260,7 +260,7 @@ def class_dim(x: Tensor) -> int:
     return 0 if x.dim() == 1 else 1
 
 
-def make(case: LossCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+def make_loss_case(case: LossCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
     rng = generator("loss", case.id)
     x = random(case.input, dtype, rng) * 2
     classes = x.shape[class_dim(x)]
@@ -299,7 +299,7 @@ def weighted_target(x: Tensor, target: Tensor, weight: Tensor | None, kwargs: di
 
 
 def check_cross_entropy(case: LossCase, dtype: torch.dtype, layout: str = "contiguous") -> None:
-    x, target, weight, kwargs = make(case, dtype)
+    x, target, weight, kwargs = make_loss_case(case, dtype)
     x = lay_out(x, layout).requires_grad_()
     x64 = x.detach().double().requires_grad_()
     target64 = target.double() if target.is_floating_point() else target
@@ -337,7 +337,7 @@ def check_cross_entropy(case: LossCase, dtype: torch.dtype, layout: str = "conti
 
 
 def check_nll_loss(case: LossCase, dtype: torch.dtype) -> None:
-    x, target, weight, kwargs = make(case, dtype)
+    x, target, weight, kwargs = make_loss_case(case, dtype)
     x = x.requires_grad_()
     x64 = x.detach().double().requires_grad_()
     weight64 = None if weight is None else weight.double()

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, SOFTMAX_CASES, SoftmaxCase, by_id, find, generator, integers, lay_out, random
 from dispatch_log import fell_back, ran_kernels
-from hypothesis import given, settings
+from fuzzing import fuzz, running_on
+from hypothesis import given
 from hypothesis import strategies as st
 from operator_checks import check_softmax
 from tolerance import (
@@ -137,7 +138,7 @@ def test_scalar_softmax_is_torchs() -> None:
     torch.testing.assert_close(functional.softmax(x, 0), F.softmax(x, 0))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@fuzz(60)
 @given(
     shape=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     position=st.integers(0, 3),
@@ -149,9 +150,25 @@ def test_scalar_softmax_is_torchs() -> None:
 def test_softmax_of_any_shape(
     shape: list[int], position: int, scale: float, layout: str, dtype: torch.dtype, isa: str
 ) -> None:
-    before = fastnn.get_isa()
-    fastnn.set_isa(isa)
-    try:
+    with running_on(isa):
         check_softmax(SoftmaxCase(str(shape), tuple(shape), position % len(shape)), dtype, scale, layout)
-    finally:
-        fastnn.set_isa(before)
+
+
+@fuzz(30)
+@given(
+    shape=st.lists(st.integers(0, 20), max_size=4),
+    layout=st.sampled_from(VECTOR_LAYOUTS),
+    inplace=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_relu_of_any_shape(shape: list[int], layout: str, inplace: bool, dtype: torch.dtype, isa: str) -> None:
+    rng = generator("relu", str(shape))
+    values = integers(tuple(shape), dtype, rng)
+    leaf = (lay_out(values, layout) if len(shape) > 1 and shape[0] else values).requires_grad_()
+    grad = random(tuple(shape), dtype, rng)
+    with running_on(isa):
+        y = functional.relu(leaf.clone() if inplace else leaf, inplace)
+        (actual,) = torch.autograd.grad(y, leaf, grad)
+    assert_identical(y, F.relu(leaf))
+    assert_identical(actual, torch.where(leaf > 0, grad, 0))

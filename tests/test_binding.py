@@ -401,7 +401,7 @@ PYTHON_LAYERS = {
     "arguments": set(),
     "autograd": {"_C", "arguments", "runtime", "reference"},
     "functional": {"arguments", "autograd", "reference", "runtime"},
-    "nn": {"functional", "autograd", "reference", "runtime"},
+    "nn": {"arguments", "functional", "autograd", "reference", "runtime"},
     "optim": {"_C", "runtime"},
     "compiled": {"_C", "arguments", "autograd", "nn", "optim"},
     "fusion": {"arguments"},

@@ -18,7 +18,8 @@ from cases import (
     random,
 )
 from dispatch_log import fell_back, ran_kernels
-from hypothesis import assume, given, settings
+from fuzzing import fuzz, running_on
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from operator_checks import check_conv2d
 from tolerance import (
@@ -246,7 +247,7 @@ def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
 pairs = st.tuples
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@fuzz(120)
 @given(data=st.data())
 def test_any_geometry(data: st.DataObject) -> None:
     draw = data.draw
@@ -288,9 +289,5 @@ def test_any_geometry(data: st.DataObject) -> None:
     fill = draw(st.sampled_from(sorted(FILLS)))
     dtype = draw(st.sampled_from(DTYPES))
     layout = draw(st.sampled_from(LAYOUTS)) if fill == "integers" else "contiguous"
-    before = fastnn.get_isa()
-    fastnn.set_isa(draw(st.sampled_from(fastnn.available_isas())))
-    try:
+    with running_on(draw(st.sampled_from(fastnn.available_isas()))):
         check_conv2d(case, fill, dtype, layout)
-    finally:
-        fastnn.set_isa(before)

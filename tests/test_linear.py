@@ -18,7 +18,8 @@ from cases import (
     random,
 )
 from dispatch_log import fell_back
-from hypothesis import given, settings
+from fuzzing import fuzz, running_on
+from hypothesis import given
 from hypothesis import strategies as st
 from operator_checks import check_linear
 from tolerance import assert_identical
@@ -116,7 +117,7 @@ def test_gradient_at_nan_and_at_zero_is_torchs() -> None:
         assert_identical(actual, wanted)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@fuzz(60)
 @given(
     leading=st.lists(st.integers(0, 5), max_size=3),
     in_features=st.integers(1, 70),
@@ -140,9 +141,5 @@ def test_any_geometry(
     kwargs = {"activation": "relu"} if relu else {}
     shape = (*leading, in_features)
     case = LinearCase(f"{shape}_{out_features}", shape, (out_features, in_features), bias, kwargs)
-    before = fastnn.get_isa()
-    fastnn.set_isa(isa)
-    try:
+    with running_on(isa):
         check_linear(case, fill, dtype)
-    finally:
-        fastnn.set_isa(before)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CROSS_ENTROPY_CASES, NLL_CASES, LossCase, by_id, find, generator, random
+from cases import CROSS_ENTROPY_CASES, DTYPES, NLL_CASES, LossCase, by_id, find, generator, random
 from dispatch_log import fell_back
-from operator_checks import check_cross_entropy, check_mse_loss, check_nll_loss
+from fuzzing import fuzz, running_on
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from operator_checks import check_cross_entropy, check_mse_loss, check_nll_loss, make_loss_case
 from tolerance import (
     assert_identical,
 )
 from torch import Tensor
 
+import fastnn
 from fastnn import functional, reference
 
 MSE_SHAPES = ((7,), (3, 17), (2, 3, 5, 4), (), (4099,))
@@ -33,6 +39,36 @@ def test_cross_entropy_layouts(case: LossCase, layout: str, isa: str, dtype: tor
 @pytest.mark.parametrize("case", by_id(NLL_CASES))
 def test_nll_loss_matches_reference(case: LossCase, isa: str, dtype: torch.dtype) -> None:
     check_nll_loss(case, dtype)
+
+
+@st.composite
+def loss_cases(draw: st.DrawFn, name: str) -> LossCase:
+    """A loss of any shape and options; at least one sample counts."""
+    shape = (draw(st.integers(1, 9)), draw(st.integers(1, 40)), *draw(st.lists(st.integers(1, 9), max_size=2)))
+    kwargs: dict[str, Any] = {"reduction": draw(st.sampled_from(REDUCTIONS))}
+    target = draw(st.sampled_from(["indices", "probabilities"])) if name == "cross_entropy" else "indices"
+    if name == "cross_entropy":
+        kwargs["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 1.0]))
+    if target == "indices" and draw(st.booleans()):
+        kwargs["ignore_index"] = draw(st.integers(0, shape[1] - 1))
+    case = LossCase(f"{shape}", shape, target, draw(st.booleans()), target == "indices" and draw(st.booleans()), kwargs)
+    _, targets, _, _ = make_loss_case(case, torch.float32)
+    assume(target != "indices" or bool((targets != kwargs.get("ignore_index", -100)).any()))
+    return case
+
+
+@fuzz(60)
+@given(case=loss_cases("cross_entropy"), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(fastnn.available_isas()))
+def test_cross_entropy_of_any_shape(case: LossCase, dtype: torch.dtype, isa: str) -> None:
+    with running_on(isa):
+        check_cross_entropy(case, dtype)
+
+
+@fuzz(30)
+@given(case=loss_cases("nll_loss"), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(fastnn.available_isas()))
+def test_nll_loss_of_any_shape(case: LossCase, dtype: torch.dtype, isa: str) -> None:
+    with running_on(isa):
+        check_nll_loss(case, dtype)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
@@ -123,6 +159,19 @@ def test_mse_loss_matches_reference(
     shape: tuple[int, ...], reduction: str, weighted: bool, isa: str, dtype: torch.dtype
 ) -> None:
     check_mse_loss(shape, reduction, weighted, dtype)
+
+
+@fuzz(30)
+@given(
+    shape=st.lists(st.integers(1, 20), max_size=4),
+    reduction=st.sampled_from(REDUCTIONS),
+    weighted=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_mse_loss_of_any_shape(shape: list[int], reduction: str, weighted: bool, dtype: torch.dtype, isa: str) -> None:
+    with running_on(isa):
+        check_mse_loss(tuple(shape), reduction, weighted, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, FILLS, LAYOUTS, POOL_CASES, PoolCase, by_id, find, generator
 from dispatch_log import fell_back
-from hypothesis import assume, given, settings
+from fuzzing import fuzz, running_on
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from operator_checks import check_max_pool2d
 from tolerance import assert_identical
@@ -85,7 +86,7 @@ def test_window_that_sees_padding_alone(isa: str, dtype: torch.dtype) -> None:
     assert torch.autograd.grad(y, x, torch.ones_like(y))[0].item() == 0
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@fuzz(80)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)),
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -122,9 +123,5 @@ def test_any_geometry(
         "dilation": dilation,
         "ceil_mode": ceil_mode,
     }
-    before = fastnn.get_isa()
-    fastnn.set_isa(isa)
-    try:
+    with running_on(isa):
         check_max_pool2d(PoolCase("fuzz", shape, kwargs), "integers", dtype, layout)
-    finally:
-        fastnn.set_isa(before)

@@ -13,6 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import generator, random
+from fuzzing import fuzz, running_on
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import assert_close_bound, unit_roundoff
 
 import fastnn
 from fastnn import _C, optim, reference
@@ -482,3 +487,130 @@ def test_convert_refuses_what_it_does_not_know() -> None:
     with pytest.raises(TypeError, match="optimizer: expected the step of SGD, got one that replaces it"):
         optim.convert(replaced)
     assert type(replaced) is torch.optim.SGD
+
+
+SIZES = st.lists(
+    st.integers(0, 40).map(lambda n: (n,)) | st.just((3, 5, 3, 3)) | st.just((9001,)), min_size=1, max_size=4
+)
+RATES = st.sampled_from([0.0, 1e-3, 0.1, 1.0])
+DECAYS = st.sampled_from([0.0, 0.01, 0.5])
+
+
+def drawn_parameters(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, same_sign: bool, sign: int
+) -> list[torch.nn.Parameter]:
+    """Parameters with gradients; with `same_sign` these point where weight decay points, so that nothing cancels."""
+    rng = generator("optimizer", str(shapes))
+    parameters = []
+    for shape in shapes:
+        parameter = torch.nn.Parameter(random(shape, dtype, rng))
+        grad = random(shape, dtype, rng)
+        parameter.grad = grad.abs() * parameter.detach().sign() * sign if same_sign else grad
+        parameters.append(parameter)
+    return parameters
+
+
+@fuzz(40)
+@given(
+    shapes=SIZES,
+    options=st.fixed_dictionaries(
+        {
+            "lr": RATES,
+            "betas": st.tuples(st.sampled_from([0.0, 0.3, 0.9]), st.sampled_from([0.0, 0.9, 0.999])),
+            "eps": st.sampled_from([1e-8, 1e-3]),
+            "weight_decay": DECAYS,
+            "amsgrad": st.booleans(),
+            "maximize": st.booleans(),
+        }
+    ),
+    decoupled=st.booleans(),
+    taken=st.integers(0, 1000),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_adam_from_any_state(
+    shapes: list[tuple[int, ...]], options: dict[str, Any], decoupled: bool, taken: int, dtype: torch.dtype, isa: str
+) -> None:
+    """One step after `taken` others, against the formula in float64."""
+    (beta1, beta2), lr, decay, eps = options["betas"], options["lr"], options["weight_decay"], options["eps"]
+    coupled = 0.0 if decoupled else decay
+    parameters = drawn_parameters(shapes, dtype, coupled != 0, -1 if options["maximize"] else 1)
+    optimizer = (optim.AdamW if decoupled else optim.Adam)(parameters, **options)
+    rng = generator("state", taken)
+    before = []
+    for p in parameters:
+        state = {key: random(tuple(p.shape), dtype, rng) for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+        state["exp_avg_sq"], state["max_exp_avg_sq"] = state["exp_avg_sq"] ** 2, state["max_exp_avg_sq"] ** 2
+        if not options["amsgrad"]:
+            del state["max_exp_avg_sq"]
+        copies = {key: value.to(torch.float64, copy=True) for key, value in state.items()}
+        before.append((p.detach().to(torch.float64, copy=True), copies))
+        optimizer.state[p] = {"step": torch.tensor(float(taken)), **state}
+    with running_on(isa), fastnn.explain_dispatch() as log:
+        optimizer.step()
+    assert [record.operator for record in log] == ["adam_step"]
+    step, u = taken + 1, unit_roundoff(dtype) * (2 if dtype == torch.float64 else 1)
+    function = reference.adamw_step if decoupled else reference.adam_step
+    for p, (old, state) in zip(parameters, before, strict=True):
+        grad = p.grad.double()
+        expected = function(old, grad, *state.values(), step=step, **options)
+        # A moment is a sum of two products, its factors rounded: 5 roundings of each, and 3 more make the gradient.
+        reach = grad.abs() + coupled * old.abs()
+        first = 2 * (beta1 * state["exp_avg"].abs() + (1 - beta1) * reach)
+        assert_close_bound(optimizer.state[p]["exp_avg"], expected.exp_avg, 8 * u * first, "exp_avg")
+        second = beta2 * state["exp_avg_sq"] + (1 - beta2) * reach**2
+        bound = 12 * u * second + torch.finfo(dtype).tiny
+        assert_close_bound(optimizer.state[p]["exp_avg_sq"], expected.exp_avg_sq, bound, "exp_avg_sq")
+        used = second if expected.max_exp_avg_sq is None else torch.maximum(state["max_exp_avg_sq"], second)
+        denominator = (used / (1 - beta2**step)).sqrt() + eps
+        # The root halves those 12; root, scale, eps, quotient, rate, product and difference round once each.
+        update = lr / (1 - beta1**step) * first / denominator
+        bound = (8 + 6 + 8) * u * update + 4 * u * old.abs() + torch.finfo(dtype).tiny
+        assert_close_bound(p, expected.parameter, bound, "parameter")
+
+
+@fuzz(30)
+@given(
+    shapes=SIZES,
+    options=st.fixed_dictionaries(
+        {
+            "lr": RATES,
+            "momentum": st.sampled_from([0.0, 0.5, 0.99]),
+            "dampening": st.sampled_from([0.0, 0.3]),
+            "weight_decay": DECAYS,
+            "nesterov": st.booleans(),
+            "maximize": st.booleans(),
+        }
+    ).filter(lambda o: not o["nesterov"] or (o["momentum"] and not o["dampening"])),
+    first=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_sgd_from_any_state(
+    shapes: list[tuple[int, ...]], options: dict[str, Any], first: bool, dtype: torch.dtype, isa: str
+) -> None:
+    parameters = drawn_parameters(shapes, dtype, False, 1)
+    optimizer = optim.SGD(parameters, **options)
+    rng = generator("momentum", str(shapes))
+    buffers: list[torch.Tensor | None] = []
+    for p in parameters:
+        buffers.append(None)
+        if options["momentum"] and not first:
+            buffers[-1] = random(tuple(p.shape), torch.float32, rng).double()
+            optimizer.state[p] = {"momentum_buffer": buffers[-1].to(dtype, copy=True)}
+    before = [p.detach().to(torch.float64, copy=True) for p in parameters]
+    with running_on(isa), fastnn.explain_dispatch() as log:
+        optimizer.step()
+    assert [record.operator for record in log] == ["sgd_step"]
+    u, momentum = unit_roundoff(dtype) * (2 if dtype == torch.float64 else 1), options["momentum"]
+    for p, old, buffer in zip(parameters, before, buffers, strict=True):
+        expected = reference.sgd_step(old, p.grad.double(), buffer, **options)
+        # At most 10 roundings stand behind each term: decay, momentum, dampening, Nesterov, rate and their factors.
+        reach = p.grad.double().abs() + options["weight_decay"] * old.abs()
+        held = reach + (0 if buffer is None else momentum * buffer.abs())
+        bound = 10 * u * (old.abs() + options["lr"] * (reach + 2 * held)) + torch.finfo(dtype).tiny
+        assert_close_bound(p, expected.parameter, bound, "parameter")
+        if momentum:
+            assert_close_bound(
+                optimizer.state[p]["momentum_buffer"], expected.momentum_buffer, 10 * u * held, "momentum_buffer"
+            )

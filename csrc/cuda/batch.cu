@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kGatherThreads) gather_images_kernel(GatherIma
   for (int64_t sample = blockIdx.y; sample < s.batch; sample += gridDim.y) {
     const int64_t image = b.index[sample];
     if (image < 0 || image >= s.images) {
-      device_check(false, "gather_images: an index is outside the images");
+      device_check(false, "an index is outside the images");
       return;  // the compiler need not keep registers for what comes after the message
     }
     const Source* from = static_cast<const Source*>(b.input) + image * s.channels * s.pixels;

@@ -225,7 +225,7 @@ struct PoolDividers {
 
 // An item is a pixel.
 template <class T, int kPack>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 4)
     max_pool2d_backward_gather_kernel(PoolImage s, PoolItems items, PoolDividers by, MaxPool2dBackward<T> b) {
   for (uint32_t index = global_thread(); index < items.count; index += grid_threads()) {
     const PoolItem item = pool_item<kPack>(items, index);

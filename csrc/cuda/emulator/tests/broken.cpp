@@ -142,27 +142,31 @@ std::string pipeline() {
       kStages, input);
 }
 
-// Neighbours: each element plus the next one of its block, if there is one.
-template <Fault fault>
+// Neighbours: each element plus the next one of its block, or the one before, if there is one.
+template <Fault fault, int kStep>
 __global__ void neighbours_kernel(int64_t count, const float* input, float* output) {
   float* shared = shared_memory<float>();
   const int64_t i = global_thread();
-  shared[threadIdx.x] = i < count + (fault == Fault::tail_read) ? input[i] : 0;
-  if (fault == Fault::shared_write && threadIdx.x == 0) shared[kThreads] = 0;
-  sync_block();
-  const unsigned last = fault == Fault::shared_read ? kThreads : kThreads - 1;
-  const float next = threadIdx.x < last ? shared[threadIdx.x + 1] : 0;
-  if (i < count + (fault == Fault::tail_write)) output[i] = shared[threadIdx.x] + next;
+  const int here = static_cast<int>(threadIdx.x), other = here + kStep;
+  shared[here] = i < count + (fault == Fault::tail_read) ? input[i] : 0;
+  if (fault == Fault::shared_write && here == 0) shared[kThreads] = 0;
+  if (fault != Fault::barrier) sync_block();
+  const bool has_other = other >= 0 && other < kThreads + (fault == Fault::shared_read);
+  const float sum = shared[here] + (has_other ? shared[other] : 0);
+  if (i < count + (fault == Fault::tail_write)) output[i] = sum;
 }
 
-template <Fault fault>
+template <Fault fault, int kStep = 1>
 std::string neighbours() {
   Memory memory;
   const float* input = memory.input<float>(kCount);
   return run(
-      memory, neighbours_kernel<fault>, blocks_of(kCount), kThreads * sizeof(float), kCount,
-      [&](int64_t i) { return sum_of(input, i, std::min({i + 2, (i / kThreads + 1) * kThreads, kCount})); }, kCount,
-      input);
+      memory, neighbours_kernel<fault, kStep>, blocks_of(kCount), kThreads * sizeof(float), kCount,
+      [&](int64_t i) {
+        const int64_t first = i / kThreads * kThreads, end = std::min(first + kThreads, kCount), other = i + kStep;
+        return input[i] + (first <= other && other < end ? input[other] : 0);
+      },
+      kCount, input);
 }
 
 // Control flow: what all threads of a warp or a block must reach together.
@@ -235,6 +239,9 @@ std::vector<Case> broken_cases() {
           {"broken/pipeline_without_barrier_before_refill", pipeline<Fault::second_barrier>},
           {"broken/pipeline_of_misaligned_copies", pipeline<Fault::alignment>},
           {"correct/neighbours", neighbours<Fault::none>},
+          {"correct/neighbours_before", neighbours<Fault::none, -1>},
+          {"broken/neighbours_without_barrier", neighbours<Fault::barrier>},
+          {"broken/neighbours_before_without_barrier", neighbours<Fault::barrier, -1>},
           {"broken/neighbours_read_after_the_end", neighbours<Fault::tail_read>},
           {"broken/neighbours_write_after_the_end", neighbours<Fault::tail_write>},
           {"broken/neighbours_read_after_shared_memory", neighbours<Fault::shared_read>},

@@ -10,6 +10,8 @@ if _os.environ.get("FASTNN_CUDA_EMULATOR") == "1":  # for tests: CUDA's kernels 
 from fastnn import runtime  # first: it initialises the extension module  # isort: skip
 from fastnn import functional, nn, optim
 from fastnn.classifier import CNNClassifier
+from fastnn.convert import conversion_report, convert, revert
+from fastnn.dynamo import compile_backend
 from fastnn.runtime import available_isas, build_info, explain_dispatch, get_isa, set_isa
 
 __version__: str = runtime.build_info()["version"]
@@ -18,10 +20,14 @@ __all__ = [
     "CNNClassifier",
     "available_isas",
     "build_info",
+    "compile_backend",
+    "conversion_report",
+    "convert",
     "explain_dispatch",
     "functional",
     "get_isa",
     "nn",
     "optim",
+    "revert",
     "set_isa",
 ]

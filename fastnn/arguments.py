@@ -24,9 +24,9 @@ def wants_relu(activation: str | None) -> bool:
 
 def pair(name: str, value: int | Sequence[int]) -> Pair:
     """(height, width) of an argument that takes one number for both."""
-    if isinstance(value, (int, torch.SymInt)):
-        return value, value
-    if isinstance(value, (tuple, list)) and all(isinstance(v, (int, torch.SymInt)) for v in value):
+    if _is_number(value):
+        return value, value  # type: ignore[return-value]
+    if isinstance(value, (tuple, list)) and all(map(_is_number, value)):
         if len(value) == 2:
             return value[0], value[1]
         if len(value) == 1:
@@ -34,11 +34,15 @@ def pair(name: str, value: int | Sequence[int]) -> Pair:
     raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
     """(kernel_size, stride, padding) from the forms that ``max_pool=`` takes."""
     if max_pool is None:
         return None
-    if isinstance(max_pool, int):
+    if _is_number(max_pool):
         max_pool = (max_pool, max_pool, 0)
     if not isinstance(max_pool, (tuple, list)) or len(max_pool) != 3:
         raise ValueError(f"max_pool: expected None, an int or (kernel_size, stride, padding), got {max_pool!r}")

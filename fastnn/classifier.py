@@ -328,6 +328,13 @@ class CNNClassifier(torch.nn.Sequential):
             config, classes = file.document.get("config"), file.document.get("classes")
             if not isinstance(config, dict):
                 raise ModelFileError(f"{path}: config: expected a JSON object, got {config!r}")
+            for name in ("conv_channels", "hidden"):
+                layers = config.get(name)
+                # Each of them would be an object in memory, even without storage.
+                if isinstance(layers, list) and len(layers) > len(file.shapes):
+                    raise ModelFileError(
+                        f"{path}: {name}: expected at most as many as the {len(file.shapes)} tensors, got {len(layers)}"
+                    )
             try:
                 # Without storage: the file's tensors must agree in shape before anything of their size
                 # exists.

@@ -25,6 +25,7 @@ from fastnn._extras import MissingLibraryError, require
 from fastnn._files import atomic_path
 from fastnn._ranks import joined_ranks
 from fastnn.classifier import CNNClassifier
+from fastnn.runtime import kernel_dtypes
 from fastnn.training import History, TrainingError
 
 try:
@@ -117,7 +118,32 @@ ValidationSplitOption = Annotated[
     typer.Option(help="Fraction of the images kept for testing, where the data has no test set of its own."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the processor; all when left out.")]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU where there is one that fastnn was built for.")
+]
 ModelArgument = Annotated[Path, typer.Argument(help="A model file that `fastnn train` wrote.", show_default=False)]
+
+
+def choose_device(name: str, rank: int = 0) -> torch.device:
+    """The device of that name; the ranks of one machine share its GPUs."""
+    built, found = kernel_dtypes("cuda") is not None, torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if built and found else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected auto, cpu, cuda or cuda:<number>, got {name!r}")
+    if device.type == "cpu":
+        return device
+    if not found:
+        raise ValueError(f"--device: expected cpu or auto, since torch finds no GPU, got {name!r}")
+    count = torch.cuda.device_count()
+    index = device.index if device.index is not None else rank % count
+    if index >= count:
+        raise ValueError(f"--device: expected at most cuda:{count - 1}, got {name!r}")
+    return torch.device("cuda", index)
 
 
 def parse_image_size(text: str | None) -> tuple[int, int] | None:
@@ -157,6 +183,7 @@ def train(
     optimizer: Annotated[str, typer.Option(help="adam, adamw or sgd.")] = "adam",
     seed: Annotated[int, typer.Option(min=0, help="Fixes first parameters and order of images.")] = 0,
     threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
     out: Annotated[Path, typer.Option(help="The model file to write.")] = Path("model.safetensors"),
     resume: Annotated[
         bool,
@@ -181,12 +208,13 @@ def train(
     widths = parse_widths(hidden, "--hidden")
     size = parse_image_size(image_size)
     with joined_ranks() as ranks, thread_limit(threads):
+        place = choose_device(device, ranks.rank)
         with ranks.first_goes_ahead():
             train_set, test_set = data.load(
                 data_source, validation_split=validation_split, image_size=size, progress=ranks.first
             )
         torch.manual_seed(seed)
-        model = make_model(train_set, channels, widths, kernel_size, padding)
+        model = make_model(train_set, channels, widths, kernel_size, padding).to(place)
         if ranks.first:
             describe_training(train_set, test_set, model)
         history = fit(
@@ -218,7 +246,8 @@ def describe_training(train_set: data.Dataset, test_set: data.Dataset, model: CN
     count = sum(parameter.numel() for parameter in model.parameters())
     typer.echo(
         f"{train_set.name}: {len(train_set)} images, {test_set.name}: {len(test_set)} images, "
-        f"{'x'.join(map(str, model.input_shape))}, {len(train_set.classes)} classes; {count:,} parameters"
+        f"{'x'.join(map(str, model.input_shape))}, {len(train_set.classes)} classes; {count:,} parameters "
+        f"on {next(model.parameters()).device}"
     )
 
 
@@ -365,13 +394,14 @@ def evaluate(
     data_source: DataOption = "digits",
     validation_split: ValidationSplitOption = None,
     threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
     picture: Annotated[
         Path | None, typer.Option(help="The confusion matrix; <model>.confusion.png when left out.")
     ] = None,
 ) -> None:
     """Print the accuracy on the test images and a table by class; write a picture of the confusion matrix."""
     metrics = require("sklearn.metrics", "evaluate")
-    model = CNNClassifier.load(model_file)
+    model = CNNClassifier.load(model_file).to(choose_device(device))
     names = model_classes(model)
     channels, height, width = model.input_shape
     _, test_set = data.load(data_source, validation_split=validation_split, image_size=(height, width))
@@ -450,9 +480,10 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Show so many of the most probable classes.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array.")] = False,
     threads: ThreadsOption = None,
+    device: DeviceOption = "auto",
 ) -> None:
     """Print class and probability of each image, separated by tabs, or as JSON."""
-    model = CNNClassifier.load(model_file)
+    model = CNNClassifier.load(model_file).to(choose_device(device))
     names = model_classes(model)
     channels, height, width = model.input_shape
     images, sources = data.load_images(files, channels=channels, size=(height, width))

@@ -445,17 +445,22 @@ def _npz_keys(archive: zipfile.ZipFile) -> set[str]:
 def _read_npy(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
     """Read one array of an .npz; unlike np.load it trusts no header with memory, and it never unpickles."""
     info = archive.getinfo(f"{key}.npy")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Others unpack a block at a time, however large it becomes.
+        raise DataError(f"{path} {key}: expected an array stored or deflated, got zip compression {info.compress_type}")
     with archive.open(info) as member:
         try:
             version = np.lib.format.read_magic(member)
             read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
             shape, fortran_order, dtype = read_header(member)
-        except (ValueError, KeyError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # numpy reads headers as Python text, which fails in a dozen ways
             raise DataError(f"{path} {key}: expected a numpy array, got damaged data ({error})") from error
         if dtype.hasobject:
             raise DataError(f"{path} {key}: expected numbers or text, got pickled objects, which are refused")
         expected = math.prod(shape) * dtype.itemsize
-        if expected <= 0:
+        if expected <= 0 or min(shape, default=1) < 0:
             raise DataError(f"{path} {key}: expected at least one element, got shape {shape}")
         if expected > info.compress_size * MAX_DEFLATE_RATIO:
             raise DataError(
@@ -472,6 +477,10 @@ def _read_npy(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 TEST_FOLDERS = ("test", "val", "valid", "validation")
+# A picture takes its memory before its data is seen. Blank ones of this size are read from any file, of 64 MiB in
+# colour; larger ones need as many bytes as deflate makes of one bit a pixel.
+MAX_BLANK_PIXELS = 4096 * 4096
+MAX_PIXELS_PER_BYTE = 8 * MAX_DEFLATE_RATIO
 
 
 def _load_picture_folders(folder: Path, size: tuple[int, int] | None, progress: bool) -> tuple[Dataset, Dataset | None]:
@@ -555,22 +564,28 @@ def _read_picture(path: Path) -> np.ndarray:
     image_ops = require("PIL.ImageOps", "reading pictures")
     try:
         with image_module.open(path) as opened:
+            pixels, limit = math.prod(opened.size), MAX_PIXELS_PER_BYTE * path.stat().st_size
+            if pixels > max(MAX_BLANK_PIXELS, limit):
+                raise DataError(
+                    f"{path}: expected a picture, got a header of {pixels} pixels in a file of too few bytes"
+                )
             picture = image_ops.exif_transpose(opened)
             if picture.mode.startswith("I;16"):
                 return (np.asarray(picture).astype(np.uint32) // 257).astype(np.uint8)[None]
             if picture.mode in ("I", "F"):
                 raise DataError(f"{path}: expected a picture of 8 or 16 bits, got mode {picture.mode!r}")
             grey = picture.mode in ("1", "L", "LA", "La")
-            pixels = np.array(picture.convert("L" if grey else "RGB"))
+            values = np.array(picture.convert("L" if grey else "RGB"))
     except DataError:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: expected a picture, got nothing there") from error
     except (image_module.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk or the permissions, not the picture
+        # EINVAL: damaged offsets that point before the start; any other OSError is the disk's or the permissions'.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
         raise DataError(f"{path}: expected a PNG or JPEG picture, got damaged or other data ({error})") from error
-    return pixels[None] if grey else np.moveaxis(pixels, 2, 0)
+    return values[None] if grey else np.moveaxis(values, 2, 0)
 
 
 def load_images(

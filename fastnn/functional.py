@@ -46,6 +46,10 @@ __all__ = [
 ]
 
 
+def _missing(name: str) -> TypeError:
+    return TypeError(f"{name}: expected a torch.Tensor, got None")
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
     """Affine map ``input @ weight.T + bias``, with an optional ReLU in the same pass.
 
@@ -68,6 +72,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         if activation == "relu": output = torch.relu(output)
     """
     relu = wants_relu(activation)
+    if weight is None:
+        raise _missing("weight")
     way = route("linear", input, weight, bias)
     if way == "kernel":
         if needs_grad(input, weight, bias):
@@ -122,6 +128,8 @@ def conv2d(
     """
     relu = wants_relu(activation)
     pool = pool_arguments(max_pool)
+    if weight is None:
+        raise _missing("weight")
     way = route("conv2d", input, weight, bias)
     if way == "torch":
         return reference.conv2d(
@@ -224,6 +232,8 @@ def max_pool2d(
     way = route("max_pool2d", input)
     if way == "torch":
         return reference.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"ceil_mode: expected a bool, got {ceil_mode!r}")
     kernel = pair("kernel_size", kernel_size)
     window = (
         kernel,
@@ -297,8 +307,10 @@ def _along_dim(
         dim = torch.nn.functional._get_softmax_dim(  # type: ignore[attr-defined]
             name, input.dim(), stacklevel + 1
         )
+    if isinstance(dim, bool):
+        raise TypeError(f"dim: expected an int, got {dim}")
     if dtype is not None:
-        input = input.to(dtype)
+        input = input.to(dtype=dtype)
     way = route(name, input)
     if way == "torch":
         return operator.reference(input, dim)
@@ -404,6 +416,8 @@ def cross_entropy(
                                           reduction=reduction, label_smoothing=label_smoothing)
     """
     number = _reduction_number(size_average, reduce, reduction)
+    if target is None:
+        raise _missing("target")
     integral = getattr(target, "dtype", None) in _CLASS_DTYPES
     way = route("cross_entropy", input, weight, None if integral else target)
     if way == "torch" or _requires_weight_grad("cross_entropy", weight):
@@ -464,6 +478,8 @@ def nll_loss(
     way = route("nll_loss", input, weight)
     if way == "torch" or _requires_weight_grad("nll_loss", weight):
         return reference.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=REDUCTIONS[number])
+    if way == "kernel" and not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
     if target.dtype is torch.uint8:
         target = target.long()
     if way == "op":
@@ -502,6 +518,8 @@ def mse_loss(
         torch.nn.functional.mse_loss(input, target, reduction=reduction, weight=weight)
     """
     number = _reduction_number(size_average, reduce, reduction)
+    if target is None:
+        raise _missing("target")
     way = route("mse_loss", input, target, weight)
     if way == "torch" or _requires_weight_grad("mse_loss", weight):
         return reference.mse_loss(input, target, reduction=REDUCTIONS[number], weight=weight)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnn import functional
+from fastnn.arguments import pool_arguments, wants_relu
 
 __all__ = [
     "Conv2d",
@@ -52,6 +53,7 @@ class Linear(torch.nn.Linear):
         activation: str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        wants_relu(activation)  # a wrong one is named here, not at the first input
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
@@ -108,6 +110,7 @@ class Conv2d(torch.nn.Conv2d):
             device,
             dtype,
         )
+        wants_relu(activation), pool_arguments(max_pool)  # wrong ones are named here, not at the first image
         self.activation = activation
         self.max_pool = max_pool
 

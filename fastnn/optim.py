@@ -7,9 +7,11 @@ take them; others, and ``differentiable=True``, take torch's update with the sam
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.optim.sgd import sgd as torch_sgd
 from fastnn import _C
 from fastnn.runtime import kernel_dtypes, note_fallback, runs_on_cuda
 
-__all__ = ["SGD", "Adam", "AdamW"]
+__all__ = ["SGD", "Adam", "AdamW", "convert"]
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _GRAD_TYPES = frozenset((Tensor,))
@@ -368,3 +370,56 @@ class SGD(_KernelUpdate, torch.optim.SGD):
         if group["momentum"] != 0:
             for param, buffer in zip(params, buffers, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
+
+
+_OPTIMIZERS: dict[type, type] = {getattr(torch.optim, name): globals()[name] for name in ("SGD", "Adam", "AdamW")}
+
+
+def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Makes a torch optimizer one of this module's, in the middle of training, too.
+
+    The object stays and becomes another class: parameter groups, state, hooks, and the learning-rate schedulers and
+    gradient scalers that refer to it go on as before.
+
+    Args:
+        optimizer: a ``torch.optim.SGD``, ``Adam`` or ``AdamW``; one of this module's is left as it is.
+
+    Returns:
+        ``optimizer``.
+
+    Raises:
+        TypeError: for other classes, subclasses too, since their update may be another; and where something other than
+            a scheduler replaced ``optimizer.step``.
+
+    Equivalent to (but for what refers to the old one)::
+
+        new = fastnn.optim.Adam(optimizer.param_groups)
+        new.load_state_dict(optimizer.state_dict())
+    """
+    before: Any = type(optimizer)
+    if before in _OPTIMIZERS.values():
+        return optimizer
+    if before not in _OPTIMIZERS:
+        raise TypeError(f"optimizer: expected a torch.optim.SGD, Adam or AdamW, got {before.__name__}")
+    replaced = vars(optimizer).get("step")
+    if replaced is not None and getattr(replaced, "__wrapped__", None) is not before.step:
+        raise TypeError(f"optimizer: expected the step of {before.__name__}, got one that replaces it")
+    optimizer.__class__ = _OPTIMIZERS[before]
+    optimizer._patch_step_function()  # what a constructor does, since the class's step may not run hooks yet
+    if replaced is not None:
+        _tell_schedulers(optimizer)
+    return optimizer
+
+
+def _tell_schedulers(optimizer: Any) -> None:
+    """Puts the class's step under what learning-rate schedulers lay around it: they look whether it was called."""
+    reference, function = weakref.ref(optimizer), type(optimizer).step
+
+    @functools.wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        owner: Any = reference()
+        owner._opt_called = True
+        return function(owner, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = step

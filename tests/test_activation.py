@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, SOFTMAX_CASES, SoftmaxCase, by_id, find, generator, integers, lay_out, random
 from dispatch_log import fell_back, ran_kernels
-from hypothesis import given, settings
+from fuzzing import fuzz, running_on
+from hypothesis import given
 from hypothesis import strategies as st
+from operator_checks import check_softmax
 from tolerance import (
-    assert_close_bound,
     assert_identical,
-    log_softmax_bound,
-    softmax_bound,
-    softmax_relative_error,
-    unit_roundoff,
 )
 
 import fastnn
@@ -81,50 +78,6 @@ def test_relu_inplace_on_a_leaf_raises() -> None:
         functional.relu(torch.ones(3, requires_grad=True), inplace=True)
 
 
-def check_softmax(case: SoftmaxCase, dtype: torch.dtype, scale: float, layout: str = "contiguous") -> None:
-    rng = generator("softmax", case.id, scale)
-    x = lay_out(random(case.input, dtype, rng) * scale, layout).requires_grad_()
-    x64 = x.detach().double().requires_grad_()
-    classes = x.shape[case.dim]
-    grad = random(case.input, dtype, rng)
-    some = x.numel() > 0
-    u = unit_roundoff(dtype)
-
-    with ran_kernels(*(["softmax"] if some else []), dtype=dtype):
-        y = functional.softmax(x, case.dim)
-    y64 = F.softmax(x64, case.dim)
-    assert y.dtype == dtype
-    if some:
-        assert_close_bound(y, y64, softmax_bound(x.detach(), case.dim, dtype), "softmax")
-    with ran_kernels(*(["softmax"] if some else []), dtype=dtype):
-        (actual,) = torch.autograd.grad(y, x, grad)
-    (expected,) = torch.autograd.grad(y64, x64, grad.double(), retain_graph=True)
-    if some:
-        # grad_input = y * (grad - sum y * grad), with the rounded y.
-        relative = softmax_relative_error(x.detach(), case.dim, dtype)
-        mean = (y64 * grad.double().abs()).sum(case.dim, keepdim=True)
-        magnitude = (y64 * (grad.double().abs() + mean)).detach()
-        factor = (2 * relative.amax(case.dim, keepdim=True) / u + classes + 4) * u
-        bound = magnitude * factor * 2 + 4 * torch.finfo(dtype).tiny
-        assert_close_bound(actual, expected, bound, "softmax gradient")
-
-    with ran_kernels(*(["log_softmax"] if some else []), dtype=dtype):
-        z = functional.log_softmax(x, case.dim)
-    z64 = F.log_softmax(x64, case.dim)
-    if some:
-        limit = log_softmax_bound(x.detach(), case.dim, dtype)
-        assert_close_bound(z, z64, limit, "log_softmax")
-    with ran_kernels(*(["log_softmax"] if some else []), dtype=dtype):
-        (actual,) = torch.autograd.grad(z, x, grad)
-    (expected,) = torch.autograd.grad(z64, x64, grad.double())
-    if some:
-        # grad_input = grad - exp(z) * sum grad, with the rounded z.
-        total = grad.double().abs().sum(case.dim, keepdim=True)
-        magnitude = grad.double().abs() + y64.detach() * total
-        bound = magnitude * 2 * (limit + (classes + 12) * u)
-        assert_close_bound(actual, expected, bound, "log_softmax gradient")
-
-
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 @pytest.mark.parametrize("case", by_id(SOFTMAX_CASES))
 def test_softmax_matches_reference(case: SoftmaxCase, scale: float, isa: str, dtype: torch.dtype) -> None:
@@ -185,7 +138,7 @@ def test_scalar_softmax_is_torchs() -> None:
     torch.testing.assert_close(functional.softmax(x, 0), F.softmax(x, 0))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@fuzz(60)
 @given(
     shape=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     position=st.integers(0, 3),
@@ -197,9 +150,25 @@ def test_scalar_softmax_is_torchs() -> None:
 def test_softmax_of_any_shape(
     shape: list[int], position: int, scale: float, layout: str, dtype: torch.dtype, isa: str
 ) -> None:
-    before = fastnn.get_isa()
-    fastnn.set_isa(isa)
-    try:
+    with running_on(isa):
         check_softmax(SoftmaxCase(str(shape), tuple(shape), position % len(shape)), dtype, scale, layout)
-    finally:
-        fastnn.set_isa(before)
+
+
+@fuzz(30)
+@given(
+    shape=st.lists(st.integers(0, 20), max_size=4),
+    layout=st.sampled_from(VECTOR_LAYOUTS),
+    inplace=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_relu_of_any_shape(shape: list[int], layout: str, inplace: bool, dtype: torch.dtype, isa: str) -> None:
+    rng = generator("relu", str(shape))
+    values = integers(tuple(shape), dtype, rng)
+    leaf = (lay_out(values, layout) if len(shape) > 1 and shape[0] else values).requires_grad_()
+    grad = random(tuple(shape), dtype, rng)
+    with running_on(isa):
+        y = functional.relu(leaf.clone() if inplace else leaf, inplace)
+        (actual,) = torch.autograd.grad(y, leaf, grad)
+    assert_identical(y, F.relu(leaf))
+    assert_identical(actual, torch.where(leaf > 0, grad, 0))

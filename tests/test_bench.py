@@ -25,6 +25,7 @@ from fastnn.cli import app
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # its scripts import each other by name
 
+import convert  # noqa: E402
 import nets  # noqa: E402
 import run  # noqa: E402
 import training  # noqa: E402
@@ -485,6 +486,19 @@ def test_the_torch_side_of_the_time_to_accuracy_runs(tmp_path: Path) -> None:
         (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(labels)
     command = workers.script("torch_accuracy.py", tmp_path, 4, 16, 0.01, "one-cycle", 1, 0)
     assert training.seconds_to_accuracy(command)[1] == 100.0
+
+
+def test_the_speed_of_a_network_before_and_after_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(convert, "QUICK_ROUND_SECONDS", 0.0)
+    convert.main(["--only", "CIFAR-10 tutorial", "--batch", "2", "--quick", "--json", str(tmp_path / "speed.json")])
+    assert "CIFAR-10 tutorial, training, batch 2: " in capsys.readouterr().out
+    rows = json.loads((tmp_path / "speed.json").read_text())["results"]
+    assert [(row["what"], row["side"]) for row in rows] == [
+        (what, side) for what in ("training", "prediction") for side in (OURS, convert.COMPILED)
+    ]
+    torch._dynamo.reset()
 
 
 def test_bad_options_of_the_training_script(capsys: pytest.CaptureFixture[str]) -> None:

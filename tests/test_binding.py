@@ -401,10 +401,14 @@ PYTHON_LAYERS = {
     "arguments": set(),
     "autograd": {"_C", "arguments", "runtime", "reference"},
     "functional": {"arguments", "autograd", "reference", "runtime"},
-    "nn": {"functional", "autograd", "reference", "runtime"},
+    "nn": {"arguments", "functional", "autograd", "reference", "runtime"},
     "optim": {"_C", "runtime"},
     "compiled": {"_C", "arguments", "autograd", "nn", "optim"},
-    "convert": {"nn"},
+    "fusion": {"arguments"},
+    "tracing": set(),
+    "layer_fusion": {"fusion", "nn", "tracing"},
+    "convert": {"fusion", "layer_fusion", "nn", "tracing"},
+    "dynamo": {"autograd", "functional", "fusion"},
 }
 # Modules that build on the operators: none of those may import one of these.
 APPLICATION = {"classifier", "training", "_ranks", "data", "cli", "bench", "__main__"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,132 +15,29 @@ from cases import (
     by_id,
     find,
     generator,
-    lay_out,
     random,
 )
-from dispatch_log import fell_back, kernels_of, ran_kernels
-from hypothesis import assume, given, settings
+from dispatch_log import fell_back, ran_kernels
+from fuzzing import fuzz, running_on
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from operator_checks import check_conv2d
 from tolerance import (
     assert_close_bound,
     assert_identical,
-    product_bound,
     rounding_bound,
     winograd_bf16_bound,
     winograd_bound,
-    winograd_grad_input_bound,
 )
-from torch import Tensor
 
 import fastnn
 from fastnn import _C, functional, reference
 
 
-class Sizes(NamedTuple):
-    """Reduction lengths of the three products."""
-
-    forward: int
-    grad_input: int
-    grad_weight: int
-
-
-def reductions(case: Conv2dCase, conv_output: Tensor) -> Sizes:
-    out_channels, group_channels, kernel_height, kernel_width = case.weight
-    taps = kernel_height * kernel_width
-    # Overlapping pool windows first add their gradients up at one pixel of the convolution.
-    overlap = case.pool[0][0] * case.pool[0][1] if case.pool else 0
-    groups = case.kwargs.get("groups", 1)
-    return Sizes(
-        group_channels * taps,
-        out_channels // groups * taps + overlap,
-        conv_output.numel() // out_channels + overlap,
-    )
-
-
-def is_winograd(records: list, operator: str) -> bool:
-    return any("winograd" in kernel for kernel in kernels_of(records, operator))
-
-
-def pool_values(case: Conv2dCase, values: Tensor) -> Tensor:
-    return F.max_pool2d(values, *case.pool) if case.pool else values
-
-
-def ambiguous(case: Conv2dCase, pre: Tensor, bound: Tensor) -> Tensor:
-    """Outputs whose ReLU or pool winner a rounding within the bound could change."""
-    pooled, limit = pool_values(case, pre), pool_values(case, bound)
-    relu = case.kwargs.get("activation") == "relu"
-    unsure = pooled.abs() <= limit if relu else torch.zeros_like(pooled, dtype=torch.bool)
-    if case.pool and case.pool[0] != (1, 1) and pooled.numel():
-        kernel, stride, (vertical, horizontal) = case.pool
-        planes = pre.reshape(-1, 1, *pre.shape[-2:])
-        planes = F.pad(planes, (horizontal, horizontal, vertical, vertical), value=-torch.inf)
-        windows = F.unfold(planes, kernel, stride=stride)
-        first, second = windows.topk(2, dim=1).values.unbind(1)
-        close = (first - second).reshape(pooled.shape) <= 2 * limit
-        unsure |= close & (pooled >= -limit) if relu else close
-    return unsure
-
-
-def check(case: Conv2dCase, fill: str, dtype: torch.dtype, layout: str = "contiguous") -> None:
-    """Forward and backward of one case: integers bit for bit, random numbers within the rounding bound."""
-    rng = generator("conv2d", case.id, fill)
-    x = lay_out(FILLS[fill](case.input, dtype, rng), layout).requires_grad_()
-    weight_layout = "contiguous" if layout == "expanded" else layout
-    w = lay_out(FILLS[fill](case.weight, dtype, rng), weight_layout).requires_grad_()
-    b = FILLS[fill](case.weight[:1], dtype, rng).requires_grad_() if case.bias else None
-    leaves = [t for t in (x, w, b) if t is not None]
-    some = x.numel() > 0
-
-    with ran_kernels(*(["conv2d_forward"] if some else []), dtype=dtype) as forward_records:
-        y = functional.conv2d(x, w, b, **case.kwargs)
-
-    leaves64 = [t.detach().double().requires_grad_() for t in leaves]
-    pre64 = F.conv2d(*leaves64, **case.convolution)
-    activated = F.relu(pre64) if case.kwargs.get("activation") else pre64
-    y64 = pool_values(case, activated)
-    absolute = [t.detach().abs().requires_grad_() for t in leaves64]
-    pre_magnitude = F.conv2d(*absolute, **case.convolution)
-    sizes = reductions(case, pre64)
-    grad = FILLS[fill](tuple(y.shape), dtype, rng)
-
-    if fill == "random":
-        if is_winograd(forward_records, "conv2d_forward"):
-            bound = winograd_bound(x.detach(), w.detach(), dtype, **case.convolution)
-            bound = bound + rounding_bound(1, dtype, pre_magnitude.detach())
-        else:
-            ran = kernels_of(forward_records, "conv2d_forward")
-            bound = product_bound(sizes.forward + 1, dtype, pre_magnitude.detach(), ran)
-        assert_close_bound(y, y64, pool_values(case, bound), "output")
-        grad = torch.where(ambiguous(case, pre64.detach(), bound), 0, grad)
-    else:
-        assert_identical(y, y64, "output")
-
-    operators = ("conv2d_grad_input", "conv2d_grad_weight") if some else ()
-    grad_layout = layout if layout in ("channels_last", "sliced", "transposed") else "contiguous"
-    with ran_kernels(*operators, dtype=dtype) as backward_records:
-        grads = torch.autograd.grad(y, leaves, lay_out(grad, grad_layout))
-    (passed,) = torch.autograd.grad(y64, pre64, grad.double().abs(), retain_graph=True)
-    grads64 = torch.autograd.grad(y64, leaves64, grad.double())
-    magnitudes = torch.autograd.grad(pre_magnitude, absolute, passed)
-
-    names = ("grad_input", "grad_weight", "grad_bias")
-    lengths = (sizes.grad_input, sizes.grad_weight, sizes.grad_weight)
-    for name, actual, expected, magnitude, length in zip(names, grads, grads64, magnitudes, lengths, strict=False):
-        assert actual.dtype == dtype
-        if fill == "integers":
-            assert_identical(actual, expected, name)
-            continue
-        bound = product_bound(length + 1, dtype, magnitude, kernels_of(backward_records, "conv2d_grad"))
-        if name == "grad_input" and is_winograd(backward_records, "conv2d_grad_input"):
-            extra = winograd_grad_input_bound(x.detach(), passed, w.detach(), dtype, **case.convolution)
-            bound = extra + bound
-        assert_close_bound(actual, expected, bound, name)
-
-
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("case", by_id(CONV2D_CASES))
 def test_matches_reference(case: Conv2dCase, fill: str, isa: str, dtype: torch.dtype) -> None:
-    check(case, fill, dtype)
+    check_conv2d(case, fill, dtype)
 
 
 BF16_SHAPES = [  # batch, in_channels, out_channels, size, padding, fused ReLU and pooling
@@ -216,7 +111,7 @@ def test_bf16_is_for_float32_and_its_isa() -> None:
 def test_layouts(case: Conv2dCase, layout: str, isa: str, dtype: torch.dtype) -> None:
     if layout == "channels_last" and len(case.input) == 3:
         pytest.skip("channels_last is a layout of four dimensions")
-    check(case, "integers", dtype, layout)
+    check_conv2d(case, "integers", dtype, layout)
 
 
 @pytest.mark.parametrize("case", find(CONV2D_CASES, "3x3_pad1", "1x1", "groups2", "relu_pool2_odd", "depthwise"))
@@ -352,7 +247,7 @@ def test_other_dtypes_are_torchs(dtype: torch.dtype) -> None:
 pairs = st.tuples
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@fuzz(120)
 @given(data=st.data())
 def test_any_geometry(data: st.DataObject) -> None:
     draw = data.draw
@@ -394,9 +289,5 @@ def test_any_geometry(data: st.DataObject) -> None:
     fill = draw(st.sampled_from(sorted(FILLS)))
     dtype = draw(st.sampled_from(DTYPES))
     layout = draw(st.sampled_from(LAYOUTS)) if fill == "integers" else "contiguous"
-    before = fastnn.get_isa()
-    fastnn.set_isa(draw(st.sampled_from(fastnn.available_isas())))
-    try:
-        check(case, fill, dtype, layout)
-    finally:
-        fastnn.set_isa(before)
+    with running_on(draw(st.sampled_from(fastnn.available_isas()))):
+        check_conv2d(case, fill, dtype, layout)

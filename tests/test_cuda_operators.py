@@ -6,11 +6,39 @@ The checks are those of the CPU's tests, in the four dtypes that CUDA's kernels 
 from __future__ import annotations
 
 import pytest
-import test_conv2d as conv2d
-import test_linear as linear
 import torch
-from cases import CONV2D_CASES, FILLS, LINEAR_CASES, Conv2dCase, LinearCase, by_id
-from device import KERNEL_DTYPES, ON_CUDA
+import torch.nn.functional as F
+from cases import (
+    CONV2D_CASES,
+    CROSS_ENTROPY_CASES,
+    FILLS,
+    LINEAR_CASES,
+    NLL_CASES,
+    POOL_CASES,
+    SOFTMAX_CASES,
+    Conv2dCase,
+    LinearCase,
+    LossCase,
+    PoolCase,
+    SoftmaxCase,
+    by_id,
+    generator,
+    random,
+)
+from device import DEVICE, KERNEL_DTYPES, ON_CUDA
+from dispatch_log import ran_kernels
+from operator_checks import (
+    check_conv2d,
+    check_cross_entropy,
+    check_linear,
+    check_max_pool2d,
+    check_mse_loss,
+    check_nll_loss,
+    check_softmax,
+)
+from tolerance import assert_close_bound
+
+from fastnn import _C, functional
 
 pytestmark = pytest.mark.skipif(
     not ON_CUDA, reason="runs with FASTNN_TEST_DEVICE=cuda, or with FASTNN_CUDA_EMULATOR=1 on the emulator"
@@ -24,11 +52,95 @@ each_fill = pytest.mark.parametrize("fill", FILLS)
 @each_fill
 @pytest.mark.parametrize("case", by_id(LINEAR_CASES))
 def test_linear(case: LinearCase, fill: str, dtype: torch.dtype) -> None:
-    linear.check(case, fill, dtype)
+    check_linear(case, fill, dtype)
 
 
 @each_dtype
 @each_fill
 @pytest.mark.parametrize("case", by_id(CONV2D_CASES))
 def test_conv2d(case: Conv2dCase, fill: str, dtype: torch.dtype) -> None:
-    conv2d.check(case, fill, dtype)
+    check_conv2d(case, fill, dtype)
+
+
+@each_dtype
+@each_fill
+@pytest.mark.parametrize("case", by_id(POOL_CASES))
+def test_max_pool2d(case: PoolCase, fill: str, dtype: torch.dtype) -> None:
+    check_max_pool2d(case, fill, dtype)
+
+
+# The bounds of these are made for dtypes that are computed in themselves.
+each_wide_dtype = pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+
+
+@each_wide_dtype
+@pytest.mark.parametrize("case", by_id(SOFTMAX_CASES))
+def test_softmax(case: SoftmaxCase, dtype: torch.dtype) -> None:
+    check_softmax(case, dtype, scale=2.0)
+
+
+@each_wide_dtype
+@pytest.mark.parametrize("case", by_id(CROSS_ENTROPY_CASES))
+def test_cross_entropy(case: LossCase, dtype: torch.dtype) -> None:
+    check_cross_entropy(case, dtype)
+
+
+@each_wide_dtype
+@pytest.mark.parametrize("case", by_id(NLL_CASES))
+def test_nll_loss(case: LossCase, dtype: torch.dtype) -> None:
+    check_nll_loss(case, dtype)
+
+
+@each_wide_dtype
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+def test_mse_loss(reduction: str, dtype: torch.dtype) -> None:
+    check_mse_loss((3, 17), reduction, True, dtype)
+
+
+# Precision
+
+TF32_ROUNDING = 2.0**-11  # of a factor of 10 bits of mantissa, to nearest
+
+
+def tf32_bound(length: int, magnitude: torch.Tensor) -> torch.Tensor:
+    """Both factors rounded, and a sum of so many products that the tensor cores cut off, 2 u an addition."""
+    factors = 2 * TF32_ROUNDING + TF32_ROUNDING**2
+    return magnitude.double() * (factors + 2 * (length + 1) * 2.0**-24 * (1 + factors))
+
+
+def test_products_in_tf32_are_within_their_bound() -> None:
+    rng = generator("tf32")
+    x, w = random((33, 70), torch.float32, rng), random((65, 70), torch.float32, rng)
+    exact, magnitude = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    outputs = {}
+    for tf32 in (False, True):
+        y = outputs[tf32] = x.new_empty(33, 65)
+        with ran_kernels("linear_forward") as records:
+            _C.linear_forward(y, x, w, None, False, tf32)
+        assert [record.kernel for record in records] == ["tf32" if tf32 else "tf32x3"]
+    assert_close_bound(outputs[True], exact, tf32_bound(70, magnitude))
+    error = (outputs[True] - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert 5e-5 < error < 1e-3  # tf32's, neither float32's nor that of a wrong index
+    assert (outputs[False] - exact).square().mean().sqrt() < 1e-6 * exact.square().mean().sqrt()
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="torch's switches are for tensors on a GPU")
+@pytest.mark.parametrize("allowed", [False, True])
+def test_torchs_switches_choose_the_precision(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    rng = generator("switches")
+    images, weight = random((2, 8, 9, 9), torch.float32, rng), random((16, 8, 3, 3), torch.float32, rng)
+    with ran_kernels("conv2d_forward", "linear_forward") as records:
+        functional.conv2d(images, weight)
+        functional.linear(images.flatten(1), random((5, 648), torch.float32, rng))
+    assert {record.kernel for record in records} == {"tf32" if allowed else "tf32x3"}
+
+
+def test_a_layer_without_gradients_costs_one_launch() -> None:
+    rng = generator("launches")
+    x, w, b = (random(s, torch.float32, rng) for s in ((8, 20), (12, 20), (12,)))
+    with ran_kernels("linear_forward") as records:
+        y = functional.linear(x, w, b, activation="relu")
+    assert len(records) == 1
+    torch.testing.assert_close(y, F.linear(x, w, b).relu())

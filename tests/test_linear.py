@@ -15,82 +15,30 @@ from cases import (
     by_id,
     find,
     generator,
-    lay_out,
     random,
 )
-from dispatch_log import fell_back, kernels_of, ran_kernels
-from hypothesis import given, settings
+from dispatch_log import fell_back
+from fuzzing import fuzz, running_on
+from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import assert_close_bound, assert_identical, product_bound
+from operator_checks import check_linear
+from tolerance import assert_identical
 from torch import Tensor
 
 import fastnn
 from fastnn import functional, reference
 
 
-def check(case: LinearCase, fill: str, dtype: torch.dtype, layout: str = "contiguous") -> None:
-    """Forward and backward of one case: integers bit for bit, random numbers within the rounding bound."""
-    rng = generator("linear", case.id, fill)
-    relu = case.kwargs.get("activation") == "relu"
-    out_features, in_features = case.weight
-    weight_layout = "contiguous" if layout == "expanded" else layout
-    x = lay_out(FILLS[fill](case.input, dtype, rng), layout).requires_grad_()
-    w = lay_out(FILLS[fill](case.weight, dtype, rng), weight_layout).requires_grad_()
-    b = FILLS[fill]((out_features,), dtype, rng).requires_grad_() if case.bias else None
-    leaves = [t for t in (x, w, b) if t is not None]
-    some = x.numel() > 0
-
-    with ran_kernels(*(["linear_forward"] if some else []), dtype=dtype) as records:
-        y = functional.linear(x, w, b, **case.kwargs)
-
-    leaves64 = [t.detach().double().requires_grad_() for t in leaves]
-    x64, w64, b64 = (*leaves64, None)[:3]
-    y64 = reference.linear(x64, w64, b64, **case.kwargs)
-    pre = F.linear(x64, w64, b64).detach()
-    grad = FILLS[fill](tuple(y.shape), dtype, rng)
-    rows = y.numel() // out_features
-
-    if fill == "random":
-        absolute = [t.detach().abs() for t in leaves64]
-        bound = product_bound(in_features + 1, dtype, F.linear(*absolute), kernels_of(records, "linear_forward"))
-        assert_close_bound(y, y64, bound, "output")
-        # Whether a ReLU so near to zero is open may differ: no gradient goes there.
-        grad = torch.where(pre.abs() <= bound, 0, grad) if relu else grad
-    else:
-        assert_identical(y, y64, "output")
-
-    grad_layout = layout if layout in ("sliced", "transposed") and grad.dim() > 1 else "contiguous"
-    with ran_kernels(*(["linear_backward"] if some else []), dtype=dtype) as records:
-        grads = torch.autograd.grad(y, leaves, lay_out(grad, grad_layout))
-    grads64 = torch.autograd.grad(y64, leaves64, grad.double())
-
-    passed = (grad.double() * (pre > 0) if relu else grad.double()).abs().reshape(rows, out_features)
-    x_rows = x64.detach().abs().reshape(rows, in_features)
-    ran = kernels_of(records, "linear_backward")
-    bounds = (
-        product_bound(out_features + 1, dtype, passed @ w64.detach().abs(), ran).reshape(case.input),
-        product_bound(rows + 1, dtype, passed.T @ x_rows, ran),
-        product_bound(rows + 1, dtype, passed.sum(0), ran),
-    )
-    names = ("grad_input", "grad_weight", "grad_bias")
-    for name, actual, expected, limit in zip(names, grads, grads64, bounds, strict=False):
-        assert actual.dtype == dtype
-        if fill == "random":
-            assert_close_bound(actual, expected, limit, name)
-        else:
-            assert_identical(actual, expected, name)
-
-
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("case", by_id(LINEAR_CASES))
 def test_matches_reference(case: LinearCase, fill: str, isa: str, dtype: torch.dtype) -> None:
-    check(case, fill, dtype)
+    check_linear(case, fill, dtype)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
 @pytest.mark.parametrize("case", find(LINEAR_CASES, "4x8_to_3", "relu", "3d_2x3x17_to_5", "one_row"))
 def test_layouts(case: LinearCase, layout: str, isa: str, dtype: torch.dtype) -> None:
-    check(case, "integers", dtype, layout)
+    check_linear(case, "integers", dtype, layout)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +117,7 @@ def test_gradient_at_nan_and_at_zero_is_torchs() -> None:
         assert_identical(actual, wanted)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@fuzz(60)
 @given(
     leading=st.lists(st.integers(0, 5), max_size=3),
     in_features=st.integers(1, 70),
@@ -193,9 +141,5 @@ def test_any_geometry(
     kwargs = {"activation": "relu"} if relu else {}
     shape = (*leading, in_features)
     case = LinearCase(f"{shape}_{out_features}", shape, (out_features, in_features), bias, kwargs)
-    before = fastnn.get_isa()
-    fastnn.set_isa(isa)
-    try:
-        check(case, fill, dtype)
-    finally:
-        fastnn.set_isa(before)
+    with running_on(isa):
+        check_linear(case, fill, dtype)

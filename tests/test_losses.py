@@ -7,100 +7,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CROSS_ENTROPY_CASES, NLL_CASES, LossCase, by_id, find, generator, lay_out, random
-from dispatch_log import fell_back, ran_kernels
+from cases import CROSS_ENTROPY_CASES, DTYPES, NLL_CASES, LossCase, by_id, find, generator, random
+from dispatch_log import fell_back
+from fuzzing import fuzz, running_on
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from operator_checks import check_cross_entropy, check_mse_loss, check_nll_loss, make_loss_case
 from tolerance import (
-    assert_close_bound,
     assert_identical,
-    log_softmax_bound,
-    rounding_bound,
-    softmax_relative_error,
-    unit_roundoff,
 )
 from torch import Tensor
 
+import fastnn
 from fastnn import functional, reference
 
 MSE_SHAPES = ((7,), (3, 17), (2, 3, 5, 4), (), (4099,))
 REDUCTIONS = ("mean", "sum", "none")
-
-
-def class_dim(x: Tensor) -> int:
-    return 0 if x.dim() == 1 else 1
-
-
-def make(case: LossCase, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
-    rng = generator("loss", case.id)
-    x = random(case.input, dtype, rng) * 2
-    classes = x.shape[class_dim(x)]
-    kwargs = dict(case.kwargs)
-    if case.target == "probabilities":
-        target = F.softmax(random(case.input, torch.float64, rng), class_dim(x)).to(dtype)
-    else:
-        shape = case.input[:1] + case.input[2:] if len(case.input) > 1 else ()
-        target = torch.randint(0, classes, shape, generator=rng)
-        if case.ignore:
-            target.view(-1)[::3] = kwargs.get("ignore_index", -100)
-    weight = (torch.rand(classes, generator=rng, dtype=torch.float64) + 0.5).to(dtype) if case.weight else None
-    return x, target, weight, kwargs
-
-
-def weighted_target(x: Tensor, target: Tensor, weight: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-    """``q`` of loss = -sum_c q_c log_softmax(x)_c in float64, the class weights and the divisor included."""
-    dim = class_dim(x)
-    classes = x.shape[dim]
-    smoothing = kwargs.get("label_smoothing", 0.0)
-    shape = [1] * x.dim()
-    shape[dim] = classes
-    w = (torch.ones(classes, dtype=torch.float64) if weight is None else weight.double()).view(shape)
-    if target.is_floating_point():
-        q = (target.double() * (1 - smoothing) + smoothing / classes) * w
-        divisor = torch.tensor(x.numel() / classes)
-    else:
-        kept = (target != kwargs.get("ignore_index", -100)).unsqueeze(dim)
-        safe = torch.where(kept, target.unsqueeze(dim), 0)
-        hot = torch.zeros_like(x, dtype=torch.float64).scatter_(dim, safe, 1.0)
-        q = (hot * w * (1 - smoothing) + smoothing / classes * w) * kept
-        divisor = (hot * w * kept).sum()
-    return q / divisor if kwargs.get("reduction", "mean") == "mean" else q
-
-
-def check_cross_entropy(case: LossCase, dtype: torch.dtype, layout: str = "contiguous") -> None:
-    x, target, weight, kwargs = make(case, dtype)
-    x = lay_out(x, layout).requires_grad_()
-    x64 = x.detach().double().requires_grad_()
-    target64 = target.double() if target.is_floating_point() else target
-    weight64 = None if weight is None else weight.double()
-    dim = class_dim(x)
-    classes = x.shape[dim]
-    samples = x.numel() // classes
-    u = unit_roundoff(dtype) * (2 if dtype == torch.float64 else 1)
-    per_sample = kwargs.get("reduction") == "none"
-
-    with ran_kernels("cross_entropy", dtype=dtype):
-        loss = functional.cross_entropy(x, target, weight, **kwargs)
-    loss64 = reference.cross_entropy(x64, target64, weight64, **kwargs)
-    assert loss.dtype == dtype
-    q = weighted_target(x.detach(), target64, weight64, kwargs)
-    logs = F.log_softmax(x64.detach(), dim)
-    total = (lambda values: values.sum(dim)) if per_sample else torch.sum
-    oracle = total(-q * logs)
-    torch.testing.assert_close(oracle, loss64.detach(), rtol=1e-12, atol=1e-12)
-    # Terms of one sample, then samples, then the divisor's own sum and its division; four roundings make q.
-    roundings = classes + (0 if per_sample else 2 * samples) + 8
-    bound = total(q * log_softmax_bound(x.detach(), dim, dtype)) + roundings * u * total(q * logs.abs())
-    assert_close_bound(loss, loss64, bound + torch.finfo(dtype).tiny, "loss")
-
-    grad = random(tuple(loss.shape), dtype, generator("grad", case.id))
-    with ran_kernels(dtype=dtype):
-        (actual,) = torch.autograd.grad(loss, x, grad)
-    (expected,) = torch.autograd.grad(loss64, x64, grad.double())
-    upstream = grad.double().abs().unsqueeze(dim) if per_sample and loss.dim() else grad.double().abs()
-    mass = q.sum(dim, keepdim=True)
-    probability = logs.exp()
-    relative = softmax_relative_error(x.detach(), dim, dtype)
-    parts = relative * probability * mass + (roundings + 2) * u * (q + probability * mass)
-    assert_close_bound(actual, expected, 1.01 * parts * upstream + torch.finfo(dtype).tiny, "grad_input")
 
 
 @pytest.mark.parametrize("case", by_id(CROSS_ENTROPY_CASES))
@@ -116,20 +38,37 @@ def test_cross_entropy_layouts(case: LossCase, layout: str, isa: str, dtype: tor
 
 @pytest.mark.parametrize("case", by_id(NLL_CASES))
 def test_nll_loss_matches_reference(case: LossCase, isa: str, dtype: torch.dtype) -> None:
-    x, target, weight, kwargs = make(case, dtype)
-    x = x.requires_grad_()
-    x64 = x.detach().double().requires_grad_()
-    weight64 = None if weight is None else weight.double()
-    with ran_kernels("nll_loss", dtype=dtype):
-        loss = functional.nll_loss(x, target, weight, **kwargs)
-    loss64 = reference.nll_loss(x64, target, weight64, **kwargs)
-    magnitude = reference.nll_loss(-x64.detach().abs(), target, weight64, **kwargs)
-    roundings = 2 * x.numel() // x.shape[class_dim(x)] + 4
-    assert_close_bound(loss, loss64, rounding_bound(roundings, dtype, magnitude), "loss")
-    grad = random(tuple(loss.shape), dtype, generator("grad", case.id))
-    (actual,) = torch.autograd.grad(loss, x, grad)
-    (expected,) = torch.autograd.grad(loss64, x64, grad.double())
-    assert_close_bound(actual, expected, rounding_bound(roundings, dtype, expected.abs()), "grad_input")
+    check_nll_loss(case, dtype)
+
+
+@st.composite
+def loss_cases(draw: st.DrawFn, name: str) -> LossCase:
+    """A loss of any shape and options; at least one sample counts."""
+    shape = (draw(st.integers(1, 9)), draw(st.integers(1, 40)), *draw(st.lists(st.integers(1, 9), max_size=2)))
+    kwargs: dict[str, Any] = {"reduction": draw(st.sampled_from(REDUCTIONS))}
+    target = draw(st.sampled_from(["indices", "probabilities"])) if name == "cross_entropy" else "indices"
+    if name == "cross_entropy":
+        kwargs["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 1.0]))
+    if target == "indices" and draw(st.booleans()):
+        kwargs["ignore_index"] = draw(st.integers(0, shape[1] - 1))
+    case = LossCase(f"{shape}", shape, target, draw(st.booleans()), target == "indices" and draw(st.booleans()), kwargs)
+    _, targets, _, _ = make_loss_case(case, torch.float32)
+    assume(target != "indices" or bool((targets != kwargs.get("ignore_index", -100)).any()))
+    return case
+
+
+@fuzz(60)
+@given(case=loss_cases("cross_entropy"), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(fastnn.available_isas()))
+def test_cross_entropy_of_any_shape(case: LossCase, dtype: torch.dtype, isa: str) -> None:
+    with running_on(isa):
+        check_cross_entropy(case, dtype)
+
+
+@fuzz(30)
+@given(case=loss_cases("nll_loss"), dtype=st.sampled_from(DTYPES), isa=st.sampled_from(fastnn.available_isas()))
+def test_nll_loss_of_any_shape(case: LossCase, dtype: torch.dtype, isa: str) -> None:
+    with running_on(isa):
+        check_nll_loss(case, dtype)
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
@@ -219,22 +158,20 @@ def test_legacy_reductions(name: str, legacy: dict[str, bool]) -> None:
 def test_mse_loss_matches_reference(
     shape: tuple[int, ...], reduction: str, weighted: bool, isa: str, dtype: torch.dtype
 ) -> None:
-    rng = generator("mse", shape)
-    x, t = random(shape, dtype, rng).requires_grad_(), random(shape, dtype, rng).requires_grad_()
-    w = (torch.rand(shape, generator=rng, dtype=torch.float64) + 0.5).to(dtype) if weighted else None
-    leaves64 = [v.detach().double().requires_grad_() for v in (x, t)]
-    with ran_kernels("mse_loss", dtype=dtype):
-        loss = functional.mse_loss(x, t, reduction=reduction, weight=w)
-    loss64 = reference.mse_loss(*leaves64, reduction=reduction, weight=None if w is None else w.double())
-    # x - t is rounded once and then squared; with "mean" the weights are summed as well.
-    roundings = 6 + (0 if reduction == "none" else 2 * x.numel())
-    assert_close_bound(loss, loss64, rounding_bound(roundings, dtype, loss64.detach()), "loss")
-    grad = random(tuple(loss.shape), dtype, rng)
-    with ran_kernels("mse_loss", dtype=dtype):
-        grads = torch.autograd.grad(loss, (x, t), grad)
-    grads64 = torch.autograd.grad(loss64, leaves64, grad.double())
-    for actual, expected in zip(grads, grads64, strict=True):
-        assert_close_bound(actual, expected, rounding_bound(roundings, dtype, expected.abs()), "gradient")
+    check_mse_loss(shape, reduction, weighted, dtype)
+
+
+@fuzz(30)
+@given(
+    shape=st.lists(st.integers(1, 20), max_size=4),
+    reduction=st.sampled_from(REDUCTIONS),
+    weighted=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_mse_loss_of_any_shape(shape: list[int], reduction: str, weighted: bool, dtype: torch.dtype, isa: str) -> None:
+    with running_on(isa):
+        check_mse_loss(tuple(shape), reduction, weighted, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:Using a target size")

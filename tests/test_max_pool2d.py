@@ -5,57 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, FILLS, LAYOUTS, POOL_CASES, PoolCase, by_id, find, generator, lay_out
-from dispatch_log import fell_back, ran_kernels
-from hypothesis import assume, given, settings
+from cases import DTYPES, FILLS, LAYOUTS, POOL_CASES, PoolCase, by_id, find, generator
+from dispatch_log import fell_back
+from fuzzing import fuzz, running_on
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from tolerance import assert_close_bound, assert_identical, rounding_bound
+from operator_checks import check_max_pool2d
+from tolerance import assert_identical
 
 import fastnn
 from fastnn import functional, reference
 
 
-def check(case: PoolCase, fill: str, dtype: torch.dtype, layout: str = "contiguous") -> None:
-    rng = generator("max_pool2d", case.id, fill)
-    x = lay_out(FILLS[fill](case.input, dtype, rng), layout).requires_grad_()
-    x64 = x.detach().double().requires_grad_()
-    some = x.numel() > 0
-    with ran_kernels(*(["max_pool2d_forward"] if some else []), dtype=dtype):
-        y, indices = functional.max_pool2d(x, **case.kwargs, return_indices=True)
-    alone = functional.max_pool2d(x, **case.kwargs)
-    y64, indices64 = F.max_pool2d(x64, **case.kwargs, return_indices=True)
-    assert_identical(y, y64, "output")
-    assert_identical(alone, y64, "output without indices")
-    assert indices.dtype == torch.int64
-    assert not indices.requires_grad
-    assert torch.equal(indices, indices64)
-
-    grad = FILLS[fill](tuple(y.shape), dtype, rng)
-    with ran_kernels(*(["max_pool2d_backward"] if some else []), dtype=dtype):
-        (grad_input,) = torch.autograd.grad(y, x, grad, retain_graph=True)
-    (grad_alone,) = torch.autograd.grad(alone, x, grad)
-    (grad64,) = torch.autograd.grad(y64, x64, grad.double(), retain_graph=True)
-    assert_identical(grad_alone, grad_input, "gradient without indices")
-    if fill == "integers":
-        assert_identical(grad_input, grad64, "grad_input")
-    else:
-        # Overlapping windows add their gradients up.
-        kernel = case.kwargs["kernel_size"]
-        overlap = kernel**2 if isinstance(kernel, int) else kernel[0] * kernel[1]
-        (magnitude,) = torch.autograd.grad(y64, x64, grad.double().abs())
-        assert_close_bound(grad_input, grad64, rounding_bound(overlap, dtype, magnitude), "grad_input")
-
-
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("case", by_id(POOL_CASES))
 def test_matches_reference(case: PoolCase, fill: str, isa: str, dtype: torch.dtype) -> None:
-    check(case, fill, dtype)
+    check_max_pool2d(case, fill, dtype)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", find(POOL_CASES, "2_odd", "3_stride2_pad1", "ceil_pad", "channels70"))
 def test_layouts(case: PoolCase, layout: str, isa: str, dtype: torch.dtype) -> None:
-    check(case, "integers", dtype, layout)
+    check_max_pool2d(case, "integers", dtype, layout)
 
 
 @pytest.mark.parametrize("case", find(POOL_CASES, "2", "3_stride2_pad1"))
@@ -115,7 +86,7 @@ def test_window_that_sees_padding_alone(isa: str, dtype: torch.dtype) -> None:
     assert torch.autograd.grad(y, x, torch.ones_like(y))[0].item() == 0
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@fuzz(80)
 @given(
     shape=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)),
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -152,9 +123,5 @@ def test_any_geometry(
         "dilation": dilation,
         "ceil_mode": ceil_mode,
     }
-    before = fastnn.get_isa()
-    fastnn.set_isa(isa)
-    try:
-        check(PoolCase("fuzz", shape, kwargs), "integers", dtype, layout)
-    finally:
-        fastnn.set_isa(before)
+    with running_on(isa):
+        check_max_pool2d(PoolCase("fuzz", shape, kwargs), "integers", dtype, layout)

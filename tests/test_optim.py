@@ -13,6 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import generator, random
+from fuzzing import fuzz, running_on
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerance import assert_close_bound, unit_roundoff
 
 import fastnn
 from fastnn import _C, optim, reference
@@ -416,3 +421,196 @@ def test_making_one_does_not_import_the_compiler() -> None:
     command = [sys.executable, "-c", textwrap.dedent(program)]
     output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert output.stdout.strip() == "False"
+
+
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("Adam", {}),
+    ("Adam", {"amsgrad": True, "fused": True}),
+    ("AdamW", {"foreach": True}),
+    ("SGD", {}),
+    ("SGD", {"momentum": 0.9, "nesterov": True}),
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("convert_at", [0, 3])
+@pytest.mark.parametrize("case", OPTIMIZERS, ids=identify)
+def test_convert_goes_on_with_state_schedulers_and_hooks(case: tuple[str, dict[str, Any]], convert_at: int) -> None:
+    name, options = case
+    # Contiguous, since torch's fused=True takes gradients of other strides than the parameter's for such.
+    ours = [torch.nn.Parameter(p.detach().contiguous()) for p in make_parameters(torch.float64)]
+    theirs = clones(ours)
+    optimizer, other = (
+        getattr(torch.optim, name)([{"params": p[:3], "lr": 0.5}, {"params": p[3:]}], lr=0.1, **options)
+        for p in (ours, theirs)
+    )
+    schedulers = [torch.optim.lr_scheduler.StepLR(each, 2, 0.5) for each in (optimizer, other)]
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    for step in range(STEPS):
+        if step == convert_at:
+            held = [tensor for state in optimizer.state.values() for tensor in state.values()]
+            assert optim.convert(optimizer) is optimizer
+            assert type(optimizer) is getattr(optim, name)
+            still = [tensor for state in optimizer.state.values() for tensor in state.values()]
+            assert all(a is b for a, b in zip(held, still, strict=True))
+            assert optim.convert(optimizer) is optimizer
+        give_gradients(step, ours, theirs)
+        with fastnn.explain_dispatch() as log:
+            optimizer.step()
+        other.step()
+        for scheduler in schedulers:
+            scheduler.step()
+        operator = "sgd_step" if name == "SGD" else "adam_step"
+        assert {record.operator for record in log} == ({operator} if step >= convert_at else set())
+    assert calls == ["before", "after"] * STEPS
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in other.param_groups]
+    assert optimizer.defaults == other.defaults
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-12, atol=1e-14)
+    other.load_state_dict(optimizer.state_dict())
+    copy.deepcopy(optimizer).step()
+
+
+def test_convert_refuses_what_it_does_not_know() -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    parameters = make_parameters(torch.float32)
+    for other in (torch.optim.RMSprop(parameters), Own(parameters)):
+        got = type(other).__name__
+        with pytest.raises(TypeError, match=f"optimizer: expected a torch.optim.SGD, Adam or AdamW, got {got}"):
+            optim.convert(other)
+    replaced = torch.optim.SGD(parameters)
+    replaced.step = lambda: None  # type: ignore[assignment, method-assign]
+    with pytest.raises(TypeError, match="optimizer: expected the step of SGD, got one that replaces it"):
+        optim.convert(replaced)
+    assert type(replaced) is torch.optim.SGD
+
+
+SIZES = st.lists(
+    st.integers(0, 40).map(lambda n: (n,)) | st.just((3, 5, 3, 3)) | st.just((9001,)), min_size=1, max_size=4
+)
+RATES = st.sampled_from([0.0, 1e-3, 0.1, 1.0])
+DECAYS = st.sampled_from([0.0, 0.01, 0.5])
+
+
+def drawn_parameters(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, same_sign: bool, sign: int
+) -> list[torch.nn.Parameter]:
+    """Parameters with gradients; with `same_sign` these point where weight decay points, so that nothing cancels."""
+    rng = generator("optimizer", str(shapes))
+    parameters = []
+    for shape in shapes:
+        parameter = torch.nn.Parameter(random(shape, dtype, rng))
+        grad = random(shape, dtype, rng)
+        parameter.grad = grad.abs() * parameter.detach().sign() * sign if same_sign else grad
+        parameters.append(parameter)
+    return parameters
+
+
+@fuzz(40)
+@given(
+    shapes=SIZES,
+    options=st.fixed_dictionaries(
+        {
+            "lr": RATES,
+            "betas": st.tuples(st.sampled_from([0.0, 0.3, 0.9]), st.sampled_from([0.0, 0.9, 0.999])),
+            "eps": st.sampled_from([1e-8, 1e-3]),
+            "weight_decay": DECAYS,
+            "amsgrad": st.booleans(),
+            "maximize": st.booleans(),
+        }
+    ),
+    decoupled=st.booleans(),
+    taken=st.integers(0, 1000),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_adam_from_any_state(
+    shapes: list[tuple[int, ...]], options: dict[str, Any], decoupled: bool, taken: int, dtype: torch.dtype, isa: str
+) -> None:
+    """One step after `taken` others, against the formula in float64."""
+    (beta1, beta2), lr, decay, eps = options["betas"], options["lr"], options["weight_decay"], options["eps"]
+    coupled = 0.0 if decoupled else decay
+    parameters = drawn_parameters(shapes, dtype, coupled != 0, -1 if options["maximize"] else 1)
+    optimizer = (optim.AdamW if decoupled else optim.Adam)(parameters, **options)
+    rng = generator("state", taken)
+    before = []
+    for p in parameters:
+        state = {key: random(tuple(p.shape), dtype, rng) for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+        state["exp_avg_sq"], state["max_exp_avg_sq"] = state["exp_avg_sq"] ** 2, state["max_exp_avg_sq"] ** 2
+        if not options["amsgrad"]:
+            del state["max_exp_avg_sq"]
+        copies = {key: value.to(torch.float64, copy=True) for key, value in state.items()}
+        before.append((p.detach().to(torch.float64, copy=True), copies))
+        optimizer.state[p] = {"step": torch.tensor(float(taken)), **state}
+    with running_on(isa), fastnn.explain_dispatch() as log:
+        optimizer.step()
+    assert [record.operator for record in log] == ["adam_step"]
+    step, u = taken + 1, unit_roundoff(dtype) * (2 if dtype == torch.float64 else 1)
+    function = reference.adamw_step if decoupled else reference.adam_step
+    for p, (old, state) in zip(parameters, before, strict=True):
+        grad = p.grad.double()
+        expected = function(old, grad, *state.values(), step=step, **options)
+        # A moment is a sum of two products, its factors rounded: 5 roundings of each, and 3 more make the gradient.
+        reach = grad.abs() + coupled * old.abs()
+        first = 2 * (beta1 * state["exp_avg"].abs() + (1 - beta1) * reach)
+        assert_close_bound(optimizer.state[p]["exp_avg"], expected.exp_avg, 8 * u * first, "exp_avg")
+        second = beta2 * state["exp_avg_sq"] + (1 - beta2) * reach**2
+        bound = 12 * u * second + torch.finfo(dtype).tiny
+        assert_close_bound(optimizer.state[p]["exp_avg_sq"], expected.exp_avg_sq, bound, "exp_avg_sq")
+        used = second if expected.max_exp_avg_sq is None else torch.maximum(state["max_exp_avg_sq"], second)
+        denominator = (used / (1 - beta2**step)).sqrt() + eps
+        # The root halves those 12; root, scale, eps, quotient, rate, product and difference round once each.
+        update = lr / (1 - beta1**step) * first / denominator
+        bound = (8 + 6 + 8) * u * update + 4 * u * old.abs() + torch.finfo(dtype).tiny
+        assert_close_bound(p, expected.parameter, bound, "parameter")
+
+
+@fuzz(30)
+@given(
+    shapes=SIZES,
+    options=st.fixed_dictionaries(
+        {
+            "lr": RATES,
+            "momentum": st.sampled_from([0.0, 0.5, 0.99]),
+            "dampening": st.sampled_from([0.0, 0.3]),
+            "weight_decay": DECAYS,
+            "nesterov": st.booleans(),
+            "maximize": st.booleans(),
+        }
+    ).filter(lambda o: not o["nesterov"] or (o["momentum"] and not o["dampening"])),
+    first=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    isa=st.sampled_from(fastnn.available_isas()),
+)
+def test_sgd_from_any_state(
+    shapes: list[tuple[int, ...]], options: dict[str, Any], first: bool, dtype: torch.dtype, isa: str
+) -> None:
+    parameters = drawn_parameters(shapes, dtype, False, 1)
+    optimizer = optim.SGD(parameters, **options)
+    rng = generator("momentum", str(shapes))
+    buffers: list[torch.Tensor | None] = []
+    for p in parameters:
+        buffers.append(None)
+        if options["momentum"] and not first:
+            buffers[-1] = random(tuple(p.shape), torch.float32, rng).double()
+            optimizer.state[p] = {"momentum_buffer": buffers[-1].to(dtype, copy=True)}
+    before = [p.detach().to(torch.float64, copy=True) for p in parameters]
+    with running_on(isa), fastnn.explain_dispatch() as log:
+        optimizer.step()
+    assert [record.operator for record in log] == ["sgd_step"]
+    u, momentum = unit_roundoff(dtype) * (2 if dtype == torch.float64 else 1), options["momentum"]
+    for p, old, buffer in zip(parameters, before, buffers, strict=True):
+        expected = reference.sgd_step(old, p.grad.double(), buffer, **options)
+        # At most 10 roundings stand behind each term: decay, momentum, dampening, Nesterov, rate and their factors.
+        reach = p.grad.double().abs() + options["weight_decay"] * old.abs()
+        held = reach + (0 if buffer is None else momentum * buffer.abs())
+        bound = 10 * u * (old.abs() + options["lr"] * (reach + 2 * held)) + torch.finfo(dtype).tiny
+        assert_close_bound(p, expected.parameter, bound, "parameter")
+        if momentum:
+            assert_close_bound(
+                optimizer.state[p]["momentum_buffer"], expected.momentum_buffer, 10 * u * held, "momentum_buffer"
+            )

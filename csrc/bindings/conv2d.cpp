@@ -21,7 +21,7 @@ constexpr int64_t kMaxSize = int64_t{1} << 31;
 void check_pair(const char* name, const Pair& pair, int64_t least) {
   for (const int64_t value : pair)
     if (value < least || value > kMaxSize)
-      fail_value(name, "two numbers of at least " + std::to_string(least),
+      fail_value(name, "two numbers from " + std::to_string(least) + " to " + std::to_string(kMaxSize),
                  "(" + std::to_string(pair[0]) + ", " + std::to_string(pair[1]) + ")");
 }
 
@@ -91,6 +91,7 @@ void check_output(const char* name, const Tensor& tensor, const Tensor& input, c
 void check_winner(const Tensor& winner, const Conv2dShape& s) {
   check_shape("winner", winner, {s.batch, s.out_channels, s.out_height / 2, s.out_width / 2});
   check_dtype("winner", winner, DType::uint8);
+  check_cpu("winner", winner);
   check_channels_last("winner", winner);
 }
 

@@ -1,4 +1,6 @@
 // max_pool2d_forward, max_pool2d_backward: see ops/max_pool2d.h for the formulas.
+#include <algorithm>
+
 #include "bindings/module.h"
 #include "bindings/run.h"
 
@@ -7,10 +9,20 @@ namespace {
 
 using Pair = std::pair<int64_t, int64_t>;
 
-void check_positive(const char* name, const Pair& pair, int64_t least) {
-  if (pair.first < least || pair.second < least)
-    fail_value(name, "numbers of at least " + std::to_string(least),
-               "(" + std::to_string(pair.first) + ", " + std::to_string(pair.second) + ")");
+// Larger numbers would overflow when multiplied; no tensor of such a dimension fits in memory.
+constexpr int64_t kMaxSize = int64_t{1} << 31;
+
+void check_pair(const char* name, const Pair& pair, int64_t least) {
+  for (const int64_t value : {pair.first, pair.second})
+    if (value < least || value > kMaxSize)
+      fail_value(name, "numbers from " + std::to_string(least) + " to " + std::to_string(kMaxSize),
+                 "(" + std::to_string(pair.first) + ", " + std::to_string(pair.second) + ")");
+}
+
+// A single window takes no step: any stride means the kernel's reach, and a larger one would only cost memory.
+PoolAxis pool_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  const int64_t reach = (kernel - 1) * dilation + 1;
+  return {size, out_size, kernel, out_size == 1 ? std::min(stride, reach) : stride, padding, dilation};
 }
 
 // Checks what both directions share. `output` has the pooled shape; an image without batch counts as a batch of one.
@@ -19,10 +31,10 @@ MaxPool2dShape pool_shape(const Tensor& input, const Tensor& output, const Pair&
   check_device("input", input);
   if (input.dim() != 3 && input.dim() != 4)
     fail_value("input", "shape (channels, height, width) or (batch, channels, height, width)", input.shape_string());
-  check_positive("kernel_size", kernel_size, 1);
-  check_positive("stride", stride, 1);
-  check_positive("padding", padding, 0);
-  check_positive("dilation", dilation, 1);
+  check_pair("kernel_size", kernel_size, 1);
+  check_pair("stride", stride, 1);
+  check_pair("padding", padding, 0);
+  check_pair("dilation", dilation, 1);
   const int64_t c = input.dim() - 3;
   const int64_t batch = c == 0 ? 1 : input.size(0);
   if (c == 0)
@@ -35,11 +47,12 @@ MaxPool2dShape pool_shape(const Tensor& input, const Tensor& output, const Pair&
     check_contiguous("input", input);
     check_contiguous(output_name, output);
   }
-  return {batch,
-          input.size(c),
-          {input.size(c + 1), output.size(c + 1), kernel_size.first, stride.first, padding.first, dilation.first},
-          {input.size(c + 2), output.size(c + 2), kernel_size.second, stride.second, padding.second, dilation.second},
-          channels_last};
+  return {
+      batch, input.size(c),
+      pool_axis(input.size(c + 1), output.size(c + 1), kernel_size.first, stride.first, padding.first, dilation.first),
+      pool_axis(input.size(c + 2), output.size(c + 2), kernel_size.second, stride.second, padding.second,
+                dilation.second),
+      channels_last};
 }
 
 // winners: bytes or indices, in the shape and order of the output.

@@ -20,11 +20,23 @@ struct Isa {
   bool (*supported)();
 };
 
+#ifdef FASTNN_X86_ISAS
+// The features of x86-64-v3 and v4 that tell processors apart: clang knows the levels' names only from version 18 on.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 const Isa isas[] = {
     {&kernel_table_baseline, [] { return true; }},
 #ifdef FASTNN_X86_ISAS
-    {&kernel_table_avx2, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
-    {&kernel_table_avx512, [] { return __builtin_cpu_supports("x86-64-v4") != 0; }},
+    {&kernel_table_avx2, has_avx2},
+    {&kernel_table_avx512, has_avx512},
 #endif
 };
 

@@ -12,7 +12,7 @@ __global__ void depthwise_forward_kernel(const GRID_CONSTANT InputSource<T> inpu
   const Geometry& s = input.s;
   for (int64_t i = global_thread(); i < s.out_pixels() * s.out_channels; i += grid_threads()) {
     const int channel = static_cast<int>(i % s.out_channels);
-    const PixelOrigin origin(i / s.out_channels, s.out_height * s.out_width);
+    const PixelOrigin origin(i / s.out_channels, s.out);
     const Pixel p = pixel_after(origin, 0, s.out_height, s.out_width, s.batch);
     Compute<T> z = 0;
     for (int tap = 0; tap < s.taps; ++tap)
@@ -29,7 +29,7 @@ __global__ void depthwise_grad_input_kernel(const GRID_CONSTANT GradientSource<T
   const Geometry& s = gradient.s;
   for (int64_t i = global_thread(); i < s.in_pixels() * s.in_channels; i += grid_threads()) {
     const int channel = static_cast<int>(i % s.in_channels);
-    const PixelOrigin origin(i / s.in_channels, s.in_height * s.in_width);
+    const PixelOrigin origin(i / s.in_channels, s.in);
     const Pixel p = pixel_after(origin, 0, s.in_height, s.in_width, s.batch);
     Compute<T> sum = 0;
     for (int tap = 0; tap < s.taps; ++tap) {
@@ -49,7 +49,7 @@ __global__ void depthwise_grad_weight_kernel(const GRID_CONSTANT GradientSource<
   const int channel = blockIdx.x * 32 + threadIdx.x % 32, tap = blockIdx.z;
   const int64_t first = blockIdx.y * pixels_per_block, end = first + pixels_per_block;
   const int64_t last = end < s.out_pixels() ? end : s.out_pixels();
-  const PixelOrigin origin(first, s.out_height * s.out_width);
+  const PixelOrigin origin(first, s.out);
   Compute<T> sum = 0;
   if (channel < s.out_channels)
     for (int64_t i = first + threadIdx.x / 32; i < last; i += kSumRows) {

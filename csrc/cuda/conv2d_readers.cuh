@@ -22,6 +22,13 @@ __device__ __forceinline__ Quotient divide(uint32_t x, int by) {
   return {static_cast<int>(quotient), static_cast<int>(x - quotient * static_cast<uint32_t>(by))};
 }
 
+// How many pixels an image has, and the inverse of that: 64-bit division is a call of a hundred instructions.
+struct ImagePixels {
+  int64_t count;
+  double inverse;
+  explicit ImagePixels(int64_t count) : count(count), inverse(1.0 / static_cast<double>(count)) {}
+};
+
 // A Conv2dShape in the widths that addresses are computed in.
 struct Geometry {
   int64_t batch;
@@ -31,6 +38,7 @@ struct Geometry {
   int stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
   int group_in, group_out;  // channels of a group
   int pooled_height, pooled_width;
+  ImagePixels in, out, pooled;
   bool pool;
 
   explicit Geometry(const Conv2dShape& s)
@@ -53,11 +61,14 @@ struct Geometry {
         group_out(s.out_channels / s.groups),
         pooled_height(s.out_height / 2),
         pooled_width(s.out_width / 2),
+        in(s.in_height * s.in_width),
+        out(s.out_height * s.out_width),
+        pooled((s.out_height / 2) * (s.out_width / 2)),
         pool(s.pool) {}
 
-  __host__ __device__ int64_t windows() const { return batch * pooled_height * pooled_width; }
-  __host__ __device__ int64_t out_pixels() const { return batch * out_height * out_width; }
-  __host__ __device__ int64_t in_pixels() const { return batch * in_height * in_width; }
+  __host__ __device__ int64_t windows() const { return batch * pooled.count; }
+  __host__ __device__ int64_t out_pixels() const { return batch * out.count; }
+  __host__ __device__ int64_t in_pixels() const { return batch * in.count; }
 };
 
 struct Pixel {
@@ -66,14 +77,19 @@ struct Pixel {
   bool valid;
 };
 
-// Where a block begins among the pixels of all images: 64-bit division takes five times as long as 32-bit, and one for
-// a block is enough.
+// Where a block begins among the pixels of all images.
 struct PixelOrigin {
   int64_t image;
   uint32_t rest;
 
-  __device__ __forceinline__ PixelOrigin(int64_t first, int image_pixels)
-      : image(first / image_pixels), rest(static_cast<uint32_t>(first % image_pixels)) {}
+  // first < 2^53, so that the quotient is off by one at most.
+  __device__ __forceinline__ PixelOrigin(int64_t first, const ImagePixels& pixels)
+      : image(static_cast<int64_t>(static_cast<double>(first) * pixels.inverse)) {
+    int64_t remainder = first - image * pixels.count;
+    if (remainder < 0) --image, remainder += pixels.count;
+    if (remainder >= pixels.count) ++image, remainder -= pixels.count;
+    rest = static_cast<uint32_t>(remainder);
+  }
 };
 
 // The pixel `offset` after the origin.
@@ -86,7 +102,7 @@ __device__ __forceinline__ Pixel pixel_after(const PixelOrigin& origin, uint32_t
 
 // Of each 32 rows of a pooled product, rows w, w + 8, w + 16 and w + 24 are the places of one window (see gemm.cuh).
 __device__ __forceinline__ Pixel pooled_row(const Geometry& s, int64_t first, int row) {
-  const PixelOrigin origin(first / 4, s.pooled_height * s.pooled_width);
+  const PixelOrigin origin(first / 4, s.pooled);
   Pixel p = pixel_after(origin, row / 32 * 8 + row % 8, s.pooled_height, s.pooled_width, s.batch);
   const int place = row % 32 / 8;
   p.y = 2 * p.y + place / 2, p.x = 2 * p.x + place % 2;
@@ -95,8 +111,7 @@ __device__ __forceinline__ Pixel pooled_row(const Geometry& s, int64_t first, in
 
 // Output pixels as a sum over them counts: with pooling, window by window, place by place. `first` is a multiple of 4.
 __device__ __forceinline__ PixelOrigin summed_origin(const Geometry& s, int64_t first) {
-  return s.pool ? PixelOrigin(first / 4, s.pooled_height * s.pooled_width)
-                : PixelOrigin(first, s.out_height * s.out_width);
+  return s.pool ? PixelOrigin(first / 4, s.pooled) : PixelOrigin(first, s.out);
 }
 
 __device__ __forceinline__ Pixel summed_pixel(const Geometry& s, const PixelOrigin& origin, int k) {
@@ -236,7 +251,7 @@ class InputRows {
  private:
   static __device__ __forceinline__ Pixel pixel(const Geometry& s, int64_t first, int fixed) {
     if (s.pool) return pooled_row(s, first, fixed);
-    return pixel_after(PixelOrigin(first, s.out_height * s.out_width), fixed, s.out_height, s.out_width, s.batch);
+    return pixel_after(PixelOrigin(first, s.out), fixed, s.out_height, s.out_width, s.batch);
   }
 
   const InputSource<T>& source_;
@@ -349,8 +364,8 @@ class GradientRows {
       : source_(source),
         first_k_(static_cast<int>(first_k)),
         group_(group),
-        pixel_(pixel_after(PixelOrigin(first, source.s.in_height * source.s.in_width), fixed, source.s.in_height,
-                           source.s.in_width, source.s.batch)) {}
+        pixel_(pixel_after(PixelOrigin(first, source.s.in), fixed, source.s.in_height, source.s.in_width,
+                           source.s.batch)) {}
 
   __device__ __forceinline__ void load(T* to, int k) const {
     const Geometry& s = source_.s;

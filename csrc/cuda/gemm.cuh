@@ -66,10 +66,11 @@ struct Accumulators {
 template <class T>
 struct PlainProducts {
   static constexpr const char* kName = "plain";
+  static constexpr bool kTensorCores = false;
   template <Layout LA, Layout LB>
   static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<Compute<T>>& c) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll 4
+#pragma unroll 2
     for (int k = 0; k < kDepth<T>; ++k) {
       Compute<T> x[4], y[8];
 #pragma unroll
@@ -89,6 +90,7 @@ struct PlainProducts {
 template <bool kExact>
 struct Tf32Products {
   static constexpr const char* kName = kExact ? "tf32x3" : "tf32";
+  static constexpr bool kTensorCores = true;
   template <Layout LA, Layout LB>
   static __device__ __forceinline__ void multiply(const float* a, const float* b, Accumulators<float>& c) {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -128,6 +130,7 @@ struct Tf32Products {
 template <class T>
 struct HalfProducts {
   static constexpr const char* kName = "mma";
+  static constexpr bool kTensorCores = true;
   template <Layout LA, Layout LB>
   static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<float>& c) {
 #pragma unroll
@@ -219,8 +222,13 @@ struct GemmSize {
 
 // `Problem` has source_a(), source_b(), their readers ReaderA and ReaderB, `size`, `partials` (groups x splits x M x N
 // in the compute type, or null) and store(group, m, n, warp's accumulators).
+// At least three blocks a multiprocessor: up to 168 registers a thread, where ptxas by itself would spill a few.
 template <class T, class Products, class Problem>
-__global__ void __launch_bounds__(kGemmThreads) gemm_kernel(const GRID_CONSTANT Problem problem) {
+__global__ void __launch_bounds__(kGemmThreads, 3) gemm_kernel(const GRID_CONSTANT Problem problem) {
+#ifdef __CUDA_ARCH__  // what run_gemm() never launches on this architecture is left empty, which halves the build
+  constexpr bool kChosen = std::is_same_v<T, double> || Products::kTensorCores == (__CUDA_ARCH__ >= 800);
+  if constexpr (!kChosen) return;
+#endif
   using LoadsA = Loads<T, typename Problem::ReaderA>;
   using LoadsB = Loads<T, typename Problem::ReaderB>;
   T* shared = shared_memory<T>();

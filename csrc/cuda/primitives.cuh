@@ -82,13 +82,18 @@ __device__ __forceinline__ V shuffle_xor(V value, int mask) {
 #endif
 }
 
+#ifdef __CUDACC__
+// Out of line, so that the printing does not take registers and stack where all is well.
+__device__ __noinline__ [[noreturn]] inline void device_fail(const char* message) {
+  printf("fastnn: %s (block %u, thread %u)\n", message, blockIdx.x, threadIdx.x);
+  __trap();
+}
+#endif
+
 // Ends the kernel with an error where `condition` is false; the host learns of it at its next synchronisation.
 __device__ __forceinline__ void device_check(bool condition, const char* message) {
 #ifdef __CUDACC__
-  if (!condition) {
-    printf("fastnn: %s (block %u, thread %u)\n", message, blockIdx.x, threadIdx.x);
-    __trap();
-  }
+  if (!condition) device_fail(message);
 #else
   if (!condition) emulator::fail(message);
 #endif

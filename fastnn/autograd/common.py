@@ -26,7 +26,7 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
     tensors = (first, *others)
     plain = True
     for tensor in tensors:
-        if tensor is None:
+        if tensor is None and first is not None:
             continue
         if type(tensor) not in _PLAIN_TYPES:
             plain = False
@@ -51,6 +51,8 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
             return _fall_back(operator, f"dtypes {dtype} and {tensor.dtype}")
         if tensor.layout is not torch.strided:
             return _fall_back(operator, f"layout {tensor.layout}")
+        if tensor.is_nested:
+            return _fall_back(operator, "nested tensor")
         if tensor.device != device:
             return _fall_back(operator, f"devices {device} and {tensor.device}")
     if device.type == "meta":

@@ -72,7 +72,7 @@ void adam_run(const AdamOptions& o, const AdamScales& scales, AdamTensor<T> t, i
     store_upto(t.exp_avg_sq + i, v, n);
     if constexpr (amsgrad) {
       const Vec<T> largest = load_upto(t.max_exp_avg_sq + i, n);
-      v = (v > largest) | (v != v) ? v : largest;
+      v = ((v > largest) | (v != v)) ? v : largest;
       store_upto(t.max_exp_avg_sq + i, v, n);
     }
     p -= step_size * (m / (square_root(v) * root_scale + eps));

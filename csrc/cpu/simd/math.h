@@ -112,8 +112,9 @@ FASTNN_INLINE Vec<T> logarithm(Vec<T> x) {
   using C = MathConstants<T>;
   const Mask<T> subnormal = x < C::smallest_normal;
   const Vec<T> normal = subnormal ? x * static_cast<T>(int64_t{1} << (C::mantissa_bits + 1)) : x;
-  // The exponent counted from sqrt(1/2), so that m lies around 1.
-  const Mask<T> shifted = bits_of<T>(normal) - C::sqrt_half_bits;
+  // The exponent counted from sqrt(1/2), so that m lies around 1. Without the sign bit, whose difference would
+  // overflow: numbers below zero get their result at the end.
+  const Mask<T> shifted = (bits_of<T>(normal) & ~bits_of<T>(broadcast(T(-0.0)))) - C::sqrt_half_bits;
   const Mask<T> exponent = (shifted >> C::mantissa_bits) - (subnormal ? Mask<T>{} + (C::mantissa_bits + 1) : Mask<T>{});
   const Vec<T> k = from_bits<T>(exponent + bits_of<T>(broadcast(C::round_magic))) - C::round_magic;
   const Mask<T> mantissa = shifted & ((LaneType<T>{1} << C::mantissa_bits) - 1);

@@ -1,0 +1,206 @@
+"""Which layers a model calls, where, and what becomes of their results: torch.fx graphs of its ``forward``.
+
+A model is traced as a whole. A module inside it that torch.fx cannot trace is a single node of its owner's graph and
+is traced by itself; where that fails too, the calls of the layers it owns are unknown.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+__all__ = ["Calls", "calls_of", "has_hooks"]
+
+# Their owner may call them piece by piece, so that the owner's code decides what follows what.
+_CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
+# Ways to reach a child without its name; code that uses one may call any child in any way.
+_NAMELESS = frozenset(
+    (
+        "children",
+        "modules",
+        "named_children",
+        "named_modules",
+        "get_submodule",
+        "_modules",
+        "__dict__",
+        "getattr",
+        "vars",
+    )
+)
+
+
+@dataclass
+class Calls:
+    """The calls of a model's layers, by the names that ``named_modules`` gives them.
+
+    Attributes:
+        sites: the nodes that call a layer, of every graph that was traced.
+        layer: the name of the layer that a node calls.
+        unknown: layers that code which torch.fx cannot trace may call, and why it cannot.
+    """
+
+    sites: dict[str, list[Node]] = field(default_factory=dict)
+    layer: dict[Node, str] = field(default_factory=dict)
+    unknown: dict[str, str] = field(default_factory=dict)
+
+
+def calls_of(model: torch.nn.Module) -> Calls:
+    """The calls that ``model.forward`` makes, in training and in evaluation, with and without optional arguments.
+
+    Whatever else decides its path - attributes, global state - is taken as it stands. Tracing sets training modes and
+    runs `forward`, which may do anything to its module: give it a copy.
+    """
+    calls = Calls()
+    names = {module: name for name, module in model.named_modules()}
+    roots, opaque_types = [model], set[type]()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of user code that meets proxies; a call of the model gives its own
+        for root in roots:  # grows
+            if _is_layer(root):
+                continue
+            graphs, reason = _trace(root, opaque_types)
+            found: list[torch.nn.Module] = []
+            for graph in graphs:
+                for node in graph.nodes:
+                    if node.op == "call_module":
+                        module = root.get_submodule(str(node.target))
+                        found.append(module)
+                        calls.layer[node] = names[module]
+                        calls.sites.setdefault(names[module], []).append(node)
+            if reason:
+                reason = f"{type(root).__name__}.forward cannot be traced: {reason}"
+                for child, is_known in _children_of_opaque(root):
+                    if is_known:
+                        found.append(child)
+                    else:
+                        calls.unknown.setdefault(names[child], reason)
+            roots += [module for module in dict.fromkeys(found) if module not in roots and not _is_layer(module)]
+    return calls
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks see the module's calls."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_layer(module: torch.nn.Module) -> bool:
+    """Whether a graph holds a call of this module as one node because torch or fastnn wrote it."""
+    origin = type(module).__module__.split(".")
+    known = origin[:2] in (["torch", "nn"], ["fastnn", "nn"]) or origin[:3] == ["torch", "ao", "nn"]
+    return known and not isinstance(module, _CONTAINERS)
+
+
+class _Tracer(torch.fx.Tracer):
+    proxy_buffer_attributes = True  # in-place updates of a buffer are recorded and not made
+
+    def __init__(self, opaque_types: set[type]) -> None:
+        super().__init__()
+        self.opaque_types = opaque_types
+        self.entered: list[torch.nn.Module] = []
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(*args, **kwargs)
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C._is_any_autocast_enabled()
+        node.meta["modes"] = modes  # `with` statements run while they are traced, and leave no node
+        return node
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        return _is_layer(m) or type(m) in self.opaque_types or has_hooks(m)
+
+    def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.is_leaf_module(m, ""):
+            return super().call_module(m, forward, args, kwargs)
+        self.entered.append(m)
+        output = super().call_module(m, forward, args, kwargs)
+        self.entered.pop()  # stays after an exception: the last one's code raised it
+        return output
+
+
+def _trace(root: torch.nn.Module, opaque_types: set[type]) -> tuple[list[Graph], str]:
+    """The graphs of a module's ``forward``, or none and why not; adds to `opaque_types` what it could not enter."""
+    if "forward" in vars(root) or type(root).__call__ is not torch.nn.Module.__call__:
+        return [], "the call does not lead to it"
+    parameters = inspect.signature(type(root).forward).parameters.values()
+    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+    variants = [(training, given) for training in (True, False) for given in ((optional, {}) if optional else ({},))]
+    while True:
+        tracer = _Tracer(opaque_types)
+        try:
+            graphs = []
+            for training, given in variants:
+                for module in root.modules():
+                    module.training = training
+                tracer = _Tracer(opaque_types)
+                graphs.append(tracer.trace(root, given or None))
+            return graphs, ""
+        except Exception as error:
+            if not tracer.entered:
+                return [], _first_line(error)
+            opaque_types.add(type(tracer.entered[-1]))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+
+
+def _children_of_opaque(owner: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, bool]]:
+    """The modules that an untraceable module may call, and whether it calls them, if at all, as a whole."""
+    for name, child in owner.named_children():
+        if _is_layer(child):
+            yield child, False
+        elif _is_called_whole(owner, name, child):
+            yield child, True
+        elif isinstance(child, _CONTAINERS):
+            yield from _children_of_opaque(child)
+        else:
+            yield from ((module, False) for module in child.modules())
+
+
+def _is_called_whole(owner: torch.nn.Module, name: str, child: torch.nn.Module) -> bool:
+    """Whether no code of the owner reaches into a child: one with a forward that it only calls, or in a container."""
+    if type(owner).__module__.startswith("torch.nn.modules"):
+        return not isinstance(child, _CONTAINERS)
+    has_forward = not isinstance(child, _CONTAINERS) or _runs_in_order(child)
+    return has_forward and _only_calls(owner, name)
+
+
+def _runs_in_order(module: torch.nn.Module) -> bool:
+    return type(module).forward is torch.nn.Sequential.forward
+
+
+def _only_calls(owner: torch.nn.Module, name: str) -> bool:
+    """Whether the code of the owner's class calls ``self.<name>(...)`` and does nothing else with it.
+
+    ``__init__`` is left out. Code that cannot be read, or that may reach its children without their names, is taken to
+    do something else.
+    """
+    is_called = False
+    for class_ in type(owner).__mro__[: type(owner).__mro__.index(torch.nn.Module)]:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(class_)))
+        except (OSError, TypeError, SyntaxError):
+            return False
+        (definition,) = tree.body
+        assert isinstance(definition, ast.ClassDef)
+        body = [part for part in definition.body if getattr(part, "name", "") != "__init__"]
+        nodes = [node for part in body for node in ast.walk(part)]
+        called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+        owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+        for node in nodes:
+            word = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+            if word in _NAMELESS or (word == name and id(node) not in called):
+                return False
+            if word == "self" and id(node) not in owners:  # handed on to other code
+                return False
+            is_called = is_called or word == name
+    return is_called

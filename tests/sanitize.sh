@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# The kernels and their bindings under sanitizers: `make sanitize`. Needs GCC, and an environment with the packages of
+# `make test`, cmake, ninja and pybind11. Nothing is suppressed.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# AddressSanitizer and UndefinedBehaviorSanitizer: the whole module, with the Python tests of the kernels.
+address=$PWD/build/sanitize/address
+mkdir -p "$address/package/fastnn"
+tar -C fastnn --exclude='*.so' --exclude=__pycache__ -cf - . | tar -C "$address/package/fastnn" -xf -
+cmake -S . -B "$address" -G Ninja -DFASTNN_SANITIZE=address,undefined -DFASTNN_CUDA=OFF \
+  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$address/package/fastnn" \
+  -DPython_EXECUTABLE="$(command -v python)" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)"
+cmake --build "$address"
+# detect_leaks=0: at exit Python and torch hold memory that nothing frees; test_endurance.py looks for growth instead.
+# Tests beyond 2^31 elements are left out: they read gigabytes, and nothing there is read in another way.
+LD_PRELOAD=$(${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  PYTHONPATH=$address/package pytest -p no:cacheprovider --capture=sys -k "not beyond" \
+  tests/test_{linear,conv2d,max_pool2d,activation,losses,optim,simd_math,compiled,wrong_input,pressure}.py
+
+# ThreadSanitizer: the kernels alone. It sees no synchronisation inside libgomp, which is not built for it, and would
+# call every OpenMP loop a race; so loops run on fastnn's own threads, through the same code that runs tasks.
+thread=build/sanitize/thread
+cmake -S . -B $thread -G Ninja -DFASTNN_SANITIZE=thread -DFASTNN_KERNEL_TESTS=ON
+cmake --build $thread
+$thread/kernel_threads
+$thread/kernel_operators own-threads

@@ -1,0 +1,164 @@
+"""Training on CUDA's kernels: on a GPU, or on the emulator. There a step launches what a GPU captures in a graph."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from device import DEVICE, KERNEL_DTYPES, ON_CUDA
+from dispatch_log import ran_kernels
+from tolerance import assert_identical
+
+import fastnn
+from fastnn import nn, optim
+from fastnn.training import Batches, compile_step, make_step
+
+pytestmark = pytest.mark.skipif(
+    not ON_CUDA, reason="runs with FASTNN_TEST_DEVICE=cuda, or with FASTNN_CUDA_EMULATOR=1 on the emulator"
+)
+
+
+def network() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        nn.Conv2d(1, 8, 3, activation="relu", max_pool=2),
+        nn.Conv2d(8, 12, 3, padding=1, activation="relu"),
+        nn.MaxPool2d(2),
+        torch.nn.Flatten(),
+        nn.Linear(12 * 9, 16, activation="relu"),
+        nn.Linear(16, 5),
+    ).to(DEVICE)
+
+
+def data(count: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    images = torch.rand(count, 1, 14, 14, generator=rng).to(DEVICE, dtype)
+    return images, torch.randint(5, (count,), generator=rng).to(DEVICE)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "adam": lambda parameters: optim.Adam(parameters, lr=2e-3),
+    "adamw": lambda parameters: optim.AdamW(parameters, lr=2e-3, amsgrad=True),
+    "sgd": lambda parameters: optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "torch": lambda parameters: torch.optim.Adam(parameters, lr=2e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_compiled_steps_end_at_the_bits_of_autograd(name: str, dtype: torch.dtype) -> None:
+    compiled = network().to(dtype)
+    eager = copy.deepcopy(compiled)
+    optimizers = [OPTIMIZERS[name](model.parameters()) for model in (compiled, eager)]
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7) for optimizer in optimizers]
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+    step = compile_step(compiled, loss, optimizers[0])
+    images, targets = data(24, dtype)
+    for i in range(6):
+        rows = torch.arange(4 * i, 4 * i + (4 if i % 3 else 3), device=DEVICE) % 24  # two batch sizes
+        with ran_kernels("conv2d_forward", "cross_entropy_backward"):
+            got, correct = step.on_rows(images, targets, rows)
+        assert int(correct) == int((eager(images[rows]).argmax(1) == targets[rows]).sum())
+        optimizers[1].zero_grad()
+        value = loss(eager(images[rows]), targets[rows])
+        value.backward()
+        optimizers[1].step()
+        assert_identical(got, value.detach(), "loss")
+        for scheduler in schedulers:
+            scheduler.step()
+    for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
+        assert_identical(ours, theirs)
+
+
+def test_a_step_in_the_users_hands_and_one_from_rows_agree() -> None:
+    models = network(), network()
+    steps = [compile_step(m, nn.CrossEntropyLoss(), optim.SGD(m.parameters(), lr=0.1)) for m in models]
+    images, targets = data(8)
+    rows = torch.tensor([3, 1, 7], device=DEVICE)
+    for _ in range(4):
+        first = steps[0](images[rows], targets[rows])
+        second = steps[1].on_rows(images, targets, rows)
+        assert torch.equal(first[0], second[0])
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_a_graph_was_made_from_may_change() -> None:
+    """A loaded optimizer state, another option and other data take effect at once."""
+    models = network(), network()
+    optimizers = [optim.Adam(model.parameters(), lr=1e-2) for model in models]
+    step = compile_step(models[0], nn.CrossEntropyLoss(), optimizers[0])
+    images, targets = data(8)
+    loss = nn.CrossEntropyLoss()
+    rows = torch.arange(5, device=DEVICE)
+    for i in range(9):
+        if i == 3:
+            for optimizer in optimizers:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        if i == 5:
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["weight_decay"] = 0.1
+        if i == 7:
+            images, targets = images.flip(0).contiguous(), targets.flip(0).contiguous()
+        step.on_rows(images, targets, rows)
+        optimizers[1].zero_grad()
+        loss(models[1](images[:5]), targets[:5]).backward()
+        optimizers[1].step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_step_of_a_gpu_is_a_program() -> None:
+    model = network()
+    images, targets = data(6)
+    batches = Batches(images.cpu(), targets.cpu(), 3, device=DEVICE)
+    assert batches.images.device == DEVICE or DEVICE.type == "cuda"
+    with ran_kernels("conv2d_forward"):
+        make_step(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()), batches)(
+            batches, torch.arange(3, device=DEVICE)
+        )
+
+
+def test_a_classifier_learns_and_moves_between_devices(tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 60, (48, 12, 12), generator=rng, dtype=torch.uint8)
+    labels = torch.arange(48) % 2
+    images[labels == 1, 3:9, 3:9] += 150  # a bright square
+    model = fastnn.CNNClassifier((1, 12, 12), 2, conv_channels=(8,), hidden=(8,)).to(DEVICE)
+    history = model.fit(images.numpy(), labels.numpy(), epochs=6, batch_size=8, lr=1e-2, seed=0, progress=False)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert model.evaluate(images.numpy(), labels.numpy())["accuracy"] > 0.9
+    probabilities = model.predict_proba(images.numpy())
+    model.save(tmp_path / "model.safetensors")
+    loaded = fastnn.CNNClassifier.load(tmp_path / "model.safetensors")
+    assert next(loaded.parameters()).device.type == "cpu"
+    assert abs(loaded.predict_proba(images.numpy()) - probabilities).max() < 1e-5
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs and streams are a GPU's")
+def test_layers_work_in_the_users_own_graph_and_stream() -> None:
+    model, images = network(), data(4)[0]
+    expected = model(images)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        assert torch.equal(model(images), expected)
+    torch.cuda.current_stream().wait_stream(stream)
+    still, graph = images.clone(), torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        output = model(still)
+    for shift in range(3):
+        still.copy_(images.roll(shift, 0))
+        graph.replay()
+        assert torch.equal(output, model(still))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda" or torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_a_second_device() -> None:
+    model, images = network().to("cuda:1"), data(4)[0].to("cuda:1")
+    with fastnn.explain_dispatch() as log:
+        model(images).sum().backward()
+    assert {record.device for record in log} == {"cuda:1"}

@@ -50,7 +50,7 @@ CAUGHT = {
     "barrier_of_half_a_warp": (ALL, "deadlock"),
     "shuffle_of_half_a_warp": (ALL, "deadlock"),
     "operations_that_differ": (ALL, "lanes of a warp are at different operations"),
-    "vector_misaligned": (ALL, "load of misaligned address"),  # in the sanitizers' build alone
+    "vector_misaligned": (ALL, "misaligned address"),  # in the sanitizers' build alone
 }
 
 # Memory accesses hardly depend on the order, and the other tests of the kernels run them all.
@@ -58,8 +58,7 @@ OPERATOR_SCHEDULES = ("forward-lazy", "greedy-lazy", "reverse-eager")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"UBSAN_OPTIONS": "halt_on_error=1", "OMP_WAIT_POLICY": "passive"}
-    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True, env=environment)
+    return subprocess.run([PROGRAM, *arguments], capture_output=True, text=True)
 
 
 CASES = run("--list").stdout.split()

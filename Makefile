@@ -26,12 +26,12 @@ check: $(VENV)/check  ## Linters, types and formats
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 format: $(VENV)/check  ## Apply the formatters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 bench: $(VENV)/test  ## Benchmarks against PyTorch: benchmarks/results/*.json and the tables in README.md
 	$(BIN)/python benchmarks/run.py

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastnn import reference
 from fastnn.arguments import FUSED_POOL, Pair, pair, pool_arguments, wants_relu
-from fastnn.autograd.common import needs_grad, route
+from fastnn.autograd.common import in_autocast_dtype, needs_grad, route
 from fastnn.autograd.conv2d import Conv2dFunction, Geometry, conv2d_forward, conv2d_op
 from fastnn.autograd.cross_entropy import (
     REDUCTIONS,
@@ -79,6 +79,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         if needs_grad(input, weight, bias):
             return LinearFunction.run(input, weight, bias, relu)
         return linear_forward(input, weight, bias, relu)
+    if way == "cast":
+        return in_autocast_dtype(linear, input, weight, bias, activation=activation)
     if way == "op":
         return linear_op(input, weight, bias, relu)
     return reference.linear(input, weight, bias, activation=activation)
@@ -131,6 +133,9 @@ def conv2d(
     if weight is None:
         raise _missing("weight")
     way = route("conv2d", input, weight, bias)
+    if way == "cast":
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return in_autocast_dtype(conv2d, input, weight, bias, **options, activation=activation, max_pool=max_pool)
     if way == "torch":
         return reference.conv2d(
             input, weight, bias, stride, padding, dilation, groups, activation=activation, max_pool=max_pool

@@ -144,3 +144,20 @@ def test_a_layer_without_gradients_costs_one_launch() -> None:
         y = functional.linear(x, w, b, activation="relu")
     assert len(records) == 1
     torch.testing.assert_close(y, F.linear(x, w, b).relu())
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_runs_the_kernels_of_its_dtype(half: torch.dtype) -> None:
+    rng = generator("autocast")
+    x, w, b = (random(s, torch.float32, rng).requires_grad_() for s in ((2, 4, 9, 9), (8, 4, 3, 3), (8,)))
+    head = random((3, 8 * 9), torch.float32, rng).requires_grad_()
+    with torch.autocast(DEVICE.type, dtype=half), ran_kernels("conv2d_forward", "linear_forward", dtype=half):
+        y = functional.linear(functional.conv2d(x, w, b, activation="relu", max_pool=2).flatten(1), head)
+    assert y.dtype == half
+    exact = F.linear(F.max_pool2d(F.conv2d(x, w, b).relu(), 2).flatten(1), head)
+    assert (y - exact).norm() < 0.02 * exact.norm()
+    grads = torch.autograd.grad(y.float().square().sum(), (x, w, b, head))
+    wanted = torch.autograd.grad(exact.square().sum(), (x, w, b, head))
+    for actual, expected in zip(grads, wanted, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - expected).norm() < 0.06 * expected.norm()

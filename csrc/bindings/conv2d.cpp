@@ -88,10 +88,10 @@ void check_output(const char* name, const Tensor& tensor, const Tensor& input, c
   check_channels_last(name, tensor);
 }
 
-void check_winner(const Tensor& winner, const Conv2dShape& s) {
+void check_winner(const Tensor& winner, const Tensor& input, const Conv2dShape& s) {
   check_shape("winner", winner, {s.batch, s.out_channels, s.out_height / 2, s.out_width / 2});
   check_dtype("winner", winner, DType::uint8);
-  check_cpu("winner", winner);
+  check_same_device("winner", winner, "input", input);
   check_channels_last("winner", winner);
 }
 
@@ -123,7 +123,7 @@ void conv2d_forward(const Tensor& output, const std::optional<Tensor>& winner, c
                  "'bf16'");
   }
   check_output("output", output, input, shape);
-  if (winner) check_winner(*winner, shape);
+  if (winner) check_winner(*winner, input, shape);
   if (bias) check_bias("bias", *bias, input, shape);
   dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
@@ -142,7 +142,7 @@ void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optiona
                                          winner.has_value(), precision);
   check_output("grad_output", grad_output, input, shape);
   if (output) check_output("output", *output, input, shape);
-  if (winner) check_winner(*winner, shape);
+  if (winner) check_winner(*winner, input, shape);
   if (grad_input) {
     check_shape("grad_input", *grad_input, {shape.batch, shape.in_channels, shape.in_height, shape.in_width});
     check_same_kind("grad_input", *grad_input, "input", input);

@@ -13,9 +13,8 @@ void relu_forward(const Tensor& output, const Tensor& input) {
   if (shape.count == 0) return;
   dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    run_kernel<T>(input, [=](const auto& kernels) {
-      kernels.relu_forward(shape, {output.data<T>(), input.data<T>()});
-    });
+    run_kernel<T>(input,
+                  [=](const auto& kernels) { kernels.relu_forward(shape, {output.data<T>(), input.data<T>()}); });
   });
 }
 

@@ -57,7 +57,7 @@ void run_or_record(const Call& call) {
 #ifdef FASTNN_CUDA
 // The current stream of a device, and tensors of torch's allocator as workspace for the time of a call. torch hands
 // freed memory out again in the order of the stream, so the call may end before its kernels do.
-class CudaCall {
+class __attribute__((visibility("hidden"))) CudaCall {
  public:
   explicit CudaCall(int device);
   ~CudaCall();

@@ -10,9 +10,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from fastnn.runtime import kernel_dtypes, note_fallback
+from fastnn.runtime import kernel_dtypes, note_fallback, runs_on_cuda
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+# What torch's autocast does with the operators that CUDA's kernels serve in 16 bits. It computes losses and softmax in
+# float32, which is left to torch.
+_CAST_BY_AUTOCAST = frozenset(("linear", "conv2d"))
+_LEFT_BY_AUTOCAST = frozenset(("relu", "max_pool2d"))
 
 _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
@@ -22,7 +27,8 @@ _has_storage = torch._C._has_storage
 
 
 def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
-    """Which way a call goes, ``"kernel"``, ``"op"`` or ``"torch"``, by its floating-point arguments."""
+    """Which way a call goes, by its floating-point arguments: ``"kernel"``, ``"op"``, ``"torch"``, or ``"cast"`` where
+    autocast wants it in a dtype that CUDA's kernels have (see :func:`in_autocast_dtype`)."""
     tensors = (first, *others)
     plain = True
     for tensor in tensors:
@@ -37,7 +43,11 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
             if not isinstance(tensor, FakeTensor):
                 return _fall_back(operator, f"tensor subclass {type(tensor).__name__}")
     if _is_autocast_enabled() and torch.is_autocast_enabled(first.device.type):
-        return _fall_back(operator, "autocast")
+        serves = plain and runs_on_cuda(first) and not _is_compiling()
+        if serves and operator in _CAST_BY_AUTOCAST:
+            return "cast"
+        if not serves or operator not in _LEFT_BY_AUTOCAST:
+            return _fall_back(operator, "autocast")
     dtype, device = first.dtype, first.device
     dtypes = kernel_dtypes(device.type)
     if dtypes is None:
@@ -66,6 +76,17 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
     if forward_ad._current_level >= 0:
         return _fall_back(operator, "forward-mode differentiation")
     return "kernel"
+
+
+def in_autocast_dtype(function: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
+    """``function(*tensors, **options)`` on tensors in autocast's dtype, as autocast casts them: all but float64."""
+    first = tensors[0]
+    assert first is not None
+    device = first.device.type
+    dtype = torch.get_autocast_dtype(device)
+    cast = [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
+    with torch.autocast(device, enabled=False):
+        return function(*cast, **options)
 
 
 def _fall_back(operator: str, reason: str) -> str:

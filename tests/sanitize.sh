@@ -18,6 +18,13 @@ LD_PRELOAD=$(${CXX:-g++} -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=
   PYTHONPATH=$address/package pytest -p no:cacheprovider --capture=sys -k "not beyond" \
   tests/test_{linear,conv2d,max_pool2d,activation,losses,optim,simd_math,compiled,wrong_input,pressure}.py
 
+# The same two: the CUDA kernels on their emulator, on arrays of exactly their size; and kernels that must be caught.
+emulator=$PWD/build/sanitize/emulator
+cmake -S . -B "$emulator" -G Ninja -DFASTNN_SANITIZE=address,undefined -DFASTNN_CUDA=OFF -DFASTNN_EMULATOR=ON \
+  -DPython_EXECUTABLE="$(command -v python)" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)"
+cmake --build "$emulator" --target fastnn_emulator_test
+FASTNN_EMULATOR_TEST=$emulator/fastnn_emulator_test pytest -p no:cacheprovider tests/test_cuda_emulator.py
+
 # ThreadSanitizer: the kernels alone. It sees no synchronisation inside libgomp, which is not built for it, and would
 # call every OpenMP loop a race; so loops run on fastnn's own threads, through the same code that runs tasks.
 thread=build/sanitize/thread

@@ -143,9 +143,10 @@ void launch(const char* operation, dim3 grid, dim3 size, size_t shared_bytes, co
   const int64_t blocks = error.empty() ? int64_t{grid.x} * grid.y * grid.z : 0;
 #pragma omp parallel if (blocks > 1)
   {
-    Block b;
+    static thread_local Block b;  // kept: stacks anew would cost more than most launches
     b.size = size, b.grid = grid;
-    b.stacks.reset(new char[size_t{size.x} * size.y * size.z * kStack]);
+    const unsigned count = size.x * size.y * size.z;
+    if (b.stack_count < count) b.stacks.reset(new char[count * kStack]), b.stack_count = count;
     block = &b;
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < blocks; ++n) {

@@ -78,6 +78,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::unique_ptr<char[]> stacks;
+  unsigned stack_count = 0;
   std::vector<unsigned char> shared;  // between two guards
   Fiber caller;
   dim3 size, grid, index;

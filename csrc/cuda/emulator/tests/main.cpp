@@ -1,13 +1,14 @@
 // Tests of the emulator and, on it, of the CUDA kernels' memory accesses, without Python:
 //
-//   fastnn_emulator_test [--list] [--schedule ORDER-COPIES] [CASE...]
+//   fastnn_emulator_test [--list] [--schedule ORDER-COPIES]... [CASE...]
 //
-// runs the cases (all but the broken kernels, where none is named) under a schedule (all, where none is named) and
+// runs the cases (all but the broken kernels, where none is named) under schedules (all, where none is named) and
 // prints a line for each. Fails where a line says FAILED.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 
 #include "cuda/emulator/tests/test.h"
@@ -93,14 +94,14 @@ std::vector<NamedSchedule> all_schedules() {
 // Runs a case under each schedule; whether all went well.
 bool run(const Case& test, const std::vector<NamedSchedule>& schedules) {
   bool passed = true;
-  std::string first;
+  std::optional<std::string> first;
   for (const NamedSchedule& s : schedules) {
     emulator::schedule = s.schedule;
     std::string error;
     try {
       const std::string result = test.run();
-      if (&s == &schedules[0]) first = result;
-      if (result != first) error = "other bits than under " + schedules[0].name;
+      if (!first) first = result;
+      if (result != *first) error = "other bits than under an earlier schedule";
     } catch (const std::exception& e) {
       error = e.what();
     }
@@ -112,22 +113,31 @@ bool run(const Case& test, const std::vector<NamedSchedule>& schedules) {
   return passed;
 }
 
-int run_named(std::vector<std::string> arguments) {
-  std::vector<Case> cases = primitive_cases();
-  for (auto more : {operator_cases(), broken_cases()}) cases.insert(cases.end(), more.begin(), more.end());
-  std::vector<NamedSchedule> schedules = all_schedules();
-  if (arguments.size() >= 2 && arguments[0] == "--schedule") {
-    std::erase_if(schedules, [&](const NamedSchedule& s) { return s.name != arguments[1]; });
-    expect(!schedules.empty(), "no such schedule: " + arguments[1]);
-    arguments.erase(arguments.begin(), arguments.begin() + 2);
+bool contains(const std::vector<std::string>& names, const std::string& name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+int run_arguments(const std::vector<std::string>& arguments) {
+  bool list = false;
+  std::vector<std::string> case_names, schedule_names;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (arguments[i] == "--list")
+      list = true;
+    else if (arguments[i] == "--schedule" && i + 1 < arguments.size())
+      schedule_names.push_back(arguments[++i]);
+    else
+      case_names.push_back(arguments[i]);
   }
-  const bool list = !arguments.empty() && arguments[0] == "--list";
-  if (list || arguments.empty())
-    std::erase_if(cases, [&](const Case& c) { return !list && c.name.starts_with("broken/"); });
-  else
-    std::erase_if(
-        cases, [&](const Case& c) { return std::find(arguments.begin(), arguments.end(), c.name) == arguments.end(); });
-  expect(!cases.empty(), "no such case");
+  std::vector<NamedSchedule> schedules = all_schedules();
+  if (!schedule_names.empty())
+    std::erase_if(schedules, [&](const NamedSchedule& s) { return !contains(schedule_names, s.name); });
+  std::vector<Case> cases = primitive_cases();
+  for (const auto& more : {operator_cases(), broken_cases()}) cases.insert(cases.end(), more.begin(), more.end());
+  if (!case_names.empty())
+    std::erase_if(cases, [&](const Case& c) { return !contains(case_names, c.name); });
+  else if (!list)
+    std::erase_if(cases, [](const Case& c) { return c.name.starts_with("broken/"); });
+  expect(!cases.empty() && !schedules.empty(), "no such case or schedule");
   bool passed = true;
   for (const Case& test : cases) {
     if (list)
@@ -143,7 +153,7 @@ int run_named(std::vector<std::string> arguments) {
 
 int main(int count, char** arguments) {
   try {
-    return fastnn::cuda::tests::run_named({arguments + 1, arguments + count});
+    return fastnn::cuda::tests::run_arguments({arguments + 1, arguments + count});
   } catch (const std::exception& error) {
     std::fprintf(stderr, "fastnn_emulator_test: %s\n", error.what());
     return 2;

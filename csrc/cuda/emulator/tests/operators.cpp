@@ -18,8 +18,8 @@ struct Run {
   T* updated(int64_t count, int low = -3, int high = 3) { return memory.updated<T>(count, low, high); }
 };
 
-// Calls body(run, shape) in every dtype, on aligned arrays and on others, for each kind of device, with memory of its
-// own for each shape.
+// Calls body(run, shape) in every dtype, with memory of its own for each shape: on aligned arrays on a device with
+// tensor cores for all dtypes, and on others on one without.
 template <class Shapes, class Body>
 std::string for_all(const Shapes& shapes, const Body& body) {
   std::string bytes;
@@ -30,14 +30,13 @@ std::string for_all(const Shapes& shapes, const Body& body) {
       bytes += memory.check();
     }
   };
-  for (const int capability : {90, 75})
-    for (const int64_t offset : {0, 1}) {
-      emulator::capability = capability;
-      with_dtype(float{}, offset);
-      with_dtype(double{}, offset);
-      with_dtype(bfloat16{}, offset);
-      with_dtype(float16{}, offset);
-    }
+  for (const int64_t offset : {0, 1}) {
+    emulator::capability = offset == 0 ? 90 : 75;
+    with_dtype(float{}, offset);
+    with_dtype(double{}, offset);
+    with_dtype(bfloat16{}, offset);
+    with_dtype(float16{}, offset);
+  }
   emulator::capability = 90;
   return bytes;
 }
@@ -162,19 +161,18 @@ struct LossCase {
 };
 
 std::vector<LossCase> loss_cases() {
-  std::vector<LossCase> cases;
-  for (const Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum}) {
+  std::vector<LossCase> cases = {{{6, 10, 1}, Reduction::sum}, {{1203, 11, 1}, Reduction::mean}};  // several blocks
+  for (const Reduction reduction : {Reduction::none, Reduction::mean})
     for (const SoftmaxShape& lines : kLines) cases.push_back({lines, reduction});
-    cases.push_back({{1203, 11, 1}, reduction});  // several blocks
-  }
   return cases;
 }
 
-// Class 0 is ignored, unless it is the only one.
+// Class 0 is ignored, unless that could be all samples' class: their mean is NaN.
 template <class T>
 ClassTarget<T> class_target(Run<T>& r, const LossCase& c) {
   const int classes = static_cast<int>(c.lines.classes);
-  return {r.memory.template input<int64_t>(c.samples(), 0, classes - 1), r.in(classes, 1, 3), classes > 1 ? 0 : -100};
+  return {r.memory.template input<int64_t>(c.samples(), 0, classes - 1), r.in(classes, 1, 3),
+          c.samples() > 4 ? 0 : -100};
 }
 
 std::string cross_entropy() {
@@ -206,9 +204,8 @@ std::string nll_loss() {
 }
 
 std::string mse_loss() {
-  std::vector<MseLossShape> shapes;
-  for (const Reduction reduction : {Reduction::none, Reduction::mean, Reduction::sum})
-    for (const int64_t count : {1, 1037, 40003}) shapes.push_back({count, reduction});
+  const std::vector<MseLossShape> shapes = {
+      {1, Reduction::mean}, {1037, Reduction::none}, {1037, Reduction::sum}, {40003, Reduction::mean}};
   return for_all(shapes, []<class T>(Run<T> r, const MseLossShape& s) {
     const int64_t outputs = s.reduction == Reduction::none ? s.count : 1;
     const T *input = r.in(s.count), *target = r.in(s.count), *grad = r.in(outputs);
@@ -254,7 +251,7 @@ using Sizes = std::vector<int64_t>;
 // What a network of many small tensors and a few larger ones has; more than fit into one launch.
 std::vector<Sizes> optimizer_cases() {
   Sizes many;
-  for (int64_t i = 1; i <= 130; ++i) many.push_back(i % 13 + 1);
+  for (int64_t i = 1; i <= 80; ++i) many.push_back(i % 13 + 1);
   return {{1}, {7, 1025, 4099}, many};
 }
 
@@ -272,7 +269,7 @@ void with_list(const Sizes& sizes, const Make& make, const Step& step) {
 
 std::string adam_step() {
   return for_all(optimizer_cases(), []<class T>(Run<T> r, const Sizes& sizes) {
-    const float* lr = r.memory.template input<float>(1, 1, 1);
+    const double* lr = r.memory.template input<double>(1, 1, 1);
     for (const bool amsgrad : {false, true})
       with_list(
           sizes,
@@ -293,7 +290,7 @@ std::string adam_step() {
 
 std::string sgd_step() {
   return for_all(optimizer_cases(), []<class T>(Run<T> r, const Sizes& sizes) {
-    const float* lr = r.memory.template input<float>(1, 1, 1);
+    const double* lr = r.memory.template input<double>(1, 1, 1);
     for (const bool momentum : {false, true})
       with_list(
           sizes,

@@ -21,7 +21,7 @@ std::vector<Case> operator_cases();
 
 void expect(bool holds, const std::string& otherwise);
 
-// Whether `bytes` hold what an array starts with where nothing fills it: all ones, NaN in every floating-point format.
+// Whether `value` is what an array starts with where nothing fills it: all ones, NaN in every floating-point format.
 template <class T>
 bool is_poison(const T& value) {
   if constexpr (std::is_integral_v<T>) return value == static_cast<T>(~T{0});

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from cases import CROSS_ENTROPY_CASES, NLL_CASES, LossCase, by_id, generator, integers, random
 from emulated import DTYPES, each_dtype, each_schedule, emulator, ran_on_the_emulator, scheduled
-from test_losses import MSE_SHAPES, REDUCTIONS, class_dim, make, weighted_target
+from operator_checks import class_dim, make_loss_case, weighted_target
+from test_losses import MSE_SHAPES, REDUCTIONS
 from tolerance import (
     assert_close_bound,
     assert_identical,
@@ -114,7 +115,7 @@ def storage_roundoff(dtype: torch.dtype) -> float:
 
 def check_cross_entropy(case: LossCase, dtype: torch.dtype, variant: str | None = None) -> None:
     """As test_losses.py does, with roundings to `dtype` where 16-bit numbers are stored between the passes."""
-    x, target, weight, kwargs = make(case, dtype)
+    x, target, weight, kwargs = make_loss_case(case, dtype)
     compute, stored = computed_in(dtype), storage_roundoff(dtype)
     x64 = x.double().requires_grad_()
     probabilities = target.is_floating_point()
@@ -176,7 +177,7 @@ def test_every_way_of_cross_entropy(case: LossCase, variant: str, launches: int,
 @pytest.mark.parametrize(("case", "variant", "launches"), WAYS, ids=WAY_IDS)
 def test_launches_of_cross_entropy(case: LossCase, variant: str, launches: int, reduction: str) -> None:
     """A second one adds up what the blocks found; without statistics a loss per sample needs no sum."""
-    x, target, weight, kwargs = make(case, torch.float32)
+    x, target, weight, kwargs = make_loss_case(case, torch.float32)
     kwargs["reduction"] = reduction
     emulator.trace_start()
     cross_entropy_forward(x, target, weight, kwargs, keep=False)
@@ -185,7 +186,7 @@ def test_launches_of_cross_entropy(case: LossCase, variant: str, launches: int, 
 
 
 def check_nll_loss(case: LossCase, dtype: torch.dtype, variant: str | None = None) -> None:
-    x, target, weight, kwargs = make(case, dtype)
+    x, target, weight, kwargs = make_loss_case(case, dtype)
     x64 = x.double().requires_grad_()
     weight64 = None if weight is None else weight.double()
     compute, stored = computed_in(dtype), storage_roundoff(dtype)
@@ -290,7 +291,7 @@ def test_mean_of_more_than_float16_counts() -> None:
 def test_schedules_agree_on_cross_entropy(
     case: LossCase, variant: str, launches: int, schedule: tuple[str, bool]
 ) -> None:
-    x, target, weight, kwargs = make(case, torch.float32)
+    x, target, weight, kwargs = make_loss_case(case, torch.float32)
     grad = torch.tensor(1.5)
 
     def run() -> list[Tensor | None]:
@@ -308,7 +309,9 @@ def test_schedules_agree_on_cross_entropy(
 
 @each_schedule
 def test_schedules_agree_on_nll_and_mse_loss(schedule: tuple[str, bool]) -> None:
-    x, target, weight, kwargs = make(LossCase("5000_rows", (5000, 3), weight=True, ignore=True), torch.float32)
+    x, target, weight, kwargs = make_loss_case(
+        LossCase("5000_rows", (5000, 3), weight=True, ignore=True), torch.float32
+    )
     small = [v[:97].contiguous() for v in (x, target)]
     grad = torch.tensor(1.5)
 

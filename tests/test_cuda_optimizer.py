@@ -210,7 +210,7 @@ def test_empty_tensors_alone_count_their_steps() -> None:
 
 @each_dtype
 def test_learning_rate_on_the_device(dtype: torch.dtype) -> None:
-    lr = torch.tensor(0.02)
+    lr = torch.tensor(0.02, dtype=torch.float64)
     adamw = {"decoupled": True, "weight_decay": 0.1, "amsgrad": False, "maximize": False}
     check_adam(State(dtype), adamw, lr)
     check_sgd(State(dtype), {"momentum": 0.9, "weight_decay": 0.1}, lr)

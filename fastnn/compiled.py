@@ -473,6 +473,7 @@ class CompiledStep(_Compiled):
         self._has_own_update = type(optimizer) in (optim.Adam, optim.AdamW, optim.SGD)
         # Where CUDA's update reads the learning rates of the groups.
         self._lrs = [torch.empty((), dtype=torch.float64, device=self._device) for _ in optimizer.param_groups]
+        self._lr_values: list[Any] = [None] * len(self._lrs)  # what they hold
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         recording = self._recording(tuple(images.shape))
@@ -546,8 +547,13 @@ class CompiledStep(_Compiled):
         """Brings the learning rates to the device and returns what a graph of the update was made from besides."""
         optimizer = self._optimizer
         depends: list[Any] = [optimizer.state]  # load_state_dict() makes another
-        for group, lr in zip(optimizer.param_groups, self._lrs, strict=True):
-            lr.copy_(group["lr"]) if isinstance(group["lr"], Tensor) else lr.fill_(group["lr"])
+        for i, (group, lr) in enumerate(zip(optimizer.param_groups, self._lrs, strict=True)):
+            value = group["lr"]
+            if isinstance(value, Tensor):
+                lr.copy_(value)
+            elif value != self._lr_values[i]:
+                lr.fill_(value)
+            self._lr_values[i] = None if isinstance(value, Tensor) else value
             depends += [value for key, value in group.items() if key not in ("params", "lr")]
         return tuple(depends)
 

@@ -33,5 +33,12 @@ class BuildWithCMake(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """What an editable installation does with the module, and here with the report that CUDA's compiler leaves."""
+        super().copy_extensions_to_source()
+        report = Path(self.build_lib, "fastnn", "cuda_resources.json")
+        if report.exists():
+            self.copy_file(str(report), str(Path("fastnn", report.name)))
+
 
 setup(ext_modules=[Extension("fastnn._C", sources=[])], cmdclass={"build_ext": BuildWithCMake})

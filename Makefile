@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
 
-.PHONY: train test check bench clean
+.PHONY: train test check format bench gpu clean
 
 train: $(VENV)/app  ## Train the classifier on the bundled handwritten digits: model.safetensors, model.png
 	$(BIN)/fastnn train --data digits --epochs 20 --seed 0 --out model.safetensors
@@ -27,6 +27,10 @@ format: $(VENV)/check  ## Apply the formatters
 
 bench: $(VENV)/test  ## Benchmarks against PyTorch: benchmarks/results/*.json and the tables in README.md
 	$(BIN)/python benchmarks/run.py
+
+# With the packages of $(PYTHON), which needs a torch for the machine's CUDA: nothing is downloaded.
+gpu:  ## On a machine with a GPU: build, tests, compute-sanitizer, benchmarks; MNIST=FOLDER trains on the files in there
+	$(PYTHON) benchmarks/gpu_all.py $(if $(MNIST),--mnist "$(MNIST)")
 
 clean:
 	rm -rf $(VENV) build fastnn/_C*.so *.egg-info

@@ -113,7 +113,7 @@ def build(steps: Steps) -> None:
     """Installs the package as it lies here; where pip will not, the extension is built in place, which is enough."""
     flags = f"-DCMAKE_CUDA_ARCHITECTURES=native {os.environ.get('CMAKE_ARGS', '')}".strip()
     environment = {"CMAKE_ARGS": flags, "FASTNN_CUDA": "ON"}
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", "-e", "."]
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     code, output = steps.run("build", pip, BUILD_SECONDS, environment)
     if code and not compiles_wrong(output):
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]

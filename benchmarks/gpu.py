@@ -84,10 +84,10 @@ def end_group(process: subprocess.Popen[Any]) -> None:
 # --------------------------------------------------------------------------------------------------------- results
 
 
-def gpu_facts(device: torch.device) -> dict[str, Any]:
+def gpu_facts() -> dict[str, Any]:
     """The GPU and the versions, which every number belongs to."""
     facts = machine.describe()
-    properties = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(0)
     gpu = {
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
@@ -97,7 +97,7 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
         "driver": driver_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "architectures": fastnn.build_info()["cuda_architectures"],
+        "architectures": fastnn.build_info().get("cuda_architectures"),
     }
     return {"gpu": gpu, **facts}
 
@@ -228,7 +228,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    facts = gpu_facts(torch.device("cuda"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a section's process is ended, too
+    facts = gpu_facts()
     path: Path = options.results / f"{kebab(facts['gpu']['name'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 590.0
@@ -93,15 +94,22 @@ def run_command(command: Sequence[str], seconds: float, environment: dict[str, s
                     code = process.wait(timeout=1)
                 shown = show(output, shown)
         finally:
-            with suppress(ProcessLookupError):  # with all that it started
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end(process)
         show(output, shown)
         output.seek(0)
         return code, output.read()
 
 
-def show(output: tempfile._TemporaryFileWrapper[str], shown: int) -> int:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process and what it started: asked first, since the benchmarks have to end processes of their own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=5)
+
+
+def show(output: IO[str], shown: int) -> int:
     """Prints what is new of a file that a process writes to; returns how many bytes have been printed."""
     new = os.pread(output.fileno(), 1 << 24, shown)
     sys.stdout.write(new.decode(errors="replace"))

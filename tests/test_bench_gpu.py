@@ -160,6 +160,20 @@ def test_all_steps_run_and_the_failed_ones_are_told(capsys: pytest.CaptureFixtur
     assert "hello\n" in capsys.readouterr().out
 
 
+def test_a_step_past_its_time_ends_what_it_started(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        "child = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        f"open({str(pid)!r}, 'w').write(str(child.pid))\n"
+        "try: time.sleep(60)\n"
+        "finally: child.kill(); child.wait()\n"
+    )
+    assert gpu_all.run_command([sys.executable, "-c", code], 3, {})[0] is None
+    assert not Path("/proc", pid.read_text()).exists()
+
+
 def test_the_benchmarks_get_their_time() -> None:
     steps = gpu_all.Steps(deadline=time.monotonic() + gpu_all.BENCHMARK_SECONDS)
     assert steps.run("late", [sys.executable, "-c", ""], 60)[0] is None

@@ -13,7 +13,7 @@ TEST_BUILD := CMAKE_ARGS="-DFASTNN_EMULATOR=ON -DCMAKE_CUDA_ARCHITECTURES=75-rea
 # What is built to train: CUDA for this machine's GPU, if it has one.
 APP_BUILD := $(if $(shell command -v nvidia-smi),CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES=native,FASTNN_CUDA=OFF)
 
-.PHONY: train test check format bench fuzz sanitize portability clean
+.PHONY: train test check format bench gpu fuzz sanitize portability clean
 
 train: $(VENV)/app  ## Train the classifier on the bundled handwritten digits: model.safetensors, model.png
 	$(BIN)/fastnn train --data digits --epochs 20 --seed 0 --out model.safetensors
@@ -44,6 +44,10 @@ sanitize: $(VENV)/build  ## The kernels under AddressSanitizer, UndefinedBehavio
 
 portability: $(VENV)/build  ## Other compilers, aarch64, and a wheel for each environment in PYTHONS
 	PATH="$(abspath $(BIN)):$$PATH" tests/portability.sh
+
+# With the packages of $(PYTHON), which needs a torch for the machine's CUDA: nothing is downloaded.
+gpu:  ## On a machine with a GPU: build, tests, compute-sanitizer, benchmarks; MNIST=FOLDER trains on the files in there
+	$(PYTHON) benchmarks/gpu_all.py $(if $(MNIST),--mnist "$(MNIST)")
 
 clean:
 	rm -rf $(VENV) build fastnn/_C*.so fastnn/cuda_resources.json fastnn/fastnn_emulator_test *.egg-info

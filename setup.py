@@ -33,5 +33,12 @@ class BuildWithCMake(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """What an editable installation does with the module, and here with all that CMake put beside it."""
+        super().copy_extensions_to_source()
+        for path in Path(self.build_lib, "fastnn").iterdir():
+            if path.is_file():  # the emulator's module and tests, the report of CUDA's compiler
+                self.copy_file(str(path), str(Path("fastnn", path.name)))
+
 
 setup(ext_modules=[Extension("fastnn._C", sources=[])], cmdclass={"build_ext": BuildWithCMake})

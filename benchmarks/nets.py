@@ -130,7 +130,7 @@ def load_images(net: Net, source: str | os.PathLike[str] | None) -> tuple[Images
     Without a source the reference net gets scikit-learn's digits and others get random images.
     """
     if source is None and net is not REFERENCE:
-        return _random_images(net, 10_000, 0), _random_images(net, 1_000, 1)
+        return random_images(net, 10_000, 0), random_images(net, 1_000, 1)
     train, test = data.load("digits" if source is None else source, image_size=net.input_shape[1:])
     loaded = []
     for part in (train, test):
@@ -147,7 +147,7 @@ def load_images(net: Net, source: str | os.PathLike[str] | None) -> tuple[Images
     return loaded[0], loaded[1]
 
 
-def _random_images(net: Net, count: int, seed: int) -> Images:
+def random_images(net: Net, count: int, seed: int) -> Images:
     """Noise around a picture per class, so that there is something to learn and gradients shrink as usual."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (count,), generator=generator)

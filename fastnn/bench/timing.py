@@ -116,15 +116,21 @@ def check_sides(calls: Mapping[str, Call], tolerance: float, norm: str = "max") 
     return list(dict.fromkeys(f"{record.operator}: {record.kernel}" for record in log))
 
 
-def repeated(call: Call, round_seconds: float) -> Callable[[], float]:
-    """A round: as many calls as fill `round_seconds`, at least one; returns the seconds of one call."""
+def repeated(
+    call: Call, round_seconds: float, seconds_of: Callable[[Call, int], float] | None = None
+) -> Callable[[], float]:
+    """A round: as many calls as fill `round_seconds`, at least one; returns the seconds of one call.
+
+    `seconds_of` tells the seconds of so many calls by another clock than the processor's, such as a GPU's.
+    """
+    seconds_of = seconds_of or _seconds
     call()
     count = 1
     while True:
         # The best of three: a call that the system interrupted would ask for too few.
-        seconds = min(_seconds(call, count) for _ in range(3))
+        seconds = min(seconds_of(call, count) for _ in range(3))
         if seconds >= round_seconds / 2:
-            return lambda: _seconds(call, count) / count
+            return lambda: seconds_of(call, count) / count
         count = max(count + 1, min(10 * count, math.ceil(count * round_seconds / max(seconds, 1e-9))))
 
 

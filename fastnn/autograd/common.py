@@ -52,10 +52,11 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
         if tensor.is_nested:
             return _fall_back(operator, "nested tensor")
         if not tensor.is_cpu:
-            if tensor.is_meta:
-                plain = False
-            else:
+            if not tensor.is_meta:
                 return _fall_back(operator, f"device {tensor.device}")
+            if not all(other is None or other.is_meta for other in tensors):
+                raise ValueError(f"{operator}: expected tensors on one device, got some on meta, which have no memory")
+            plain = False
     if _is_compiling() or not plain:
         return "op"
     if _are_functorch_transforms_active():

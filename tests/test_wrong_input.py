@@ -256,7 +256,7 @@ def test_a_meta_tensor_among_others_is_refused(call: Call) -> None:
     tensors = call.tensors()
     for name in tensors:
         if len(tensors) > 1:
-            with pytest.raises(ERRORS, match="meta|memory"):
+            with pytest.raises(ERRORS, match=r"meta|memory"):
                 call.run(functional, **{name: tensors[name].to("meta")})
     everywhere = call.run(functional, **{name: tensor.to("meta") for name, tensor in tensors.items()})
     assert everywhere.is_meta

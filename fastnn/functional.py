@@ -437,6 +437,8 @@ def cross_entropy(
     if target.dtype is torch.uint8:
         target = target.long()
     if way == "op":
+        if input.is_meta and not target.is_meta:
+            raise ValueError(f"target: expected a tensor on meta as input, got one on {target.device}")
         return cross_entropy_op(input, target, weight, ignore_index, number, label_smoothing)[0]
     if needs_grad(input, target):
         return CrossEntropyFunction.run(input, target, weight, ignore_index, number, label_smoothing)
@@ -488,6 +490,8 @@ def nll_loss(
     if target.dtype is torch.uint8:
         target = target.long()
     if way == "op":
+        if input.is_meta and not target.is_meta:
+            raise ValueError(f"target: expected a tensor on meta as input, got one on {target.device}")
         return nll_loss_op(input, target, weight, ignore_index, number)[0]
     if needs_grad(input):
         return NllLossFunction.run(input, target, weight, ignore_index, number)

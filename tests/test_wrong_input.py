@@ -250,6 +250,19 @@ def test_strange_tensors(call: Call, strange: str) -> None:
     assert tried
 
 
+@each_call
+def test_a_meta_tensor_among_others_is_refused(call: Call) -> None:
+    """torch refuses some and computes with memory that is not there for others."""
+    tensors = call.tensors()
+    for name in tensors:
+        if len(tensors) > 1:
+            with pytest.raises(ERRORS, match=r"meta|memory"):
+                call.run(functional, **{name: tensors[name].to("meta")})
+    everywhere = call.run(functional, **{name: tensor.to("meta") for name, tensor in tensors.items()})
+    assert everywhere.is_meta
+    assert everywhere.shape == call.run(functional).shape
+
+
 @pytest.mark.parametrize(
     ("call", "argument"),
     [pytest.param(call, name, id=f"{call.id}-{name}") for call in CALLS for name in call.others],

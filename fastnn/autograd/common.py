@@ -64,6 +64,8 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
         if tensor.is_nested:
             return _fall_back(operator, "nested tensor")
         if tensor.device != device:
+            if "meta" in (tensor.device.type, device.type):
+                raise ValueError(f"{operator}: expected tensors on one device, got some on meta, which have no memory")
             return _fall_back(operator, f"devices {device} and {tensor.device}")
     if device.type == "meta":
         plain = False

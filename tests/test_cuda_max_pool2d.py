@@ -27,7 +27,7 @@ MORE_CASES = (
     PoolCase("gap", (2, 3, 11, 10), {"kernel_size": 2, "stride": 3, "padding": 1}),
     PoolCase("gap_beyond_cells", (1, 3, 11, 13), {"kernel_size": 2, "stride": (5, 2)}),
     PoolCase("many_taps", (2, 3, 19, 18), {"kernel_size": (17, 16), "stride": 1, "padding": 2}),
-    PoolCase("one_window", (2, 3, 4, 3), {"kernel_size": (4, 3), "stride": 1 << 40}),
+    PoolCase("one_window", (2, 3, 4, 3), {"kernel_size": (4, 3), "stride": 1 << 31}),
 )
 
 

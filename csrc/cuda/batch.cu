@@ -57,7 +57,8 @@ constexpr int kGatherThreads = 256;
 // A thread takes a pixel and its channels, which are few in images: reads of a channel are neighbours, and the writes
 // of a warp fill whole sectors one after the other.
 template <class T, class Source>
-__global__ void __launch_bounds__(kGatherThreads) gather_images_kernel(GatherImagesShape s, GatherImagesBuffers<T> b) {
+__global__ void __launch_bounds__(kGatherThreads, 4)
+    gather_images_kernel(GatherImagesShape s, GatherImagesBuffers<T> b) {
   using C = Compute<T>;
   const C divisor = static_cast<C>(s.divisor);
   for (int64_t sample = blockIdx.y; sample < s.batch; sample += gridDim.y) {

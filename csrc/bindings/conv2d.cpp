@@ -1,29 +1,15 @@
 // conv2d_forward, conv2d_backward: see ops/conv2d.h for the formulas.
-#include <array>
-
 #include "bindings/module.h"
 #include "bindings/run.h"
 
 namespace fastnn {
 namespace {
 
-using Pair = std::array<int64_t, 2>;  // (height, width)
-
 // What both directions take, as torch.nn.functional.conv2d names it.
 struct Geometry {
   Pair stride, padding, dilation;
   int64_t groups;
 };
-
-// Sizes beyond this would overflow when multiplied; no tensor of such a dimension fits in memory.
-constexpr int64_t kMaxSize = int64_t{1} << 31;
-
-void check_pair(const char* name, const Pair& pair, int64_t least) {
-  for (const int64_t value : pair)
-    if (value < least || value > kMaxSize)
-      fail_value(name, "two numbers from " + std::to_string(least) + " to " + std::to_string(kMaxSize),
-                 "(" + std::to_string(pair[0]) + ", " + std::to_string(pair[1]) + ")");
-}
 
 int64_t conv_out_size(const char* axis, int64_t in, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   const int64_t span = dilation * (kernel - 1) + 1;

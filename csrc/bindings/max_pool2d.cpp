@@ -7,18 +7,6 @@
 namespace fastnn {
 namespace {
 
-using Pair = std::pair<int64_t, int64_t>;
-
-// Larger numbers would overflow when multiplied; no tensor of such a dimension fits in memory.
-constexpr int64_t kMaxSize = int64_t{1} << 31;
-
-void check_pair(const char* name, const Pair& pair, int64_t least) {
-  for (const int64_t value : {pair.first, pair.second})
-    if (value < least || value > kMaxSize)
-      fail_value(name, "numbers from " + std::to_string(least) + " to " + std::to_string(kMaxSize),
-                 "(" + std::to_string(pair.first) + ", " + std::to_string(pair.second) + ")");
-}
-
 // A single window takes no step: any stride means the kernel's reach, and a larger one would only cost memory.
 PoolAxis pool_axis(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   const int64_t reach = (kernel - 1) * dilation + 1;
@@ -47,12 +35,10 @@ MaxPool2dShape pool_shape(const Tensor& input, const Tensor& output, const Pair&
     check_contiguous("input", input);
     check_contiguous(output_name, output);
   }
-  return {
-      batch, input.size(c),
-      pool_axis(input.size(c + 1), output.size(c + 1), kernel_size.first, stride.first, padding.first, dilation.first),
-      pool_axis(input.size(c + 2), output.size(c + 2), kernel_size.second, stride.second, padding.second,
-                dilation.second),
-      channels_last};
+  return {batch, input.size(c),
+          pool_axis(input.size(c + 1), output.size(c + 1), kernel_size[0], stride[0], padding[0], dilation[0]),
+          pool_axis(input.size(c + 2), output.size(c + 2), kernel_size[1], stride[1], padding[1], dilation[1]),
+          channels_last};
 }
 
 // winners: bytes or indices, in the shape and order of the output.

@@ -196,6 +196,14 @@ void check_same_layout(const char* name, const Tensor& tensor, const char* other
     fail_value(name, "the strides of " + std::string(other_name), "others, shape " + tensor.shape_string());
 }
 
+void check_pair(const char* name, const Pair& pair, int64_t least) {
+  constexpr int64_t kMost = int64_t{1} << 31;
+  for (const int64_t value : pair)
+    if (value < least || value > kMost)
+      fail_value(name, "two numbers from " + std::to_string(least) + " to " + std::to_string(kMost),
+                 "(" + std::to_string(pair[0]) + ", " + std::to_string(pair[1]) + ")");
+}
+
 void check_dtype(const char* name, const Tensor& tensor, DType expected) {
   if (tensor.dtype() != expected) fail_type(name, dtype_name(expected), tensor.dtype_string());
 }

@@ -6,6 +6,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -86,6 +87,10 @@ void check_dtype(const char* name, const Tensor& tensor, DType expected);
 void check_same_kind(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
 void check_same_device(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
 void check_device(const char* name, const Tensor& tensor);  // one that there are kernels for
+
+using Pair = std::array<int64_t, 2>;  // (height, width)
+// Both numbers from `least` to 2^31: larger ones would overflow when multiplied, and no such tensor fits in memory.
+void check_pair(const char* name, const Pair& pair, int64_t least);
 
 const char* dtype_name(DType dtype);
 

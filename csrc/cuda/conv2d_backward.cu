@@ -28,8 +28,8 @@ struct GradInputProblem {
 // C (output channels of a group x taps).
 template <class T>
 struct GradWeightProblem {
-  using ReaderA = GradientColumns<T>;
-  using ReaderB = InputColumns<T>;
+  using ReaderA = SummedPixels<T, GradientSource>;
+  using ReaderB = SummedPixels<T, InputSource>;
   GradientSource<T> a;
   InputSource<T> b;
   GemmSize size;

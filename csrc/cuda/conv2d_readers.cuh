@@ -259,27 +259,6 @@ class InputRows {
   Pixel pixel_;
 };
 
-// Column: a tap; k: an output pixel.
-template <class T>
-class InputColumns {
- public:
-  static constexpr Layout layout = Layout::depth_outer;
-  __device__ __forceinline__ InputColumns(const InputSource<T>& source, int64_t first, int64_t first_k, int fixed,
-                                          int group)
-      : source_(source),
-        origin_(summed_origin(source.s, first_k)),
-        column_(static_cast<int>(first) + fixed),
-        group_(group) {}
-  __device__ __forceinline__ void load(T* to, int k) const {
-    source_.load(to, summed_pixel(source_.s, origin_, k), column_, group_);
-  }
-
- private:
-  const InputSource<T>& source_;
-  PixelOrigin origin_;
-  int column_, group_;
-};
-
 // The gradient of z, which is not stored: grad_output where ReLU and pooling let it through.
 template <class T>
 struct GradientSource {
@@ -386,13 +365,12 @@ class GradientRows {
   Pixel pixel_;
 };
 
-// Column: an output channel; k: an output pixel.
-template <class T>
-class GradientColumns {
+// Column: a tap of InputSource, or an output channel of GradientSource; k: an output pixel.
+template <class T, template <class> class Source>
+class SummedPixels {
  public:
   static constexpr Layout layout = Layout::depth_outer;
-  __device__ __forceinline__ GradientColumns(const GradientSource<T>& source, int64_t first, int64_t first_k, int fixed,
-                                             int group)
+  __device__ __forceinline__ SummedPixels(const Source<T>& source, int64_t first, int64_t first_k, int fixed, int group)
       : source_(source),
         origin_(summed_origin(source.s, first_k)),
         column_(static_cast<int>(first) + fixed),
@@ -402,7 +380,7 @@ class GradientColumns {
   }
 
  private:
-  const GradientSource<T>& source_;
+  const Source<T>& source_;
   PixelOrigin origin_;
   int column_, group_;
 };

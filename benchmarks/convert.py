@@ -126,8 +126,8 @@ def measure(network: Network, what: str, batch: int, rounds: int, round_seconds:
         }
         rows.append(row)
         print(
-            f"{network.id}, {what}, batch {batch}: {spreads[1].median:,.0f} images/s before, "
-            f"{spreads[0].median:,.0f} with {ours}: {describe_spread(row['ratio'])}",
+            f"{network.id}, {what}, batch {batch}: {spreads[1].median:,.1f} images/s before, "
+            f"{spreads[0].median:,.1f} with {ours}: {describe_spread(row['ratio'])}",
             flush=True,
         )
     return rows

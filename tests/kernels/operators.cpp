@@ -8,7 +8,7 @@
 #include "check.h"
 #include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
-#include "cpu/trace.h"
+#include "common/trace.h"
 #include "reference.h"
 
 namespace fastnn::tests {
@@ -18,8 +18,12 @@ Report report;
 
 template <class T>
 void test_linear() {
+  constexpr Precision fp32 = Precision::fp32;
   for (const bool relu : {false, true})
-    for (const LinearShape s : {LinearShape{1, 1, 1, relu}, {5, 19, 18, relu}, {3, 65, 7, relu}, {70, 33, 41, relu}}) {
+    for (const LinearShape s : {LinearShape{1, 1, 1, relu, fp32},
+                                {5, 19, 18, relu, fp32},
+                                {3, 65, 7, relu, fp32},
+                                {70, 33, 41, relu, fp32}}) {
       const auto input = integers<T>(s.batch * s.in_features, 1),
                  weight = integers<T>(s.out_features * s.in_features, 2);
       const auto bias = integers<T>(s.out_features, 3), grad = integers<T>(s.batch * s.out_features, 4);
@@ -248,8 +252,8 @@ void test_class_losses() {
 template <class T>
 void test_optimizers() {
   const int64_t sizes[] = {1, 37, 8195};  // the last spans two tasks
-  const AdamOptions adam{0.01, 0.9, 0.99, 1e-8, 0.1, true, true, false};
-  const SgdOptions sgd{0.01, 0.9, 0.1, 0.1, true, false};
+  const AdamOptions adam{0.01, 0.9, 0.99, 1e-8, 0.1, true, true, false, nullptr};
+  const SgdOptions sgd{0.01, 0.9, 0.1, 0.1, true, false, nullptr};
   const double error = 2 * 24 * kUnitRoundoff<T>, step = 3;
   std::vector<std::vector<T>> p, g, m, v, largest, q, buffer;
   std::vector<Doubles> adam_expected, sgd_expected;
@@ -275,7 +279,7 @@ void test_optimizers() {
   std::vector<SgdTensor<T>> sgd_tensors;
   std::vector<int64_t> ends;
   for (size_t i = 0; i < p.size(); ++i) {
-    adam_tensors.push_back({p[i].data(), g[i].data(), m[i].data(), v[i].data(), largest[i].data(), step});
+    adam_tensors.push_back({p[i].data(), g[i].data(), m[i].data(), v[i].data(), largest[i].data(), step, nullptr});
     sgd_tensors.push_back({q[i].data(), g[i].data(), buffer[i].data(), false});
     ends.push_back((i ? ends.back() : 0) + sizes[i]);
   }
@@ -350,15 +354,15 @@ int main(int count, char** arguments) {
       continue;
     }
     const int64_t before = tests::report.checks();
-    cpu::trace_start();
+    trace_start();
     for (const bool own : {true, false}) {
       if (own_alone && !own) continue;
       tests::test_all<float>(name, "float32", own);
       tests::test_all<double>(name, "float64", own);
     }
     std::set<std::string> ran;
-    cpu::trace_stop(
-        [](const cpu::TraceRecord& record, void* set) {
+    trace_stop(
+        [](const TraceRecord& record, void* set) {
           static_cast<std::set<std::string>*>(set)->insert(std::string(record.operation) + " " + record.variant);
         },
         &ran);

@@ -9,7 +9,7 @@
 #include "check.h"
 #include "cpu/kernel_table.h"
 #include "cpu/parallel.h"
-#include "cpu/trace.h"
+#include "common/trace.h"
 #include "reference.h"
 
 namespace fastnn::tests {
@@ -23,7 +23,7 @@ int64_t call_kernels(int caller) {
   cpu::set_own_threads(true);
   Report report;
   report.enter("caller " + std::to_string(caller));
-  const LinearShape s{60 + caller, 33, 40, true};
+  const LinearShape s{60 + caller, 33, 40, true, Precision::fp32};
   const auto input = integers<float>(s.batch * s.in_features, 1), weight = integers<float>(s.out_features * 33, 2);
   const auto bias = integers<float>(s.out_features, 3), grad = integers<float>(s.batch * s.out_features, 4);
   const LinearReference expected(s, as_double(input), as_double(weight), as_double(bias), as_double(grad));
@@ -52,9 +52,9 @@ int main() {
   std::thread switching([&] {
     while (!done) {
       for (int isa = 0; isa < cpu::isa_count(); ++isa) cpu::set_isa(cpu::isa_name(isa));
-      cpu::trace_start();
+      trace_start();
       std::this_thread::yield();
-      cpu::trace_stop([](const cpu::TraceRecord&, void*) {}, nullptr);
+      trace_stop([](const TraceRecord&, void*) {}, nullptr);
     }
   });
   std::vector<std::thread> callers;

@@ -21,7 +21,7 @@ from torch.optim.adam import adam as torch_adam
 from torch.optim.sgd import sgd as torch_sgd
 
 from fastnn import _C
-from fastnn.runtime import kernel_dtypes, note_fallback, runs_on_cuda
+from fastnn.runtime import kernel_dtypes_at, note_fallback, runs_on_cuda
 
 __all__ = ["SGD", "Adam", "AdamW", "convert"]
 
@@ -43,7 +43,7 @@ def _is_covered(param: Tensor, grad: Tensor) -> bool:
 
 
 def _has_kernel(param: Tensor) -> bool:
-    return param.dtype in (kernel_dtypes(param.device.type) or ())
+    return param.dtype in (kernel_dtypes_at(param) or ())
 
 
 def _are_plain(params: list[Tensor], grads: list[Tensor]) -> bool:

@@ -12,10 +12,12 @@ import torch
 
 from fastnn import _C
 
+_EMULATED: bool = _C.is_emulator()
+
 
 def _allocate(size: int, device_index: int) -> torch.Tensor:
     """Workspace for a CUDA kernel, from torch's allocator (from the CPU's where the emulator stands for the GPU)."""
-    device = "cpu" if _C.is_emulator() else f"cuda:{device_index}"
+    device = "cpu" if _EMULATED else f"cuda:{device_index}"
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
@@ -27,12 +29,11 @@ if os.environ.get("FASTNN_ISA"):
         raise ImportError(f"FASTNN_ISA: {error}") from None
 
 
-_CPU_DTYPES = frozenset((torch.float32, torch.float64))
-_CUDA_DTYPES = _CPU_DTYPES | {torch.bfloat16, torch.float16}
-_KERNEL_DTYPES = {"cpu": _CPU_DTYPES, "meta": _CPU_DTYPES}
-if _C.is_emulator():
-    _KERNEL_DTYPES["cpu"] = _CUDA_DTYPES
-elif _C.build_facts()["cuda"]:
+_WIDE_DTYPES = frozenset((torch.float32, torch.float64))
+_CUDA_DTYPES = _WIDE_DTYPES | {torch.bfloat16, torch.float16}
+_CPU_DTYPES = _CUDA_DTYPES if _EMULATED else _WIDE_DTYPES
+_KERNEL_DTYPES = {"cpu": _CPU_DTYPES, "meta": _WIDE_DTYPES}
+if not _EMULATED and _C.build_facts()["cuda"]:
     _KERNEL_DTYPES["cuda"] = _KERNEL_DTYPES["meta"] = _CUDA_DTYPES
 
 
@@ -41,9 +42,14 @@ def kernel_dtypes(device_type: str) -> frozenset[torch.dtype] | None:
     return _KERNEL_DTYPES.get(device_type)
 
 
+def kernel_dtypes_at(tensor: torch.Tensor) -> frozenset[torch.dtype] | None:
+    """``kernel_dtypes(tensor.device.type)``, without asking for the type's name, which takes four times as long."""
+    return _CPU_DTYPES if tensor.is_cpu else _KERNEL_DTYPES.get(tensor.device.type)
+
+
 def runs_on_cuda(tensor: torch.Tensor) -> bool:
     """Whether CUDA's kernels serve this tensor: on a GPU, or on the CPU under the emulator."""
-    return tensor.is_cuda or _C.is_emulator()
+    return tensor.is_cuda or _EMULATED
 
 
 def available_isas() -> list[str]:

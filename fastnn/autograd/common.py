@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from fastnn.runtime import kernel_dtypes, note_fallback, runs_on_cuda
+from fastnn.runtime import kernel_dtypes_at, note_fallback, runs_on_cuda
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
@@ -48,10 +48,10 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
             return "cast"
         if not serves or operator not in _LEFT_BY_AUTOCAST:
             return _fall_back(operator, "autocast")
-    dtype, device = first.dtype, first.device
-    dtypes = kernel_dtypes(device.type)
+    dtype, on_cpu = first.dtype, first.is_cpu
+    dtypes = kernel_dtypes_at(first)
     if dtypes is None:
-        return _fall_back(operator, f"device {device}")
+        return _fall_back(operator, f"device {first.device}")
     if dtype not in dtypes:
         return _fall_back(operator, f"dtype {dtype}")
     for tensor in tensors:
@@ -63,11 +63,11 @@ def route(operator: str, first: Tensor, *others: Tensor | None) -> str:
             return _fall_back(operator, f"layout {tensor.layout}")
         if tensor.is_nested:
             return _fall_back(operator, "nested tensor")
-        if tensor.device != device:
-            if "meta" in (tensor.device.type, device.type):
+        if not (on_cpu and tensor.is_cpu) and tensor.device != first.device:
+            if tensor.is_meta or first.is_meta:
                 raise ValueError(f"{operator}: expected tensors on one device, got some on meta, which have no memory")
-            return _fall_back(operator, f"devices {device} and {tensor.device}")
-    if device.type == "meta":
+            return _fall_back(operator, f"devices {first.device} and {tensor.device}")
+    if not on_cpu and first.is_meta:
         plain = False
     if _is_compiling() or not plain:
         return "op"

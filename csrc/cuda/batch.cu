@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
 
 namespace fastnn::cuda {
@@ -83,22 +84,9 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
 // count_correct
 
 constexpr int kCountThreads = 256;
-constexpr int kCountWarps = kCountThreads / kWarpThreads;
 constexpr int64_t kMostCountBlocks = kCountThreads;  // the second stage adds one a thread
 // A row's share of one lane: as many loads are in flight.
 constexpr int64_t kClassesPerLane = 8;
-
-// The sum over the block, in its first thread.
-__device__ __forceinline__ int64_t block_total(int64_t value) {
-  int64_t* totals = shared_memory<int64_t>();  // (kCountWarps)
-  for (int mask = kWarpThreads / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  if (threadIdx.x % kWarpThreads == 0) totals[threadIdx.x / kWarpThreads] = value;
-  sync_block();
-  int64_t total = 0;
-  if (threadIdx.x == 0)
-    for (int warp = 0; warp < kCountWarps; ++warp) total += totals[warp];
-  return total;
-}
 
 // `lanes` threads, a power of two, share a row. A block writes its count to counts[blockIdx.x].
 template <class T>
@@ -125,13 +113,13 @@ __global__ void __launch_bounds__(kCountThreads)
     }
     if (row < s.batch && lane == 0) correct += best == target[row];
   }
-  const int64_t total = block_total(correct);
+  const int64_t total = Team(block_team(kCountThreads)).sum(correct);
   if (threadIdx.x == 0) counts[blockIdx.x] = total;
 }
 
 __global__ void __launch_bounds__(kCountThreads)
     add_counts_kernel(int64_t blocks, const int64_t* counts, int64_t* correct) {
-  const int64_t total = block_total(threadIdx.x < blocks ? counts[threadIdx.x] : 0);
+  const int64_t total = Team(block_team(kCountThreads)).sum(threadIdx.x < blocks ? counts[threadIdx.x] : 0);
   if (threadIdx.x == 0) *correct = total;
 }
 
@@ -169,13 +157,13 @@ void Kernels<T>::count_correct(const CountCorrectShape& s, const CountCorrectBuf
   while (lanes < kWarpThreads && lanes * kClassesPerLane < s.classes) lanes *= 2;
   const int64_t rows = kCountThreads / lanes;
   const int64_t blocks = std::clamp((s.batch + rows - 1) / rows, int64_t{1}, kMostCountBlocks);
-  constexpr size_t kShared = kCountWarps * sizeof(int64_t);
+  const size_t shared_bytes = block_team(kCountThreads).shared_bytes<int64_t>();
   trace<T>(queue_, "count_correct", blocks == 1 ? "one_block" : "blocks");
   int64_t* counts = blocks == 1 ? b.correct : queue_.workspace<int64_t>(blocks);
-  launch("count_correct", queue_, count_correct_kernel<T>, dim3(static_cast<unsigned>(blocks)), kCountThreads, kShared,
-         s, lanes, b.logits, b.target, counts);
+  launch("count_correct", queue_, count_correct_kernel<T>, dim3(static_cast<unsigned>(blocks)), kCountThreads,
+         shared_bytes, s, lanes, b.logits, b.target, counts);
   if (blocks > 1)
-    launch("count_correct", queue_, add_counts_kernel, dim3(1), kCountThreads, kShared, blocks, counts, b.correct);
+    launch("count_correct", queue_, add_counts_kernel, dim3(1), kCountThreads, shared_bytes, blocks, counts, b.correct);
 }
 
 FASTNN_INSTANTIATE(void, transpose, TransposeShape, TransposeBuffers)

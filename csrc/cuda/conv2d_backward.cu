@@ -63,7 +63,7 @@ __global__ void grad_bias_kernel(int64_t outputs, int64_t outputs_per_block, int
       const bool cut = winner ? winner[at] == kNoWinner : output && widen(output[at]) <= 0;
       if (!cut) sum += widen(grad_output[at]);
     }
-  sum = add_rows(shared_memory<Compute<T>>(), sum);
+  sum = Team(column_teams()).sum(sum);
   if (threadIdx.x >= 32 || channel >= channels) return;
   if (partials)
     partials[int64_t{blockIdx.y} * channels + channel] = sum;
@@ -79,8 +79,8 @@ void run_grad_bias(const char* operation, const Queue& queue, const Conv2dShape&
   const int64_t parts = sum_parts(queue, outputs, column_blocks);
   Compute<T>* partials = parts > 1 ? queue.workspace<Compute<T>>(parts * s.out_channels) : nullptr;
   launch(operation, queue, grad_bias_kernel<T>, dim3(column_blocks, parts), kSumThreads,
-         kSumThreads * sizeof(Compute<T>), outputs, (outputs + parts - 1) / parts, s.out_channels, b.grad_output,
-         s.relu && !s.pool ? b.output : nullptr, s.pool ? b.winner : nullptr, partials, b.grad_bias);
+         column_teams().shared_bytes<Compute<T>>(), outputs, (outputs + parts - 1) / parts, s.out_channels,
+         b.grad_output, s.relu && !s.pool ? b.output : nullptr, s.pool ? b.winner : nullptr, partials, b.grad_bias);
   if (parts > 1)
     launch(operation, queue, add_partials_kernel<T>, blocks_for(s.out_channels, 256), 256, 0, parts, s.out_channels,
            partials, b.grad_bias);

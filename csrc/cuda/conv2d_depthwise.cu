@@ -57,7 +57,7 @@ __global__ void depthwise_grad_weight_kernel(const GRID_CONSTANT GradientSource<
       if (const T* x = input.at(p, {tap / s.kernel_width, tap % s.kernel_width, 0}, channel))
         sum += widen(*x) * widen(gradient.value(p, 0, channel));
     }
-  sum = add_rows(shared_memory<Compute<T>>(), sum);
+  sum = Team(column_teams()).sum(sum);
   if (threadIdx.x < 32 && channel < s.out_channels)
     partials[(int64_t{blockIdx.y} * s.out_channels + channel) * s.taps + tap] = sum;
 }
@@ -89,7 +89,7 @@ void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2
     const int64_t parts = sum_parts(queue, pixels, column_blocks * geometry.taps);
     Compute<T>* partials = queue.workspace<Compute<T>>(parts * s.out_channels * geometry.taps);
     launch(names.grad_weight, queue, depthwise_grad_weight_kernel<T>, dim3(column_blocks, parts, geometry.taps),
-           kSumThreads, kSumThreads * sizeof(Compute<T>), gradient, InputSource<T>(b.input, geometry),
+           kSumThreads, column_teams().shared_bytes<Compute<T>>(), gradient, InputSource<T>(b.input, geometry),
            (pixels + parts - 1) / parts, partials);
     const int64_t count = s.out_channels * geometry.taps;
     launch(names.grad_weight, queue, add_partials_kernel<T>, blocks_for(count, 256), 256, 0, parts, count, partials,

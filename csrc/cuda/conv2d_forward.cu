@@ -31,20 +31,15 @@ struct ForwardProblem {
   }
 
   __device__ __forceinline__ void store(int group, int64_t m0, int64_t n0, Accumulators<Compute<T>>& c) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const Geometry& s = a.s;
+    if (!s.pool) return store_each(*this, group, m0, n0, c);
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int64_t window = m0 / 32 * 8 + g;
+    if (window >= s.windows()) return;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int64_t n = n0 + 8 * (j / 2) + 2 * t + j % 2;
-      if (n >= size.n) continue;
-      if (s.pool) {
-        if (window < s.windows()) store_pooled(window, group * s.group_out + static_cast<int>(n), c, j);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (m0 + g + 8 * i < size.m) store_one(group, m0 + g + 8 * i, n, c.value(i, j));
-      }
+      if (n < size.n) store_pooled(window, group * s.group_out + static_cast<int>(n), c, j);
     }
   }
 

@@ -137,8 +137,6 @@ __device__ __forceinline__ void store_each_value(T* to, const Value& value) {
   for (int e = 0; e < kChunk<T>; ++e) to[e] = value(e);
 }
 
-inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // Weight as (out_channels, taps, group_in).
 template <class T>
 struct WeightSource {
@@ -147,7 +145,7 @@ struct WeightSource {
   bool chunks;  // may be read 16 bytes at a time
 
   WeightSource(const T* weight, const Geometry& s)
-      : weight(weight), s(s), chunks(s.group_in % kChunk<T> == 0 && is_aligned(weight)) {}
+      : weight(weight), s(s), chunks(s.group_in % kChunk<T> == 0 && aligned_to(16, weight)) {}
   __device__ __forceinline__ int depth() const { return s.taps * s.group_in; }
 };
 
@@ -213,7 +211,7 @@ struct InputSource {
   InputSource(const T* input, const Geometry& s)
       : input(input),
         s(s),
-        chunks(s.group_in % kChunk<T> == 0 && s.in_channels % kChunk<T> == 0 && is_aligned(input)) {}
+        chunks(s.group_in % kChunk<T> == 0 && s.in_channels % kChunk<T> == 0 && aligned_to(16, input)) {}
 
   // The value that output pixel `p` multiplies with `tap`, or null outside the image.
   __device__ __forceinline__ const T* at(const Pixel& p, const Tap& tap, int group) const {
@@ -273,8 +271,8 @@ struct GradientSource {
         output(relu && !s.pool ? b.output : nullptr),
         winner(s.pool ? b.winner : nullptr),
         s(s),
-        chunks(s.group_out % kChunk<T> == 0 && s.out_channels % kChunk<T> == 0 && is_aligned(b.grad_output) &&
-               (!output || is_aligned(output))) {}
+        chunks(s.group_out % kChunk<T> == 0 && s.out_channels % kChunk<T> == 0 &&
+               aligned_to(16, b.grad_output, output)) {}
 
   // Of one channel of the group at output pixel `p`.
   __device__ __forceinline__ T value(Pixel p, int channel, int group) const {
@@ -298,15 +296,15 @@ struct GradientSource {
       copy_async16(to, grad_output + at, valid);
       return;
     }
-    alignas(16) T grads[kChunk<T>] = {}, outputs[kChunk<T>] = {};
+    Pack<T, kChunk<T>> grads{}, outputs{};
     if (valid) {
-      *reinterpret_cast<Chunk*>(grads) = *reinterpret_cast<const Chunk*>(grad_output + at);
-      if (output) *reinterpret_cast<Chunk*>(outputs) = *reinterpret_cast<const Chunk*>(output + at);
+      grads = load_pack<T, kChunk<T>>(grad_output + at);
+      if (output) outputs = load_pack<T, kChunk<T>>(output + at);
     }
 #pragma unroll
     for (int e = 0; e < kChunk<T>; ++e)
-      if (valid && (winner ? winner[at + e] != place : widen(outputs[e]) <= 0)) grads[e] = narrow<T>(0);
-    *reinterpret_cast<Chunk*>(to) = *reinterpret_cast<const Chunk*>(grads);
+      if (valid && (winner ? winner[at + e] != place : widen(outputs.values[e]) <= 0)) grads.values[e] = narrow<T>(0);
+    store_pack(to, grads);
   }
 
  private:

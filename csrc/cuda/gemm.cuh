@@ -18,6 +18,8 @@
 #pragma once
 
 #include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/vector.cuh"
 
 namespace fastnn::cuda {
 
@@ -32,7 +34,7 @@ constexpr int kGemmSharedBytes = kStages * 2 * kOperandBytes;
 template <class T>
 constexpr int kDepth = kStageBytes / sizeof(T);  // of K a stage
 template <class T>
-constexpr int kChunk = 16 / sizeof(T);  // values a chunk
+constexpr int kChunk = kPackOf16Bytes<T>;  // values a chunk
 
 // How a stage of an operand lies in shared memory. Rows are padded so that a warp's reads fall into different banks.
 enum class Layout {
@@ -278,19 +280,11 @@ __global__ void __launch_bounds__(kGemmThreads, 3) gemm_kernel(const GRID_CONSTA
   }
 }
 
-// Threads of 32 columns by kSumRows rows: the sum of a column's threads in the order of rows, in row 0.
+// Threads of 32 columns by kSumRows rows, for sums over rows: a column's threads are a team.
 constexpr int kSumRows = 8;
 constexpr int kSumThreads = 32 * kSumRows;
 
-template <class C>
-__device__ __forceinline__ C add_rows(C* shared, C sum) {  // shared: (kSumRows, 32)
-  const int lane = threadIdx.x % 32, row = threadIdx.x / 32;
-  shared[row * 32 + lane] = sum;
-  sync_block();
-  if (row == 0)
-    for (int r = 1; r < kSumRows; ++r) sum += shared[r * 32 + lane];
-  return sum;
-}
+__host__ __device__ __forceinline__ TeamShape column_teams() { return {1, kSumRows, 32}; }
 
 // sums[column] = sum of partials[row][column] in the order of rows.
 template <class T>
@@ -337,7 +331,6 @@ inline void choose_splits(GemmSize& size, int stage_depth, int multiprocessors, 
   const int64_t split_stages = (stages + splits - 1) / splits;
   size.split_depth = split_stages * stage_depth;
   size.splits = static_cast<int>(split_stages > 0 ? (stages + split_stages - 1) / split_stages : 1);
-  if (size.splits < 1) size.splits = 1;
 }
 
 template <class T, class Products, class Problem>

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kPoolThreads)
     int64_t offset = pixel_offset(s, item.image, start_row, start_column) + item.channel;
     int row = start_row, column = start_column, j = 0;
     for (int tap = 0; tap < taps; tap += kTapsAtOnce) {
-      Pack<T, kPack> values[kTapsAtOnce];
+      Pack<T, kPack> values[kTapsAtOnce] = {};  // GCC cannot see that what is read was loaded
       bool inside[kTapsAtOnce];
 #pragma unroll
       for (int u = 0; u < kTapsAtOnce; ++u) {

@@ -20,11 +20,6 @@ void check_length(const char* name, const Tensors& tensors, const Tensors& param
                std::to_string(tensors.size()));
 }
 
-bool on_device_of(const Tensor& tensor, const Tensor& other) {
-  return tensor.is_cpu() == other.is_cpu() && tensor.is_cuda() == other.is_cuda() &&
-         tensor.device_index() == other.device_index();
-}
-
 bool has_layout_of(const Tensor& tensor, const Tensor& param) {
   if (tensor.dim() != param.dim()) return false;
   for (int64_t d = 0; d < tensor.dim(); ++d)
@@ -40,7 +35,7 @@ void check_params(const Tensors& params) {
   ranges.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor& param = params[i];
-    if (param.dtype() != params[0].dtype() || param.dtype() == DType::other || !on_device_of(param, params[0])) {
+    if (param.dtype() != params[0].dtype() || param.dtype() == DType::other || !param.is_on_device_of(params[0])) {
       const std::string name = entry_name("params", i);
       check_device(name.c_str(), param);
       check_same_kind(name.c_str(), param, "params[0]", params[0]);
@@ -61,7 +56,7 @@ void check_params(const Tensors& params) {
 void check_like_params(const char* name, const Tensors& tensors, const Tensors& params) {
   check_length(name, tensors, params);
   for (size_t i = 0; i < params.size(); ++i) {
-    if (tensors[i].dtype() == params[i].dtype() && on_device_of(tensors[i], params[i]) &&
+    if (tensors[i].dtype() == params[i].dtype() && tensors[i].is_on_device_of(params[i]) &&
         has_layout_of(tensors[i], params[i]))
       continue;
     const std::string entry = entry_name(name, i), param = entry_name("params", i);
@@ -85,7 +80,7 @@ void check_steps(const Tensors& steps, const Tensors& params) {
   for (size_t i = 0; i < steps.size(); ++i) {
     const bool on_cuda = params[i].runs_on_cuda();
     const bool is_floating = steps[i].dtype() == DType::float32 || (steps[i].dtype() == DType::float64 && !on_cuda);
-    if (is_floating && on_device_of(steps[i], params[i]) && steps[i].numel() == 1) continue;
+    if (is_floating && steps[i].is_on_device_of(params[i]) && steps[i].numel() == 1) continue;
     const std::string name = entry_name("steps", i), param = entry_name("params", i);
     check_same_device(name.c_str(), steps[i], param.c_str(), params[i]);
     if (!is_floating) fail_type(name.c_str(), on_cuda ? "float32" : "float32 or float64", steps[i].dtype_string());

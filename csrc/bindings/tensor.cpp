@@ -215,9 +215,7 @@ void check_same_kind(const char* name, const Tensor& tensor, const char* other_n
 }
 
 void check_same_device(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other) {
-  if (tensor.is_cpu() == other.is_cpu() && tensor.is_cuda() == other.is_cuda() &&
-      tensor.device_index() == other.device_index())
-    return;
+  if (tensor.is_on_device_of(other)) return;
   fail_value(name, "a tensor on " + other.device_string() + " as " + other_name, "one on " + tensor.device_string());
 }
 

@@ -37,6 +37,9 @@ class Tensor {
   bool runs_on_cuda() const { return is_cuda(); }  // on CUDA's kernels; the emulator runs them on the CPU's tensors
 #endif
   int device_index() const { return view_.device.device_id; }
+  bool is_on_device_of(const Tensor& other) const {
+    return view_.device.device_type == other.view_.device.device_type && device_index() == other.device_index();
+  }
   int64_t item_size() const { return view_.dtype.bits / 8; }
   DType dtype() const;
   bool is_contiguous() const;     // row-major; dimensions of size 1 do not count

@@ -1,4 +1,4 @@
-"""How many examples hypothesis draws: a few in the ordinary suite, FASTNN_FUZZ times as many under `make fuzz`."""
+"""What hypothesis draws, and how many examples: few in the ordinary suite, FASTNN_FUZZ times as many in `make fuzz`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from cases import PoolCase
+from hypothesis import HealthCheck, assume, settings
+from hypothesis import strategies as st
 
 import fastnn
 
@@ -35,3 +37,20 @@ def running_on(isa: str) -> Iterator[None]:
         yield
     finally:
         fastnn.set_isa(before)
+
+
+@st.composite
+def pool_cases(draw: st.DrawFn) -> PoolCase:
+    """A max-pooling that torch can check."""
+    pairs = st.tuples
+    shape = draw(pairs(st.integers(0, 3), st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)))
+    kernel = draw(pairs(st.integers(1, 4), st.integers(1, 4)))
+    stride = draw(st.none() | pairs(st.integers(1, 5), st.integers(1, 5)))
+    dilation = draw(pairs(st.integers(1, 3), st.integers(1, 3)))
+    padding = tuple(k // 2 if draw(st.booleans()) else 0 for k in kernel)
+    axes = list(zip(shape[2:], padding, dilation, kernel, strict=True))
+    assume(all(n + 2 * p >= d * (k - 1) + 1 for n, p, d, k in axes))
+    # Dilation can put every tap of a window into the padding; torch's backward then writes outside its buffer.
+    assume(all(p == 0 or any(0 <= d * i - p < n for i in range(k)) for n, p, d, k in axes))
+    kwargs = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    return PoolCase("fuzz", shape, {**kwargs, "ceil_mode": draw(st.booleans())})

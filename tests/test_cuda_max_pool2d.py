@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from cases import FILLS, POOL_CASES, PoolCase, by_id, find, generator, lay_out, pair
 from emulated import each_dtype, each_schedule, emulator, ran_on_the_emulator, scheduled
-from hypothesis import assume, given, settings
+from fuzzing import fuzz, pool_cases
+from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import assert_close_bound, assert_identical, rounded_bound, rounding_bound
 
@@ -186,38 +187,7 @@ def test_window_that_sees_padding_alone(dtype: torch.dtype) -> None:
     assert forward(case, x, x, torch.int64)[1].item() == -1
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    shape=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)),
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stride=st.none() | st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    half=st.tuples(st.booleans(), st.booleans()),
-    ceil_mode=st.booleans(),
-    layout=st.sampled_from(LAYOUTS),
-    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
-)
-def test_any_geometry(
-    shape: tuple[int, ...],
-    kernel: tuple[int, int],
-    stride: tuple[int, int] | None,
-    dilation: tuple[int, int],
-    half: tuple[bool, bool],
-    ceil_mode: bool,
-    layout: str,
-    dtype: torch.dtype,
-) -> None:
-    padding = tuple(k // 2 if wanted else 0 for k, wanted in zip(kernel, half, strict=True))
-    fits = zip(shape[2:], padding, dilation, kernel, strict=True)
-    assume(all(n + 2 * p >= d * (k - 1) + 1 for n, p, d, k in fits))
-    # torch's backward writes outside its buffer where dilation puts every tap of a window into the padding.
-    lone = zip(shape[2:], padding, dilation, kernel, strict=True)
-    assume(all(p == 0 or any(0 <= d * i - p < n for i in range(k)) for n, p, d, k in lone))
-    kwargs = {
-        "kernel_size": kernel,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "ceil_mode": ceil_mode,
-    }
-    check(PoolCase("fuzz", shape, kwargs), "integers", dtype, layout)
+@fuzz(60)
+@given(case=pool_cases(), layout=st.sampled_from(LAYOUTS), dtype=st.sampled_from((torch.float32, torch.bfloat16)))
+def test_any_geometry(case: PoolCase, layout: str, dtype: torch.dtype) -> None:
+    check(case, "integers", dtype, layout)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from cases import DTYPES, FILLS, LAYOUTS, POOL_CASES, PoolCase, by_id, find, generator
 from dispatch_log import fell_back
-from fuzzing import fuzz, running_on
-from hypothesis import assume, given
+from fuzzing import fuzz, pool_cases, running_on
+from hypothesis import given
 from hypothesis import strategies as st
 from operator_checks import check_max_pool2d
 from tolerance import assert_identical
@@ -88,40 +88,11 @@ def test_window_that_sees_padding_alone(isa: str, dtype: torch.dtype) -> None:
 
 @fuzz(80)
 @given(
-    shape=st.tuples(st.integers(0, 3), st.integers(1, 20), st.integers(1, 14), st.integers(1, 14)),
-    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    stride=st.none() | st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    half=st.tuples(st.booleans(), st.booleans()),
-    ceil_mode=st.booleans(),
+    case=pool_cases(),
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(DTYPES),
     isa=st.sampled_from(fastnn.available_isas()),
 )
-def test_any_geometry(
-    shape: tuple[int, ...],
-    kernel: tuple[int, int],
-    stride: tuple[int, int] | None,
-    dilation: tuple[int, int],
-    half: tuple[bool, bool],
-    ceil_mode: bool,
-    layout: str,
-    dtype: torch.dtype,
-    isa: str,
-) -> None:
-    padding = tuple(k // 2 if wanted else 0 for k, wanted in zip(kernel, half, strict=True))
-    fits = zip(shape[2:], padding, dilation, kernel, strict=True)
-    assume(all(n + 2 * p >= d * (k - 1) + 1 for n, p, d, k in fits))
-    # Dilation can put every tap of a window into the padding; torch's backward then writes outside its
-    # buffer.
-    lone = zip(shape[2:], padding, dilation, kernel, strict=True)
-    assume(all(p == 0 or any(0 <= d * i - p < n for i in range(k)) for n, p, d, k in lone))
-    kwargs = {
-        "kernel_size": kernel,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "ceil_mode": ceil_mode,
-    }
+def test_any_geometry(case: PoolCase, layout: str, dtype: torch.dtype, isa: str) -> None:
     with running_on(isa):
-        check_max_pool2d(PoolCase("fuzz", shape, kwargs), "integers", dtype, layout)
+        check_max_pool2d(case, "integers", dtype, layout)

@@ -132,8 +132,8 @@ def choose_device(name: str, rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device: expected auto, cpu, cuda or cuda:<number>, got {name!r}")
     if device.type == "cpu":
         return device

@@ -28,6 +28,7 @@ from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.cross_entropy import REDUCTIONS, statistics_size
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
 from fastnn.runtime import kernel_dtypes, runs_on_cuda
+from fastnn.tracing import has_hooks
 
 __all__ = ["CompiledForward", "CompiledStep", "NotCompilable"]
 
@@ -268,15 +269,7 @@ def _stages_of(layer: torch.nn.Module) -> list[Stage]:
 
 
 def _has_hooks(module: torch.nn.Module) -> bool:
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-            torch.nn.modules.module._has_any_global_hook(),
-        )
-    )
+    return has_hooks(module) or torch.nn.modules.module._has_any_global_hook()
 
 
 def _runs_in_order(model: torch.nn.Module) -> bool:

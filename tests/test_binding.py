@@ -403,7 +403,7 @@ PYTHON_LAYERS = {
     "functional": {"arguments", "autograd", "reference", "runtime"},
     "nn": {"arguments", "functional", "autograd", "reference", "runtime"},
     "optim": {"_C", "runtime"},
-    "compiled": {"_C", "arguments", "autograd", "nn", "optim", "runtime"},
+    "compiled": {"_C", "arguments", "autograd", "nn", "optim", "runtime", "tracing"},
     "fusion": {"arguments"},
     "tracing": set(),
     "layer_fusion": {"fusion", "nn", "tracing"},

@@ -25,31 +25,35 @@ struct GradInputProblem {
   }
 };
 
-// C (output channels of a group x taps).
+// C (output channels of a group x taps), and where the bias has a gradient one column more: its input is 1 everywhere.
 template <class T>
 struct GradWeightProblem {
   using ReaderA = SummedPixels<T, GradientSource>;
-  using ReaderB = SummedPixels<T, InputSource>;
+  using ReaderB = SummedPixels<T, InputAndOne>;
   GradientSource<T> a;
-  InputSource<T> b;
+  InputAndOne<T> b;
   GemmSize size;
   Compute<T>* partials;
-  T* grad_weight;
+  T *grad_weight, *grad_bias;
   bool channels_last;
 
   __device__ __forceinline__ void store_one(int group, int64_t m, int64_t n, Compute<T> z) const {
     const Geometry& s = a.s;
-    const int64_t row = (group * s.group_out + m) * s.taps * s.group_in;
+    const int64_t channel = group * s.group_out + m, depth = int64_t{s.taps} * s.group_in;
+    if (n == depth) {
+      grad_bias[channel] = narrow<T>(z);
+      return;
+    }
     const Quotient tap = divide(static_cast<uint32_t>(n), s.group_in);
-    grad_weight[row + (channels_last ? n : int64_t{tap.remainder} * s.taps + tap.quotient)] = narrow<T>(z);
+    grad_weight[channel * depth + (channels_last ? n : int64_t{tap.remainder} * s.taps + tap.quotient)] = narrow<T>(z);
   }
   __device__ __forceinline__ void store(int group, int64_t m0, int64_t n0, Accumulators<Compute<T>>& c) const {
     store_each(*this, group, m0, n0, c);
   }
 };
 
-// grad_bias: sums over the stored outputs, 32 channels a block. Blocks of y take equal parts of the outputs, whose sums
-// are added in order by a second launch.
+// grad_bias without a product that it could be a column of: sums over the stored outputs, 32 channels a block. Blocks
+// of y take equal parts of the outputs, whose sums are added in order by a second launch.
 template <class T>
 __global__ void grad_bias_kernel(int64_t outputs, int64_t outputs_per_block, int channels, const T* grad_output,
                                  const T* output, const uint8_t* winner, Compute<T>* partials, T* grad_bias) {
@@ -93,7 +97,8 @@ void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv
                          const Conv2dBackward<T>& b) {
   check_sizes(names.grad_input, s);
   const Geometry geometry(s);
-  if (b.grad_bias && s.out_channels > 0) run_grad_bias(names.grad_weight, queue, s, b);
+  const bool product = b.grad_weight && geometry.group_out > 0 && geometry.group_in > 0 && !is_depthwise(s);
+  if (b.grad_bias && !product && s.out_channels > 0) run_grad_bias(names.grad_weight, queue, s, b);
   if (is_depthwise(s)) return depthwise_backward(names, queue, s, b);
   const GradientSource<T> gradient(b, geometry, s.relu);
   if (b.grad_input && geometry.in_pixels() > 0 && geometry.group_in > 0) {
@@ -106,14 +111,15 @@ void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv
                                       b.grad_input};
     run_gemm<T>(names.grad_input, queue, problem, s.precision, true);
   }
-  if (b.grad_weight && geometry.group_out > 0 && geometry.group_in > 0) {
+  if (product) {
     const GradWeightProblem<T> problem{
         gradient,
-        InputSource<T>(b.input, geometry),
-        {geometry.group_out, int64_t{geometry.taps} * geometry.group_in,
+        InputAndOne<T>(b.input, geometry),
+        {geometry.group_out, int64_t{geometry.taps} * geometry.group_in + (b.grad_bias ? 1 : 0),
          s.pool ? 4 * geometry.windows() : geometry.out_pixels(), static_cast<int>(s.groups), 1, 0},
         nullptr,
         b.grad_weight,
+        b.grad_bias,
         s.weight_channels_last};
     run_gemm<T>(names.grad_weight, queue, problem, s.precision, true);
   }

@@ -3,7 +3,7 @@
 //
 //   forward      C (pixels x out)     = A: input at the pixel's taps      B: weight (out x taps)
 //   grad_input   C (pixels x in)      = A: gradient of the taps' outputs  B: weight (taps x in)
-//   grad_weight  C (out x taps)       = A: gradient (out x pixels)        B: input at the pixel's taps
+//   grad_weight  C (out x taps + 1)   = A: gradient (out x pixels)        B: input at the pixel's taps, and 1
 //
 // where a tap is (ky, kx, channel), the channel innermost. Where a row of channels is not a multiple of 16 bytes, or
 // memory not aligned to it, chunks are gathered value by value.
@@ -236,6 +236,22 @@ struct InputSource {
   }
 };
 
+// After the last tap comes a 1, then zeros.
+template <class T>
+struct InputAndOne : InputSource<T> {
+  using InputSource<T>::InputSource;
+
+  __device__ __forceinline__ void load(T* to, const Pixel& p, int k, int group) const {
+    const Geometry& s = this->s;
+    const int depth = s.taps * s.group_in;
+    if (k + kChunk<T> <= depth) return InputSource<T>::load(to, p, k, group);
+    store_each_value(to, [&](int e) {
+      const T* from = k + e < depth ? this->at(p, tap_of(s, k + e, s.group_in), group) : nullptr;
+      return from ? *from : narrow<T>(k + e == depth ? 1 : 0);
+    });
+  }
+};
+
 // Row: an output pixel (with pooling, as pooled_row() orders them); k: a tap.
 template <class T>
 class InputRows {
@@ -363,7 +379,7 @@ class GradientRows {
   Pixel pixel_;
 };
 
-// Column: a tap of InputSource, or an output channel of GradientSource; k: an output pixel.
+// Column: a tap of InputAndOne, or an output channel of GradientSource; k: an output pixel.
 template <class T, template <class> class Source>
 class SummedPixels {
  public:

@@ -64,28 +64,26 @@ def adam_step(
     exp_avg_sqs: list[Tensor],
     max_exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
     eps: float,
     weight_decay: float,
     decoupled: bool,
     amsgrad: bool,
     maximize: bool,
-    lr_tensor: Tensor | None = None,
 ) -> None: ...
 def sgd_step(
     params: list[Tensor],
     grads: list[Tensor],
     momentum_buffers: list[Tensor],
     first: list[bool],
-    lr: float,
-    momentum: float,
+    lr: float | Tensor,
+    momentum: float | Tensor,
     dampening: float,
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
-    lr_tensor: Tensor | None = None,
 ) -> None: ...
 def transpose(output: Tensor, input: Tensor) -> None: ...
 def gather_images(output: Tensor, input: Tensor, index: Tensor, divisor: float) -> None: ...

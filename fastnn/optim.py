@@ -77,12 +77,11 @@ def _reason_for_torch(group: dict[str, Any], param: Tensor) -> str:
     return "capturable=True" if group.get("capturable") and not runs_on_cuda(param) else ""
 
 
-def _lr_on_device(group: dict[str, Any], param: Tensor) -> Tensor | None:
-    """The learning rate as a tensor that CUDA's kernels read when they run, if it is one: a graph may replay them."""
-    lr = group["lr"]
-    if not isinstance(lr, Tensor) or not runs_on_cuda(param):
-        return None
-    return lr.to(param.device, torch.float64)
+def _number(value: float | Tensor, param: Tensor) -> float | Tensor:
+    """An option as the kernels take it: on CUDA a tensor, which they read when they run, stays one for graphs."""
+    if isinstance(value, Tensor) and runs_on_cuda(param):
+        return value.to(param.device, torch.float64)
+    return float(value)
 
 
 def _steps(params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
@@ -235,8 +234,7 @@ class Adam(_KernelUpdate, torch.optim.Adam):
         lists: dict[str, list[Tensor]] = {"grad": grads}
         lists.update({key: [state[key] for state in states] for key in keys})
         steps = _steps(params, states)
-        beta1, beta2 = group["betas"]
-        lr_tensor = _lr_on_device(group, params[0])
+        options = [_number(value, params[0]) for value in (group["lr"], *group["betas"])]
 
         def kernel(params: list[Tensor], grads: list[Tensor], *moments: list[Tensor]) -> None:
             exp_avgs, exp_avg_sqs, *rest = moments
@@ -247,15 +245,12 @@ class Adam(_KernelUpdate, torch.optim.Adam):
                 exp_avg_sqs,
                 rest[0] if rest else [],
                 steps,
-                0.0 if lr_tensor is not None else float(group["lr"]),
-                float(beta1),
-                float(beta2),
+                *options,
                 float(group["eps"]),
                 float(group["weight_decay"]),
                 group["decoupled_weight_decay"],
                 group["amsgrad"],
                 group["maximize"],
-                lr_tensor,
             )
 
         self._call(kernel, params, lists)
@@ -320,8 +315,9 @@ class SGD(_KernelUpdate, torch.optim.SGD):
         momentum = group["momentum"]
         lists: dict[str, list[Tensor]] = {"grad": grads}
         first: list[bool] = []
-        lr_tensor = _lr_on_device(group, params[0])
-        if momentum != 0:
+        has_momentum = isinstance(momentum, Tensor) or momentum != 0
+        options = [_number(value, params[0]) for value in (group["lr"], momentum)]
+        if has_momentum:
             held = [self.state[param].get("momentum_buffer") for param in params]
             first = [buffer is None for buffer in held]
             lists["momentum_buffer"] = [
@@ -335,13 +331,11 @@ class SGD(_KernelUpdate, torch.optim.SGD):
                 grads,
                 buffers or [],
                 first,
-                0.0 if lr_tensor is not None else float(group["lr"]),
-                float(momentum),
+                *options,
                 float(group["dampening"]),
                 float(group["weight_decay"]),
                 group["nesterov"],
                 group["maximize"],
-                lr_tensor,
             )
 
         self._call(kernel, params, lists)

@@ -63,10 +63,9 @@ class State:
         options = {"weight_decay": 0.0, "decoupled": False, "amsgrad": False, "maximize": False} | options
         grads = self.draw(self.params[0].dtype)
         moments = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs if options["amsgrad"] else [])
-        number, tensor = (0.5, lr) if isinstance(lr, torch.Tensor) else (lr, None)
         arguments = (options[key] for key in ("weight_decay", "decoupled", "amsgrad", "maximize"))
         with ran_on_the_emulator("adam_step", "adamw" if options["decoupled"] else "adam"):
-            emulator.adam_step(self.params, grads, *moments, self.steps, number, *BETAS, EPS, *arguments, tensor)
+            emulator.adam_step(self.params, grads, *moments, self.steps, *as_lr((lr, *BETAS)), EPS, *arguments)
         self.updates += 1
         return grads
 
@@ -76,12 +75,17 @@ class State:
         grads = self.draw(self.params[0].dtype)
         has_momentum = options["momentum"] != 0
         first = [self.updates == 0] * len(grads) if has_momentum else []
-        number, tensor = (0.5, lr) if isinstance(lr, torch.Tensor) else (lr, None)
+        momentum, *rest = options.values()
         with ran_on_the_emulator("sgd_step", "momentum" if has_momentum else "plain"):
             buffers = self.buffers if has_momentum else []
-            emulator.sgd_step(self.params, grads, buffers, first, number, *options.values(), tensor)
+            emulator.sgd_step(self.params, grads, buffers, first, *as_lr((lr, momentum)), *rest)
         self.updates += 1
         return grads
+
+
+def as_lr(options: tuple[Any, ...]) -> list[Any]:
+    """What schedules change, as tensors if the learning rate is one."""
+    return [torch.tensor(float(x), dtype=torch.float64) if isinstance(options[0], torch.Tensor) else x for x in options]
 
 
 def copies(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -209,7 +213,7 @@ def test_empty_tensors_alone_count_their_steps() -> None:
 
 
 @each_dtype
-def test_learning_rate_on_the_device(dtype: torch.dtype) -> None:
+def test_scheduled_options_on_the_device(dtype: torch.dtype) -> None:
     lr = torch.tensor(0.02, dtype=torch.float64)
     adamw = {"decoupled": True, "weight_decay": 0.1, "amsgrad": False, "maximize": False}
     check_adam(State(dtype), adamw, lr)

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "bindings/module.h"
@@ -88,14 +89,17 @@ void check_steps(const Tensors& steps, const Tensors& params) {
   }
 }
 
-// A learning rate that a tensor holds, for CUDA's kernels to read when they run.
-const double* device_lr(const std::optional<Tensor>& lr, const Tensors& params) {
-  if (!lr) return nullptr;
-  if (!params[0].runs_on_cuda()) fail_value("lr_tensor", "None for parameters on cpu", "a tensor");
-  check_dtype("lr_tensor", *lr, DType::float64);
-  check_same_device("lr_tensor", *lr, "params[0]", params[0]);
-  if (lr->numel() != 1) fail_value("lr_tensor", "one number", lr->shape_string());
-  return lr->data<double>();
+// A number, or a tensor that holds it, for CUDA's kernels to read when they run.
+using Number = std::variant<double, Tensor>;
+
+Scalar scalar_of(const char* name, const Number& number, const Tensors& params) {
+  if (const double* value = std::get_if<double>(&number)) return {*value, nullptr};
+  const Tensor& tensor = std::get<Tensor>(number);
+  if (!params[0].runs_on_cuda()) fail_value(name, "a number for parameters on cpu", "a tensor");
+  check_dtype(name, tensor, DType::float64);
+  check_same_device(name, tensor, "params[0]", params[0]);
+  if (tensor.numel() != 1) fail_value(name, "one number", tensor.shape_string());
+  return {0, tensor.data<double>()};
 }
 
 // Steps `params` by update(kernels, tensors): on the CPU at once, on CUDA recorded where a program records.
@@ -108,9 +112,8 @@ void run_update(const Tensors& params, const std::vector<Entry<T>>& tensors, con
 }
 
 void adam_step(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
-               const Tensors& max_exp_avg_sqs, const Tensors& steps, double lr, double beta1, double beta2, double eps,
-               double weight_decay, bool decoupled, bool amsgrad, bool maximize,
-               const std::optional<Tensor>& lr_tensor) {
+               const Tensors& max_exp_avg_sqs, const Tensors& steps, const Number& lr, const Number& beta1,
+               const Number& beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize) {
   if (params.empty()) return;
   check_params(params);
   check_like_params("grads", grads, params);
@@ -119,8 +122,14 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& exp_a
   if (amsgrad) check_like_params("max_exp_avg_sqs", max_exp_avg_sqs, params);
   check_steps(steps, params);
   adopt_torch_threads();
-  const AdamOptions options{
-      lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize, device_lr(lr_tensor, params)};
+  const AdamOptions options{scalar_of("lr", lr, params),
+                            scalar_of("beta1", beta1, params),
+                            scalar_of("beta2", beta2, params),
+                            eps,
+                            weight_decay,
+                            decoupled,
+                            amsgrad,
+                            maximize};
   dispatch("params[0]", params[0], [&](auto zero) {
     using T = decltype(zero);
     std::vector<AdamTensor<T>> tensors;
@@ -141,25 +150,31 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& exp_a
 
 // `first[i]`: momentum_buffers[i] holds nothing yet.
 void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
-              const std::vector<bool>& first, double lr, double momentum, double dampening, double weight_decay,
-              bool nesterov, bool maximize, const std::optional<Tensor>& lr_tensor) {
+              const std::vector<bool>& first, const Number& lr, const Number& momentum, double dampening,
+              double weight_decay, bool nesterov, bool maximize) {
   if (params.empty()) return;
   check_params(params);
   check_like_params("grads", grads, params);
-  if (momentum != 0) {
+  const SgdOptions options{scalar_of("lr", lr, params),
+                           scalar_of("momentum", momentum, params),
+                           dampening,
+                           weight_decay,
+                           nesterov,
+                           maximize};
+  const bool has_momentum = options.has_momentum();
+  if (has_momentum) {
     check_like_params("momentum_buffers", momentum_buffers, params);
     if (first.size() != params.size())
       fail_value("first", std::to_string(params.size()) + " booleans", std::to_string(first.size()));
   }
   adopt_torch_threads();
-  const SgdOptions options{lr, momentum, dampening, weight_decay, nesterov, maximize, device_lr(lr_tensor, params)};
   dispatch("params[0]", params[0], [&](auto zero) {
     using T = decltype(zero);
     std::vector<SgdTensor<T>> tensors;
     tensors.reserve(params.size());
     for (size_t i = 0; i < params.size(); ++i)
       tensors.push_back({params[i].data<T>(), grads[i].data<T>(),
-                         momentum != 0 ? momentum_buffers[i].data<T>() : nullptr, momentum != 0 && first[i]});
+                         has_momentum ? momentum_buffers[i].data<T>() : nullptr, has_momentum && first[i]});
     run_update<T, SgdTensor>(params, tensors,
                              [=](const auto& kernels, const auto& list) { kernels.sgd_step(options, list); });
   });
@@ -170,11 +185,10 @@ void sgd_step(const Tensors& params, const Tensors& grads, const Tensors& moment
 void bind_optimizer(py::module_& module) {
   module.def("adam_step", &adam_step, py::arg("params"), py::arg("grads"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
              py::arg("max_exp_avg_sqs"), py::arg("steps"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-             py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("amsgrad"), py::arg("maximize"),
-             py::arg("lr_tensor") = py::none());
+             py::arg("eps"), py::arg("weight_decay"), py::arg("decoupled"), py::arg("amsgrad"), py::arg("maximize"));
   module.def("sgd_step", &sgd_step, py::arg("params"), py::arg("grads"), py::arg("momentum_buffers"), py::arg("first"),
              py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"),
-             py::arg("maximize"), py::arg("lr_tensor") = py::none());
+             py::arg("maximize"));
 }
 
 }  // namespace fastnn

@@ -65,12 +65,19 @@ OptimizerChunk<Tensor> chunk_from(const TensorList<Tensor>& list, int64_t first,
 
 // Adam
 
-// What depends on the step's number and the learning rate: of each tensor, in the precision of its update.
+__device__ __forceinline__ double read(const Scalar& scalar) { return scalar.device ? *scalar.device : scalar.value; }
+
+// What depends on the step's number and on scheduled options: of each tensor, in the precision of its update.
 template <class C>
 struct alignas(4 * sizeof(C)) AdamScales {
   C step_size;   // lr / (1 - beta1^step)
   C root_scale;  // 1 / sqrt(1 - beta2^step)
   C keep;        // of the parameter, with decoupled decay
+  C beta2, one_minus_beta2;
+  // m + w (g - m) loses m's share where w = 1 - beta1 is large, g - beta1 (g - m) where it is small: torch.lerp's
+  // choice. `factor` is w or -beta1.
+  C factor;
+  bool from_average;
 };
 
 struct AdamSteps {
@@ -85,27 +92,26 @@ constexpr int kAdamScalesThreads = 128;
 // step and it may be overwritten.
 template <class C>
 __global__ void __launch_bounds__(kAdamScalesThreads)
-    adam_scales_kernel(int64_t count, double lr, const double* device_lr, double beta1, double beta2,
-                       double weight_decay, AdamScales<C>* scales, AdamSteps chunk) {
+    adam_scales_kernel(int64_t count, AdamOptions o, AdamScales<C>* scales, AdamSteps chunk) {
   const int64_t i = global_thread();
   if (i >= count) return;
   const float step = *chunk.steps[i] + 1;
   *chunk.steps[i] = step;
-  if (device_lr) lr = *device_lr;
-  scales[i].step_size = static_cast<C>(lr / (1 - std::pow(beta1, static_cast<double>(step))));
-  scales[i].root_scale = static_cast<C>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step))));
-  scales[i].keep = static_cast<C>(1 - lr * weight_decay);
+  const double lr = read(o.lr), beta1 = read(o.beta1), beta2 = read(o.beta2);
+  const bool from_average = 1 - beta1 < 0.5;
+  scales[i] = {static_cast<C>(lr / (1 - std::pow(beta1, static_cast<double>(step)))),
+               static_cast<C>(1 / std::sqrt(1 - std::pow(beta2, static_cast<double>(step)))),
+               static_cast<C>(o.decoupled ? 1 - lr * o.weight_decay : 1),
+               static_cast<C>(beta2),
+               static_cast<C>(1 - beta2),
+               static_cast<C>(from_average ? 1 - beta1 : -beta1),
+               from_average};
 }
 
-// AdamOptions in the precision of the update.
+// The other options in the precision of the update.
 template <class C>
 struct AdamConstants {
-  C sign, coupled_decay;
-  C beta2, one_minus_beta2, eps;
-  // m + w (g - m) loses m's share where w = 1 - beta1 is large, g - beta1 (g - m) where it is small: torch.lerp's
-  // choice. `factor` is w or -beta1.
-  bool from_average;
-  C factor;
+  C sign, coupled_decay, eps;
 };
 
 // A thread loads 16 bytes of each of four arrays before it uses the first: 64 bytes in flight. 85 registers let three
@@ -136,8 +142,8 @@ __global__ void __launch_bounds__(kLotThreads, kAdamBlocks)
       C g = widen(grads.values[e]) * o.sign;
       if (o.coupled_decay != 0) g += o.coupled_decay * p;  // not without decay: 0 * inf is NaN
       const C average = widen(exp_avgs.values[e]);
-      const C m = (o.from_average ? average : g) + (g - average) * o.factor;
-      C v = widen(exp_avg_sqs.values[e]) * o.beta2 + g * g * o.one_minus_beta2;
+      const C m = (scale.from_average ? average : g) + (g - average) * scale.factor;
+      C v = widen(exp_avg_sqs.values[e]) * scale.beta2 + g * g * scale.one_minus_beta2;
       exp_avgs.values[e] = narrow<T>(m);
       exp_avg_sqs.values[e] = narrow<T>(v);
       if (t.max_exp_avg_sq) {
@@ -158,8 +164,8 @@ __global__ void __launch_bounds__(kLotThreads, kAdamBlocks)
 
 template <class C>
 struct SgdConstants {
-  C sign, decay, momentum, fresh, lr;
-  const double* device_lr;
+  C sign, decay, fresh;
+  Scalar lr, momentum;
   bool nesterov;
 };
 
@@ -167,7 +173,7 @@ template <class T>
 __global__ void __launch_bounds__(kLotThreads)
     sgd_kernel(SgdConstants<Compute<T>> o, OptimizerChunk<SgdTensor<T>> chunk) {
   using C = Compute<T>;
-  const C lr = o.device_lr ? static_cast<C>(*o.device_lr) : o.lr;
+  const C lr = static_cast<C>(read(o.lr)), momentum = static_cast<C>(read(o.momentum));
   for (int64_t tile = blockIdx.x; tile < chunk.tiles(); tile += gridDim.x) {
     const int i = chunk.find(tile);
     const SgdTensor<T> t = chunk.entries[i].tensor;
@@ -182,9 +188,9 @@ __global__ void __launch_bounds__(kLotThreads)
       C g = widen(grads.values[e]) * o.sign;
       if (o.decay != 0) g += o.decay * p;  // not without decay: 0 * inf is NaN
       if (t.momentum_buffer) {
-        const C b = t.first ? g : widen(buffers.values[e]) * o.momentum + g * o.fresh;
+        const C b = t.first ? g : widen(buffers.values[e]) * momentum + g * o.fresh;
         buffers.values[e] = narrow<T>(b);
-        g = o.nesterov ? g + o.momentum * b : b;
+        g = o.nesterov ? g + momentum * b : b;
       }
       params.values[e] = narrow<T>(p - lr * g);
     }
@@ -205,17 +211,11 @@ void Kernels<T>::adam_step(const AdamOptions& o, const TensorList<AdamTensor<T>>
     const int64_t count = list.count - first < steps.kMost ? list.count - first : steps.kMost;
     for (int64_t i = 0; i < count; ++i) steps.steps[i] = list.tensors[first + i].device_step;
     launch("adam_step", queue_, adam_scales_kernel<C>, blocks_for(count, kAdamScalesThreads), kAdamScalesThreads, 0,
-           count, o.lr, o.device_lr, o.beta1, o.beta2, o.decoupled ? o.weight_decay : 0.0, scales + first, steps);
+           count, o, scales + first, steps);
   }
 
-  const bool from_average = 1 - o.beta1 < 0.5;
   const AdamConstants<C> constants{static_cast<C>(o.maximize ? -1 : 1),
-                                   static_cast<C>(o.decoupled ? 0 : o.weight_decay),
-                                   static_cast<C>(o.beta2),
-                                   static_cast<C>(1 - o.beta2),
-                                   static_cast<C>(o.eps),
-                                   from_average,
-                                   static_cast<C>(from_average ? 1 - o.beta1 : -o.beta1)};
+                                   static_cast<C>(o.decoupled ? 0 : o.weight_decay), static_cast<C>(o.eps)};
   const auto aligned = [](const AdamTensor<T>& t) {
     return aligned_to(16, t.param, t.grad, t.exp_avg, t.exp_avg_sq, t.max_exp_avg_sq);
   };
@@ -231,13 +231,12 @@ void Kernels<T>::adam_step(const AdamOptions& o, const TensorList<AdamTensor<T>>
 template <class T>
 void Kernels<T>::sgd_step(const SgdOptions& o, const TensorList<SgdTensor<T>>& list) const {
   using C = Compute<T>;
-  trace<T>(queue_, "sgd_step", o.momentum != 0 ? "momentum" : "plain");
+  trace<T>(queue_, "sgd_step", o.has_momentum() ? "momentum" : "plain");
   const SgdConstants<C> constants{static_cast<C>(o.maximize ? -1 : 1),
                                   static_cast<C>(o.weight_decay),
-                                  static_cast<C>(o.momentum),
                                   static_cast<C>(1 - o.dampening),
-                                  static_cast<C>(o.lr),
-                                  o.device_lr,
+                                  o.lr,
+                                  o.momentum,
                                   o.nesterov};
   const auto aligned = [](const SgdTensor<T>& t) { return aligned_to(16, t.param, t.grad, t.momentum_buffer); };
   using Chunk = OptimizerChunk<SgdTensor<T>>;

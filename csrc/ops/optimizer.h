@@ -13,10 +13,16 @@
 
 namespace fastnn {
 
+// An option that schedules change.
+struct Scalar {
+  double value;
+  const double* device;  // read instead where it is given, when the kernel runs; on CUDA alone
+};
+
 struct AdamOptions {
-  double lr, beta1, beta2, eps, weight_decay;
+  Scalar lr, beta1, beta2;
+  double eps, weight_decay;
   bool decoupled, amsgrad, maximize;
-  const double* device_lr;  // read instead of lr where it is given; on CUDA alone, as all that is in device memory
 };
 
 template <class T>
@@ -31,9 +37,10 @@ struct AdamTensor {
 };
 
 struct SgdOptions {
-  double lr, momentum, dampening, weight_decay;
+  Scalar lr, momentum;
+  double dampening, weight_decay;
   bool nesterov, maximize;
-  const double* device_lr;
+  bool has_momentum() const { return momentum.device || momentum.value != 0; }
 };
 
 template <class T>

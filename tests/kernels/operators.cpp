@@ -252,8 +252,8 @@ void test_class_losses() {
 template <class T>
 void test_optimizers() {
   const int64_t sizes[] = {1, 37, 8195};  // the last spans two tasks
-  const AdamOptions adam{0.01, 0.9, 0.99, 1e-8, 0.1, true, true, false, nullptr};
-  const SgdOptions sgd{0.01, 0.9, 0.1, 0.1, true, false, nullptr};
+  const AdamOptions adam{{0.01}, {0.9}, {0.99}, 1e-8, 0.1, true, true, false};
+  const SgdOptions sgd{{0.01}, {0.9}, 0.1, 0.1, true, false};
   const double error = 2 * 24 * kUnitRoundoff<T>, step = 3;
   std::vector<std::vector<T>> p, g, m, v, largest, q, buffer;
   std::vector<Doubles> adam_expected, sgd_expected;

@@ -54,11 +54,11 @@ template <class T, bool amsgrad>
 void adam_run(const AdamOptions& o, const AdamScales& scales, AdamTensor<T> t, int64_t begin, int64_t end) {
   const T sign = o.maximize ? T(-1) : T(1);
   const T coupled = static_cast<T>(o.decoupled ? 0 : o.weight_decay);
-  const T keep = static_cast<T>(o.decoupled ? 1 - o.lr * o.weight_decay : 1);
-  const T beta1 = static_cast<T>(o.beta1), one_minus_beta1 = static_cast<T>(1 - o.beta1);
+  const T keep = static_cast<T>(o.decoupled ? 1 - o.lr.value * o.weight_decay : 1);
+  const T beta1 = static_cast<T>(o.beta1.value), one_minus_beta1 = static_cast<T>(1 - o.beta1.value);
   // m + w (g - m) loses m's share where w is large, g - (1 - w)(g - m) where it is small: torch.lerp's choice.
   const bool small_weight = one_minus_beta1 < T(0.5);
-  const T beta2 = static_cast<T>(o.beta2), one_minus_beta2 = static_cast<T>(1 - o.beta2);
+  const T beta2 = static_cast<T>(o.beta2.value), one_minus_beta2 = static_cast<T>(1 - o.beta2.value);
   const T step_size = static_cast<T>(scales.step_size), root_scale = static_cast<T>(scales.root_scale);
   const T eps = static_cast<T>(o.eps);
   for_each_vector<T>(begin, end, [&](int64_t n, int64_t i) {
@@ -86,9 +86,10 @@ void adam_step(const AdamOptions& o, const TensorList<AdamTensor<T>>& list) {
   const Scratch<AdamScales> scales(list.count);  // of each tensor; most have the step number of the one before
   for (int64_t i = 0; i < list.count; ++i) {
     const double step = list.tensors[i].step;
-    scales[i] = i > 0 && step == scales[i - 1].step ? scales[i - 1]
-                                                    : AdamScales{step, o.lr / (1 - __builtin_pow(o.beta1, step)),
-                                                                 1 / __builtin_sqrt(1 - __builtin_pow(o.beta2, step))};
+    scales[i] = i > 0 && step == scales[i - 1].step
+                    ? scales[i - 1]
+                    : AdamScales{step, o.lr.value / (1 - __builtin_pow(o.beta1.value, step)),
+                                 1 / __builtin_sqrt(1 - __builtin_pow(o.beta2.value, step))};
   }
   for_each_run(list, [&](const AdamTensor<T>& t, int64_t begin, int64_t end) {
     const AdamScales& of_tensor = scales[&t - list.tensors];
@@ -101,10 +102,10 @@ void adam_step(const AdamOptions& o, const TensorList<AdamTensor<T>>& list) {
 
 template <class T>
 void sgd_step(const SgdOptions& o, const TensorList<SgdTensor<T>>& list) {
-  trace<T>("sgd_step", o.momentum != 0 ? "momentum" : "plain");
+  trace<T>("sgd_step", o.has_momentum() ? "momentum" : "plain");
   const T sign = o.maximize ? T(-1) : T(1);
-  const T decay = static_cast<T>(o.weight_decay), lr = static_cast<T>(o.lr);
-  const T momentum = static_cast<T>(o.momentum), fresh = static_cast<T>(1 - o.dampening);
+  const T decay = static_cast<T>(o.weight_decay), lr = static_cast<T>(o.lr.value);
+  const T momentum = static_cast<T>(o.momentum.value), fresh = static_cast<T>(1 - o.dampening);
   for_each_run(list, [&](SgdTensor<T> t, int64_t begin, int64_t end) {
     for_each_vector<T>(begin, end, [&](int64_t n, int64_t i) {
       const Vec<T> p = load_upto(t.param + i, n);

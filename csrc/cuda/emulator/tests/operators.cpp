@@ -269,7 +269,7 @@ void with_list(const Sizes& sizes, const Make& make, const Step& step) {
 
 std::string adam_step() {
   return for_all(optimizer_cases(), []<class T>(Run<T> r, const Sizes& sizes) {
-    const double* lr = r.memory.template input<double>(1, 1, 1);
+    const double* number = r.memory.template input<double>(1, 0, 0);
     for (const bool amsgrad : {false, true})
       with_list(
           sizes,
@@ -283,14 +283,16 @@ std::string adam_step() {
                                  r.memory.template updated<float>(1, 0, 3)};
           },
           [&](const auto& list) {
-            r.kernels.adam_step({0.1, 0.9, 0.99, 1e-8, 0.1, amsgrad, amsgrad, !amsgrad, amsgrad ? lr : nullptr}, list);
+            const double* device = amsgrad ? number : nullptr;
+            r.kernels.adam_step({{0.1, device}, {0.9, device}, {0.99, device}, 1e-8, 0.1, amsgrad, amsgrad, !amsgrad},
+                                list);
           });
   });
 }
 
 std::string sgd_step() {
   return for_all(optimizer_cases(), []<class T>(Run<T> r, const Sizes& sizes) {
-    const double* lr = r.memory.template input<double>(1, 1, 1);
+    const double* number = r.memory.template input<double>(1, 1, 1);
     for (const bool momentum : {false, true})
       with_list(
           sizes,
@@ -300,7 +302,8 @@ std::string sgd_step() {
             return SgdTensor<T>{r.updated(size), r.in(size), buffer, momentum && first};
           },
           [&](const auto& list) {
-            r.kernels.sgd_step({0.1, momentum ? 0.9 : 0, 0, 0.1, momentum, !momentum, momentum ? lr : nullptr}, list);
+            const double* device = momentum ? number : nullptr;
+            r.kernels.sgd_step({{0.1, device}, {0.0, device}, 0, 0.1, momentum, !momentum}, list);
           });
   });
 }

@@ -359,13 +359,13 @@ def compiled(device: Device, add: Callable[[Row], None]) -> None:
 
 
 def fit(device: Device, add: Callable[[Row], None]) -> None:
-    """Five epochs of `fit` on 60,000 random images, from after the first step to its return."""
+    """Five epochs of `fit` on 60,000 random images, from after the first launch of steps to its return."""
     images, labels = (tensor.cpu() for tensor in random_mnist(device))
-    on_rows = CompiledStep.on_rows
+    run_rows = CompiledStep._run_rows
     began: list[float] = []
 
     def noted(self: Any, *args: Any) -> Any:
-        result = on_rows(self, *args)
+        result = run_rows(self, *args)
         if not began:
             device.synchronize()
             began.append(time.perf_counter())
@@ -374,7 +374,7 @@ def fit(device: Device, add: Callable[[Row], None]) -> None:
     def seconds() -> float:
         began.clear()
         model = REFERENCE.classifier().to(device.device)
-        with mock.patch.object(CompiledStep, "on_rows", noted):
+        with mock.patch.object(CompiledStep, "_run_rows", noted):
             model.fit(images, labels, epochs=5, batch_size=128, seed=0, progress=False)
         device.synchronize()
         if not began:
@@ -397,7 +397,6 @@ def mnist(device: Device, add: Callable[[Row], None]) -> None:
         torch.optim.lr_scheduler.OneCycleLR,
         max_lr=4e-3,
         total_steps=epochs * math.ceil(len(train.labels) / batch),
-        cycle_momentum=False,  # a captured graph holds Adam's betas
     )
     began = time.perf_counter()
     model.fit(train.images, train.labels, epochs=epochs, batch_size=batch, seed=0, scheduler=schedule)

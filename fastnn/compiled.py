@@ -6,14 +6,16 @@ order throughout; a Flatten is one transposition. A model, loss or optimizer tha
 `NotCompilable`, whose message says why; `fastnn.training.make_step` then runs it through autograd. `CompiledForward`
 is the forward half alone.
 
-On CUDA a program's first run launches its kernels one by one; then it is captured as a CUDA graph, with the gathering
-of the batch and the update, and replayed. What changes from step to step - rows, learning rate, step count - lies in
-device memory.
+On CUDA a first run launches its kernels one by one; then it is captured as a CUDA graph, with the gathering of the
+batch and the update, and replayed, several steps at a time. What changes from step to step - rows, learning rate, step
+count - lies in device memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,39 +35,57 @@ from fastnn.tracing import has_hooks
 __all__ = ["CompiledForward", "CompiledStep", "NotCompilable"]
 
 
+# Training steps that one CUDA graph holds. Starting a graph takes the CPU some 10 us, and the GPU idles for a few.
+STEPS_PER_REPLAY = 8
+
+
 class NotCompilable(ValueError):  # noqa: N818 - names the verdict, not a failure
     """The model, loss or optimizer is none that a program can express."""
 
 
 @dataclass
-class _Graph:
-    """Launches on a GPU that are captured on their second run and replayed from then on, unless `depends` changed."""
+class _Launch:
+    """Launches for CUDA that are captured on their second run and replayed from then on."""
 
-    depends: tuple[Any, ...]  # what the launches were made from; held, so that no other object takes its place
-    graph: torch.cuda.CUDAGraph | None = None
+    depends: tuple[Any, ...]  # what they were made from; held, so that no other object takes its place
+    replay: Callable[[], object] | None = None
 
-    def run(self, launch: Callable[[], None]) -> None:
-        if torch.cuda.is_current_stream_capturing():  # in a graph of the caller's
+    def run_again(self, launch: Callable[[], None], on_gpu: bool) -> None:
+        if on_gpu and torch.cuda.is_current_stream_capturing():  # in a graph of the caller's
             launch()
-        elif self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                launch()
-            self.graph.replay()
-        else:
-            self.graph.replay()
+            return
+        if self.replay is None:
+            self.replay = _captured(launch) if on_gpu else launch  # the emulator has no graphs
+        self.replay()
+
+
+def _captured(launch: Callable[[], None]) -> Callable[[], object]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph.replay
 
 
 @dataclass
 class _Recording:
-    """One batch size's program and the tensors it works in."""
+    """One batch size's programs and the tensors they work in."""
 
     images: Tensor
     precision: str
-    program: _C.Program = field(default_factory=_C.Program)
-    tensors: list[Tensor] = field(default_factory=list)  # kept alive for the program
+    programs: dict[str, _C.Program] = field(default_factory=dict)
+    tensors: list[Tensor] = field(default_factory=list)  # kept alive for the programs
     results: dict[str, Tensor] = field(default_factory=dict)
-    graphs: dict[str, _Graph] = field(default_factory=dict)
+    launches: dict[str, _Launch] = field(default_factory=dict)
+
+    @contextmanager
+    def records(self, name: str) -> Iterator[None]:
+        """Makes kernel calls in the block a program instead of running them."""
+        program = self.programs[name] = _C.Program()
+        program.start_recording()
+        try:
+            yield
+        finally:
+            program.stop_recording()
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -77,32 +97,35 @@ class _Recording:
         return self.new(tuple(tensor.shape), tensor.dtype, channels_last=tensor.dim() == 4)
 
     def rows(self, index: Tensor) -> Tensor:
-        """`index`, on a GPU copied to where a graph reads it."""
-        if not self.images.is_cuda:
+        """`index`, for CUDA copied to where a graph reads it."""
+        if not runs_on_cuda(self.images):
             return index
         if "rows" not in self.results:
-            self.results["rows"] = torch.empty_like(index)
-        return self.results["rows"].copy_(index)
+            self.results["rows"] = index.new_empty(STEPS_PER_REPLAY * len(self.images))
+        return self.results["rows"][: len(index)].copy_(index)
 
-    def run(self, name: str, depends: tuple[Any, ...], launch: Callable[[], None]) -> None:
-        """Runs `launch`, on a GPU as a graph once it has run as it is."""
-        if not self.images.is_cuda:
+    def launch(self, name: str, depends: tuple[Any, ...], launch: Callable[[], None]) -> None:
+        """Runs `launch`, for CUDA as a graph once it has run as it is, until `depends` is another."""
+        before = self.launches.get(name)
+        if not runs_on_cuda(self.images):
             launch()
-            return
-        graph = self.graphs.get(name)
-        if graph is not None and _same(graph.depends, depends):
-            graph.run(launch)
+        elif before is not None and _same(before.depends, depends):
+            before.run_again(launch, self.images.is_cuda)
         else:
-            self.graphs[name] = _Graph(depends)
+            self.launches[name] = _Launch(depends)
             launch()
 
 
 def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    """Whether two tuples hold the same objects, or equal numbers."""
+    """Whether two tuples hold the same objects, or equal numbers and words."""
     return len(first) == len(second) and all(
-        a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+        a is b or (isinstance(a, (int, float, str)) and isinstance(b, (int, float, str)) and a == b)
         for a, b in zip(first, second, strict=True)
     )
+
+
+def unscheduled() -> None:
+    """The schedule of options that stay."""
 
 
 # A stage records its forward call on an input and returns the output with a function that records its backward:
@@ -366,14 +389,10 @@ class _Compiled:
             raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
         images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=torch.channels_last)
         recording = _Recording(images, self._precision)
-        recording.program.start_recording()
-        try:
-            self._record_calls(recording)
-        finally:
-            recording.program.stop_recording()
+        self._record_programs(recording)
         return recording
 
-    def _record_calls(self, recording: _Recording) -> None:
+    def _record_programs(self, recording: _Recording) -> None:
         raise NotImplementedError
 
     def _record_forward(self, recording: _Recording, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, list[Backward]]:
@@ -407,14 +426,91 @@ class CompiledForward(_Compiled):
 
         def launch() -> None:
             self._gather(recording, images, rows)
-            recording.program.run()
+            recording.programs["forward"].run()
 
         with _own_threads():
-            recording.run("rows", (images,), launch)
+            recording.launch("rows", (images,), launch)
         return recording.results["output"]
 
-    def _record_calls(self, recording: _Recording) -> None:
-        recording.results["output"], _ = self._record_forward(recording, {})
+    def _record_programs(self, recording: _Recording) -> None:
+        with recording.records("forward"):
+            recording.results["output"], _ = self._record_forward(recording, {})
+
+
+class _Rates:
+    """What schedules change of an optimizer's groups, where CUDA's update reads it: learning rate, betas, momentum.
+
+    For each step of a replay a row of numbers, one group's after the other's.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self._pinned = device.type == "cuda"
+        self._rows: list[list[float] | None] = [None] * STEPS_PER_REPLAY  # what the device holds
+        width = sum(len(self._scheduled(group)) for group in optimizer.param_groups)
+        self._numbers = torch.empty((STEPS_PER_REPLAY, width), dtype=torch.float64, device=device)
+
+    @staticmethod
+    def _scheduled(group: dict[str, Any]) -> tuple[Any, ...]:
+        if "betas" in group:
+            return (group["lr"], *group["betas"])
+        return (group["lr"], group["momentum"])
+
+    def hold_tensors(self) -> bool:
+        """Whether a group has tensors for numbers, which change in ways that no schedule tells."""
+        return any(isinstance(n, Tensor) for group in self._optimizer.param_groups for n in self._scheduled(group))
+
+    def bring(self, steps: int, schedule: Callable[[], object]) -> None:
+        """Copies the groups' numbers to the device, for each of the steps, after each of which comes `schedule`."""
+        rows: list[list[float]] = []
+        tensors: dict[int, Tensor] = {}
+        for _ in range(steps):
+            row: list[Any] = [n for group in self._optimizer.param_groups for n in self._scheduled(group)]
+            tensors = {i: n for i, n in enumerate(row) if isinstance(n, Tensor)}
+            rows.append([0.0 if i in tensors else float(n) for i, n in enumerate(row)])
+            schedule()
+        if rows != self._rows[:steps]:
+            # Pinned memory of torch's, which it does not use again before the copy is made: nobody waits for it.
+            host = torch.tensor(rows, dtype=torch.float64, pin_memory=self._pinned)
+            self._numbers[:steps].copy_(host, non_blocking=True)
+            self._rows[:steps] = rows
+        for i, tensor in tensors.items():
+            self._numbers[0, i].copy_(tensor)
+
+    def depends(self) -> tuple[Any, ...]:
+        """What a graph of the update was made from besides."""
+        fixed = [
+            value
+            for group in self._optimizer.param_groups
+            for key, value in group.items()
+            if key not in ("params", "lr", "betas", "momentum")
+        ]
+        without_momentum = [_plain_sgd(group) for group in self._optimizer.param_groups]
+        return (self._optimizer.state, *fixed, *without_momentum)  # load_state_dict() makes another state
+
+    @contextmanager
+    def on_device(self, step: int) -> Iterator[None]:
+        """The groups have the device's numbers in the block."""
+        numbers = iter(self._numbers[step].unbind())
+        before = [dict(group) for group in self._optimizer.param_groups]
+        try:
+            for group in self._optimizer.param_groups:
+                group["lr"] = next(numbers)
+                if "betas" in group:
+                    group["betas"] = (next(numbers), next(numbers))
+                else:
+                    momentum = next(numbers)
+                    group["momentum"] = group["momentum"] if _plain_sgd(group) else momentum
+            yield
+        finally:
+            for group, values in zip(self._optimizer.param_groups, before, strict=True):
+                group.update(values)
+
+
+def _plain_sgd(group: dict[str, Any]) -> bool:
+    """Whether a group has no momentum, and no memory for it."""
+    momentum = group.get("momentum", 1)
+    return not isinstance(momentum, Tensor) and momentum == 0
 
 
 class CompiledStep(_Compiled):
@@ -464,26 +560,46 @@ class CompiledStep(_Compiled):
         self._before_update = before_update
         self._grads: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
         self._has_own_update = type(optimizer) in (optim.Adam, optim.AdamW, optim.SGD)
-        # Where CUDA's update reads the learning rates of the groups.
-        self._lrs = [torch.empty((), dtype=torch.float64, device=self._device) for _ in optimizer.param_groups]
-        self._lr_values: list[Any] = [None] * len(self._lrs)  # what they hold
+        self._rates = _Rates(optimizer, self._device) if self._has_own_update else None
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         recording = self._recording(tuple(images.shape))
         recording.images.copy_(images)
         recording.results["targets"].copy_(targets)
-        return self._run(recording, "call", (), lambda: None)
+        self._run(recording, "call", (), lambda step: None)
+        return recording.results["losses"][0], recording.results["correct"][0]
 
     def on_rows(self, images: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """As a call with ``images[index]`` (uint8 scaled to 0..1) and ``targets[index]``, gathered in one pass."""
-        recording = self._recording((len(index), *images.shape[1:]))
-        rows = recording.rows(index)
+        results = self._run_rows(images, targets, index).results
+        return results["losses"][0], results["correct"][0]
 
-        def gather() -> None:
-            self._gather(recording, images, rows)
-            torch.index_select(targets, 0, rows, out=recording.results["targets"])
+    def on_batches(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        index: Tensor,
+        batch_size: int,
+        schedule: Callable[[], object] = unscheduled,
+    ) -> tuple[Tensor, Tensor]:
+        """Steps on ``index.split(batch_size)``, as :meth:`on_rows` makes them; on a GPU several in one graph.
 
-        return self._run(recording, "rows", (images, targets), gather)
+        `schedule` follows each step and may change learning rate, betas or momentum. Returns the loss of each step and
+        the number of right answers of all.
+        """
+        steps = math.ceil(len(index) / batch_size)
+        losses = torch.empty(steps, dtype=self._dtype, device=self._device)
+        correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        done = 0
+        while done < steps:
+            rest = index[done * batch_size :]
+            several = len(rest) >= STEPS_PER_REPLAY * batch_size and self._replays_several()
+            count = STEPS_PER_REPLAY if several else 1
+            results = self._run_rows(images, targets, rest[: count * batch_size], count, schedule).results
+            losses[done : done + count] = results["losses"][:count]
+            correct += results["correct"].sum() if several else results["correct"][0]
+            done += count
+        return losses, correct
 
     def prepare_rows(self, images: Tensor, targets: Tensor, batch_size: int) -> None:
         """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
@@ -491,30 +607,67 @@ class CompiledStep(_Compiled):
             raise NotCompilable(f"images: expected images and targets on {self._device}, got {targets.device}")
         self._prepare(images, batch_size)
 
+    def _run_rows(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        index: Tensor,
+        count: int = 1,
+        schedule: Callable[[], object] = unscheduled,
+    ) -> _Recording:
+        """Steps on `count` batches of equally many rows."""
+        batch_size = len(index) // count
+        recording = self._recording((batch_size, *images.shape[1:]))
+        rows = recording.rows(index).split(batch_size)
+
+        def gather(step: int) -> None:
+            self._gather(recording, images, rows[step])
+            torch.index_select(targets, 0, rows[step], out=recording.results["targets"])
+
+        self._run(recording, f"{count} of rows", (images, targets), gather, count, schedule)
+        return recording
+
     def _run(
-        self, recording: _Recording, name: str, depends: tuple[Any, ...], gather: Callable[[], None]
-    ) -> tuple[Tensor, Tensor]:
-        """Gathers the batch, runs the program and updates; on a GPU all of it is one graph where it can be."""
+        self,
+        recording: _Recording,
+        name: str,
+        depends: tuple[Any, ...],
+        gather: Callable[[int], None],
+        count: int = 1,
+        schedule: Callable[[], object] = unscheduled,
+    ) -> None:
+        """Of each step gathers the batch, runs the programs and updates; on a GPU all is one graph where it can be."""
         for parameter, grad in self._grads.items():
             parameter.grad = grad
-        loss, correct = recording.results["loss"], recording.results["correct"]
-        updates_on_device = runs_on_cuda(loss) and self._updates_itself() and self._before_update is None
-        if updates_on_device:
-            depends = (*depends, *self._update_depends())
+        rates = self._rates if self._updates_on_device() else None
+        if rates is not None:
+            self._optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look for
+            rates.bring(count, schedule)
+            depends = (*depends, *rates.depends())
 
         def launch() -> None:
-            gather()
-            recording.program.run()
-            if updates_on_device:
-                self._update_on_device()
+            for step in range(count):
+                gather(step)
+                for part in ("forward", f"loss of {step}", "backward"):
+                    recording.programs[part].run()
+                if rates is not None:
+                    with rates.on_device(step):
+                        self._update()
 
         with _own_threads():
-            recording.run(name, depends, launch)
-            if not updates_on_device:
+            recording.launch(name, depends, launch)
+            if rates is None:
                 if self._before_update is not None:
-                    self._before_update(loss, correct)
+                    self._before_update(recording.results["losses"][0], recording.results["correct"][0])
                 self._update()
-        return loss, correct
+                schedule()
+
+    def _updates_on_device(self) -> bool:
+        """Whether the update is part of what is launched together, and replayed."""
+        return runs_on_cuda(self._parameters[0]) and self._updates_itself() and self._before_update is None
+
+    def _replays_several(self) -> bool:
+        return self._rates is not None and self._updates_on_device() and not self._rates.hold_tensors()
 
     def _updates_itself(self) -> bool:
         """Whether the update is fastnn's own and nobody watches it."""
@@ -536,50 +689,30 @@ class CompiledStep(_Compiled):
         else:
             optimizer.step()
 
-    def _update_depends(self) -> tuple[Any, ...]:
-        """Brings the learning rates to the device and returns what a graph of the update was made from besides."""
-        optimizer = self._optimizer
-        depends: list[Any] = [optimizer.state]  # load_state_dict() makes another
-        for i, (group, lr) in enumerate(zip(optimizer.param_groups, self._lrs, strict=True)):
-            value = group["lr"]
-            if isinstance(value, Tensor):
-                lr.copy_(value)
-            elif value != self._lr_values[i]:
-                lr.fill_(value)
-            self._lr_values[i] = None if isinstance(value, Tensor) else value
-            depends += [value for key, value in group.items() if key not in ("params", "lr")]
-        return tuple(depends)
-
-    def _update_on_device(self) -> None:
-        """The update with learning rates read on the device."""
-        groups = self._optimizer.param_groups
-        before = [group["lr"] for group in groups]
-        try:
-            for group, lr in zip(groups, self._lrs, strict=True):
-                group["lr"] = lr
-            self._update()
-        finally:
-            for group, value in zip(groups, before, strict=True):
-                group["lr"] = value
-
-    def _record_calls(self, recording: _Recording) -> None:
-        output, backwards = self._record_forward(recording, self._grads)
+    def _record_programs(self, recording: _Recording) -> None:
+        """The parts of a step. Each step of a replay has a loss of its own and so a program that writes it."""
+        with recording.records("forward"):
+            output, backwards = self._record_forward(recording, self._grads)
         if output.dim() != 2:
             raise NotCompilable(f"model: expected an output (n, classes), got {tuple(output.shape)}")
-        loss, correct = recording.new((), self._dtype), recording.new((), torch.int64)
+        steps = STEPS_PER_REPLAY if runs_on_cuda(output) else 1
+        losses, correct = recording.new((steps,), self._dtype), recording.new((steps,), torch.int64)
         targets = recording.new((len(output),), torch.int64)
-        recording.results.update(loss=loss, correct=correct, targets=targets)
+        recording.results.update(losses=losses, correct=correct, targets=targets)
         options = (self._loss.weight, self._loss.ignore_index, REDUCTIONS.index("mean"), self._loss.label_smoothing)
         statistics = recording.new((statistics_size(output, targets),), self._dtype)
-        _C.cross_entropy_forward(loss, statistics, output, targets, *options)
-        _C.count_correct(correct, output, targets)
+        for step in range(steps):
+            with recording.records(f"loss of {step}"):
+                _C.cross_entropy_forward(losses[step], statistics, output, targets, *options)
+                _C.count_correct(correct[step], output, targets)
         one = recording.new((), self._dtype).fill_(1)
         grad = recording.new_like(output)
-        _C.cross_entropy_backward(grad, None, one, statistics, output, targets, *options)
-        # A stage's input needs a gradient where a stage before it has parameters that are trained.
-        trained = [trains for _, trains in self._stages]
-        for i in reversed(range(len(backwards))):
-            grad_input = backwards[i](grad, any(trained[:i]))
-            if grad_input is None:
-                break
-            grad = grad_input
+        with recording.records("backward"):
+            _C.cross_entropy_backward(grad, None, one, statistics, output, targets, *options)
+            # A stage's input needs a gradient where a stage before it has parameters that are trained.
+            trained = [trains for _, trains in self._stages]
+            for i in reversed(range(len(backwards))):
+                grad_input = backwards[i](grad, any(trained[:i]))
+                if grad_input is None:
+                    break
+                grad = grad_input

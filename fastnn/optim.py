@@ -234,7 +234,7 @@ class Adam(_KernelUpdate, torch.optim.Adam):
         lists: dict[str, list[Tensor]] = {"grad": grads}
         lists.update({key: [state[key] for state in states] for key in keys})
         steps = _steps(params, states)
-        options = [_number(value, params[0]) for value in (group["lr"], *group["betas"])]
+        lr, beta1, beta2 = (_number(value, params[0]) for value in (group["lr"], *group["betas"]))
 
         def kernel(params: list[Tensor], grads: list[Tensor], *moments: list[Tensor]) -> None:
             exp_avgs, exp_avg_sqs, *rest = moments
@@ -245,7 +245,9 @@ class Adam(_KernelUpdate, torch.optim.Adam):
                 exp_avg_sqs,
                 rest[0] if rest else [],
                 steps,
-                *options,
+                lr,
+                beta1,
+                beta2,
                 float(group["eps"]),
                 float(group["weight_decay"]),
                 group["decoupled_weight_decay"],
@@ -312,12 +314,10 @@ class SGD(_KernelUpdate, torch.optim.SGD):
     """
 
     def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        momentum = group["momentum"]
+        lr, momentum = (_number(value, params[0]) for value in (group["lr"], group["momentum"]))
         lists: dict[str, list[Tensor]] = {"grad": grads}
         first: list[bool] = []
-        has_momentum = isinstance(momentum, Tensor) or momentum != 0
-        options = [_number(value, params[0]) for value in (group["lr"], momentum)]
-        if has_momentum:
+        if isinstance(momentum, Tensor) or momentum != 0:
             held = [self.state[param].get("momentum_buffer") for param in params]
             first = [buffer is None for buffer in held]
             lists["momentum_buffer"] = [
@@ -331,7 +331,8 @@ class SGD(_KernelUpdate, torch.optim.SGD):
                 grads,
                 buffers or [],
                 first,
-                *options,
+                lr,
+                momentum,
                 float(group["dampening"]),
                 float(group["weight_decay"]),
                 group["nesterov"],

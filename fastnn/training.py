@@ -32,7 +32,7 @@ from fastnn._tensor_files import (
     unpack,
     write_tensor_file,
 )
-from fastnn.compiled import CompiledForward, CompiledStep, NotCompilable
+from fastnn.compiled import CompiledForward, CompiledStep, NotCompilable, unscheduled
 from fastnn.runtime import note_fallback
 
 __all__ = [
@@ -165,9 +165,10 @@ class Batches:
         """The row numbers of each batch, every image once, in the order of the data."""
         return iter(torch.arange(len(self), device=self.images.device).split(self.batch_size))
 
-    def shuffled(self, seed: int, epoch: int) -> Iterator[torch.Tensor]:
-        """The row numbers of each batch, every image once, in an order that depends on (seed, epoch) alone."""
-        return iter(epoch_order(len(self), seed, epoch).to(self.images.device).split(self.batch_size))
+    def order(self, seed: int | None, epoch: int) -> torch.Tensor:
+        """The row numbers of an epoch, each once: as (seed, epoch) shuffle them, or in the order of the data."""
+        order = torch.arange(len(self)) if seed is None else epoch_order(len(self), seed, epoch)
+        return order.to(self.images.device)
 
     def gather(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and targets of these rows, as a model takes them."""
@@ -188,17 +189,37 @@ def epoch_order(count: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 class Step(Protocol):
-    """One training step: forward, loss, backward, update.
+    """Training steps, each of forward, loss, backward, update.
 
-    Takes rows of `batches`, returns the mean loss and the number of right answers, both 0-dimensional and on the
-    model's device; the next step may overwrite them. The learning rate is read from the optimizer at every call.
+    Takes the rows of `batches` that are the steps' batches, one behind the other, all of `batches.batch_size` but the
+    last. After each step comes `schedule`, which may change learning rate, betas and momentum. Returns the mean loss of
+    each step and the number of right answers of all, on the model's device.
     """
 
-    def __call__(self, batches: Batches, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def __call__(
+        self, batches: Batches, rows: torch.Tensor, schedule: Callable[[], object] = unscheduled
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def _one_by_one(
+    step: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    batches: Batches,
+    rows: torch.Tensor,
+    schedule: Callable[[], object],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a `Step` returns, from a function that makes one step and returns its loss and number of right answers."""
+    parts = rows.split(batches.batch_size)
+    losses = torch.empty(len(parts), dtype=torch.float64, device=batches.device)
+    correct = torch.zeros((), dtype=torch.int64, device=batches.device)
+    for i, part in enumerate(parts):
+        losses[i], right = step(part)
+        correct += right
+        schedule()
+    return losses, correct
 
 
 class AutogradStep:
-    """A step for every model, loss and optimizer, through autograd."""
+    """Steps for every model, loss and optimizer, through autograd."""
 
     def __init__(
         self,
@@ -212,8 +233,12 @@ class AutogradStep:
         self.optimizer = optimizer
         self.before_update = before_update
 
-    def __call__(self, batches: Batches, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images, targets = batches.gather(rows)
+    def __call__(
+        self, batches: Batches, rows: torch.Tensor, schedule: Callable[[], object] = unscheduled
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return _one_by_one(lambda part: self._one(*batches.gather(part)), batches, rows, schedule)
+
+    def _one(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         logits = self.model(images)
         loss = self.loss(logits, targets)
@@ -226,27 +251,35 @@ class AutogradStep:
 
 
 class ProgramStep:
-    """A step that gathers its batch and replays a recorded program."""
+    """Steps that gather their batch and replay recorded programs."""
 
     def __init__(self, step: CompiledStep) -> None:
         self.step = step
 
-    def __call__(self, batches: Batches, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.step.on_rows(batches.images, batches.targets, rows)
+    def __call__(
+        self, batches: Batches, rows: torch.Tensor, schedule: Callable[[], object] = unscheduled
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.step.on_batches(batches.images, batches.targets, rows, batches.batch_size, schedule)
 
 
 class SharedStep:
-    """A step of which each rank makes its share of the batch; its loss and right answers are the whole batch's."""
+    """Steps of which each rank makes its share of the batch; losses and right answers are the whole batch's."""
 
     def __init__(self, step: Step, average: Average) -> None:
         self.step = step
         self.average = average
 
-    def __call__(self, batches: Batches, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        share = self.average.ranks.share(rows)
-        self.average.weight = len(share) / len(rows)
-        # A rank without a share has to meet the others all the same: it works on any row, which then weighs nothing.
-        return self.step(batches, share if len(share) else rows[:1])
+    def __call__(
+        self, batches: Batches, rows: torch.Tensor, schedule: Callable[[], object] = unscheduled
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def one(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            share = self.average.ranks.share(part)
+            self.average.weight = len(share) / len(part)
+            # A rank without a share has to meet the others all the same: it works on any row, which weighs nothing.
+            losses, right = self.step(batches, share if len(share) else part[:1])
+            return losses[0], right
+
+        return _one_by_one(one, batches, rows, schedule)
 
 
 def compile_step(
@@ -496,9 +529,9 @@ def train(
             epoch = complete.epoch + 1
             bar.start_epoch(epoch, epochs, len(batches))
             model.train()
-            ordered = batches.shuffled(history.seed, epoch) if shuffle else batches.in_order()
+            order = batches.order(history.seed if shuffle else None, epoch)
             batch_scheduler = run.scheduler if isinstance(run.scheduler, BATCH_SCHEDULERS) else None
-            record = _train_epoch(step, ordered, batches, epoch, batch_scheduler, bar.advance)
+            record = _train_epoch(step, order, batches, epoch, batch_scheduler, bar.advance)
             parameters = _copy_parameters(model)
             _check_parameters(parameters, epoch, batches.steps)
             if validation is not None:
@@ -537,7 +570,7 @@ def train(
 
 def _train_epoch(
     step: Step,
-    ordered: Iterator[torch.Tensor],
+    order: torch.Tensor,
     batches: Batches,
     epoch: int,
     scheduler: Scheduler | None,
@@ -545,22 +578,18 @@ def _train_epoch(
 ) -> Record:
     losses = torch.empty(batches.steps, dtype=torch.float64, device=batches.device)
     correct = torch.zeros((), dtype=torch.int64, device=batches.device)
-    checked = seen = 0
+    done = seen = 0
     began = time.perf_counter()
-    for number, rows in enumerate(ordered, start=1):
-        loss, right = step(batches, rows)
-        losses[number - 1] = loss
+    for rows in order.split(STEPS_PER_CHECK * batches.batch_size):
+        recent, right = step(batches, rows, unscheduled if scheduler is None else scheduler.step)
+        losses[done : done + len(recent)] = recent
         correct += right
         seen += len(rows)
-        if scheduler is not None:
-            scheduler.step()
-        if number % STEPS_PER_CHECK == 0 or number == batches.steps:
-            recent = losses[checked:number]
-            mean = recent.mean().item()
-            if not math.isfinite(mean):
-                raise _loss_error(recent, epoch, checked, batches.steps)
-            advance(seen - checked * batches.batch_size, mean, correct.item() / seen)
-            checked = number
+        mean = recent.mean(dtype=torch.float64).item()
+        if not math.isfinite(mean):
+            raise _loss_error(recent, epoch, done, batches.steps)
+        advance(len(rows), mean, correct.item() / seen)
+        done += len(recent)
     seconds = time.perf_counter() - began
     sizes = torch.full_like(losses, batches.batch_size)
     sizes[-1] = len(batches) - batches.batch_size * (batches.steps - 1)

@@ -13,6 +13,7 @@ from tolerance import assert_identical
 
 import fastnn
 from fastnn import nn, optim
+from fastnn.compiled import STEPS_PER_REPLAY
 from fastnn.training import Batches, compile_step, make_step
 
 pytestmark = pytest.mark.skipif(
@@ -70,6 +71,35 @@ def test_compiled_steps_end_at_the_bits_of_autograd(name: str, dtype: torch.dtyp
             scheduler.step()
     for ours, theirs in zip(compiled.parameters(), eager.parameters(), strict=True):
         assert_identical(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "torch"])
+def test_several_steps_at_once_end_at_the_bits_of_single_ones(name: str) -> None:
+    """A replay takes several steps with a schedule that moves learning rate and betas or momentum after each."""
+    models = network(), network()
+    optimizers = [OPTIMIZERS[name](model.parameters()) for model in models]
+    schedulers = [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, 90) for optimizer in optimizers]
+    steps = [
+        compile_step(model, nn.CrossEntropyLoss(), optimizer)
+        for model, optimizer in zip(models, optimizers, strict=True)
+    ]
+    images, targets = data(86)
+    for epoch in range(4):
+        order = torch.randperm(86, generator=torch.Generator().manual_seed(epoch)).to(DEVICE)
+        losses, correct = steps[0].on_batches(images, targets, order, 4, schedulers[0].step)
+        right = 0
+        for i, rows in enumerate(order.split(4)):
+            loss, its = steps[1].on_rows(images, targets, rows)
+            assert torch.equal(losses[i], loss)
+            right += int(its)
+            schedulers[1].step()
+        assert len(losses) == i + 1
+        assert int(correct) == right
+        launched = {launch for recording in steps[0]._recordings.values() for launch in recording.launches}
+        assert launched == ({"1 of rows"} if name == "torch" else {"1 of rows", f"{STEPS_PER_REPLAY} of rows"})
+        assert optimizers[0].param_groups[0]["lr"] == optimizers[1].param_groups[0]["lr"]
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_step_in_the_users_hands_and_one_from_rows_agree() -> None:

@@ -369,9 +369,10 @@ class _Compiled:
         self._recording((batch_size, *images.shape[1:]))
 
     @staticmethod
-    def _gather(recording: _Recording, images: Tensor, index: Tensor) -> None:
-        """The program's images become ``images[index]``, uint8 scaled to 0..1."""
-        _C.gather_images(recording.images, images, index, 255.0 if images.dtype is torch.uint8 else 1.0)
+    def _gather(recording: _Recording, images: Tensor, index: Tensor, targets: Tensor | None = None) -> None:
+        """The program's images become ``images[index]``, uint8 scaled to 0..1, and its targets ``targets[index]``."""
+        divisor = 255.0 if images.dtype is torch.uint8 else 1.0
+        _C.gather_images(recording.images, images, index, divisor, recording.results.get("targets"), targets)
 
     def _recording(self, shape: tuple[int, ...]) -> _Recording:
         addresses = [parameter.data_ptr() for parameter in self._parameters]
@@ -605,6 +606,8 @@ class CompiledStep(_Compiled):
         """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
         if targets.device != self._device:
             raise NotCompilable(f"images: expected images and targets on {self._device}, got {targets.device}")
+        if targets.dtype is not torch.int64 or not targets.is_contiguous():
+            raise NotCompilable(f"targets: expected contiguous int64, got {targets.dtype}")
         self._prepare(images, batch_size)
 
     def _run_rows(
@@ -621,8 +624,7 @@ class CompiledStep(_Compiled):
         rows = recording.rows(index).split(batch_size)
 
         def gather(step: int) -> None:
-            self._gather(recording, images, rows[step])
-            torch.index_select(targets, 0, rows[step], out=recording.results["targets"])
+            self._gather(recording, images, rows[step], targets)
 
         self._run(recording, f"{count} of rows", (images, targets), gather, count, schedule)
         return recording

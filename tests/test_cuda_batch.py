@@ -50,7 +50,10 @@ def test_transpose_under_every_schedule(schedule: Any) -> None:
 def gather(images: torch.Tensor, index: list[int], divisor: float, dtype: torch.dtype) -> torch.Tensor:
     output = torch.full((len(index), *images.shape[1:]), float("nan"), dtype=dtype)
     output = output.contiguous(memory_format=torch.channels_last)
-    emulator.gather_images(output, images, torch.tensor(index, dtype=torch.int64), divisor)
+    rows = torch.tensor(index, dtype=torch.int64)
+    targets, chosen = 3 * torch.arange(len(images)), torch.full((len(index),), -1)
+    emulator.gather_images(output, images, rows, divisor, chosen, targets)
+    assert torch.equal(chosen, 3 * rows)
     return output
 
 

@@ -19,7 +19,8 @@ void transpose(const Tensor& output, const Tensor& input) {
   });
 }
 
-void gather_images(const Tensor& output, const Tensor& input, const Tensor& index, double divisor) {
+void gather_images(const Tensor& output, const Tensor& input, const Tensor& index, double divisor,
+                   const std::optional<Tensor>& target_output, const std::optional<Tensor>& target) {
   check_shape("input", input, {"images", "channels", "height", "width"});
   check_shape("index", index, {"batch"});
   check_shape("output", output, {index.size(0), input.size(1), input.size(2), input.size(3)});
@@ -31,6 +32,17 @@ void gather_images(const Tensor& output, const Tensor& input, const Tensor& inde
   check_channels_last("output", output);
   check_dtype("index", index, DType::int64);
   if (input.dtype() != DType::uint8) check_same_kind("input", input, "output", output);
+  if (target.has_value() != target_output.has_value())
+    fail_value("target_output", "one with target alone", target ? "None" : "a tensor");
+  if (target) {
+    check_shape("target", *target, {input.size(0)});
+    check_shape("target_output", *target_output, {index.size(0)});
+    for (const auto& [name, tensor] : {std::pair{"target", &*target}, std::pair{"target_output", &*target_output}}) {
+      check_same_device(name, *tensor, "input", input);
+      check_dtype(name, *tensor, DType::int64);
+      check_contiguous(name, *tensor);
+    }
+  }
   const GatherImagesShape shape{
       input.size(0), index.size(0), input.size(1), input.size(2) * input.size(3), input.dtype() == DType::uint8,
       divisor};
@@ -42,7 +54,8 @@ void gather_images(const Tensor& output, const Tensor& input, const Tensor& inde
   dispatch("output", output, [&](auto zero) {
     using T = decltype(zero);
     run_kernel<T>(input, [=](const auto& kernels) {
-      kernels.gather_images(shape, {output.data<T>(), input.data<void>(), index.data<int64_t>()});
+      kernels.gather_images(shape, {output.data<T>(), input.data<void>(), index.data<int64_t>(),
+                                    data_or_null<int64_t>(target_output), data_or_null<int64_t>(target)});
     });
   });
 }
@@ -71,8 +84,8 @@ void count_correct(const Tensor& correct, const Tensor& logits, const Tensor& ta
 
 void bind_batch(py::module_& module) {
   module.def("transpose", &transpose, py::arg("output"), py::arg("input"));
-  module.def("gather_images", &gather_images, py::arg("output"), py::arg("input"), py::arg("index"),
-             py::arg("divisor"));
+  module.def("gather_images", &gather_images, py::arg("output"), py::arg("input"), py::arg("index"), py::arg("divisor"),
+             py::arg("target_output") = py::none(), py::arg("target") = py::none());
   module.def("count_correct", &count_correct, py::arg("correct"), py::arg("logits"), py::arg("target"));
 }
 

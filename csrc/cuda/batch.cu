@@ -70,6 +70,7 @@ __global__ void __launch_bounds__(kGatherThreads, 4)
     }
     const Source* from = static_cast<const Source*>(b.input) + image * s.channels * s.pixels;
     T* to = b.output + sample * s.channels * s.pixels;
+    if (b.target && global_thread() == 0) b.target_output[sample] = b.target[image];
     for (int64_t pixel = global_thread(); pixel < s.pixels; pixel += grid_threads())
       for (int64_t c = 0; c < s.channels; ++c) {
         const Source value = from[c * s.pixels + pixel];

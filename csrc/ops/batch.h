@@ -1,7 +1,7 @@
 // What a training step does to its batch besides the network's operators.
 //
 //   transpose:      output[b][c][r] = input[b][r][c]: channels_last activations into rows that linear reads, and back
-//   gather_images:  output[b] = input[index[b]] / divisor, in channels_last order
+//   gather_images:  output[b] = input[index[b]] / divisor, in channels_last order; target_output[b] = target[index[b]]
 //   count_correct:  correct = how many rows of logits have their maximum at the target
 #pragma once
 
@@ -27,9 +27,11 @@ struct GatherImagesShape {
 
 template <class T>
 struct GatherImagesBuffers {
-  T* output;             // (batch, pixels, channels)
-  const void* input;     // (images, channels, pixels), uint8 or T
-  const int64_t* index;  // (batch), each in [0, images)
+  T* output;               // (batch, pixels, channels)
+  const void* input;       // (images, channels, pixels), uint8 or T
+  const int64_t* index;    // (batch), each in [0, images)
+  int64_t* target_output;  // (batch), or null where no targets are wanted
+  const int64_t* target;   // (images), or null
 };
 
 struct CountCorrectShape {

@@ -16,7 +16,7 @@ namespace fastnn {
 // An option that schedules change.
 struct Scalar {
   double value;
-  const double* device;  // read instead where it is given, when the kernel runs; on CUDA alone
+  const double* device = nullptr;  // read instead where it is given, when the kernel runs; on CUDA alone
 };
 
 struct AdamOptions {

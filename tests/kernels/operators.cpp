@@ -264,14 +264,14 @@ void test_optimizers() {
     Doubles by_adam, by_sgd;
     for (int64_t i = 0; i < size; ++i) {
       const double grad = g.back()[i], decayed = grad + sgd.weight_decay * p.back()[i];
-      const double first = adam.beta1 * m.back()[i] + (1 - adam.beta1) * grad;
+      const double first = adam.beta1.value * m.back()[i] + (1 - adam.beta1.value) * grad;
       const double second =
-          std::max<double>(largest.back()[i], adam.beta2 * v.back()[i] + (1 - adam.beta2) * grad * grad);
-      by_adam.push_back(p.back()[i] * (1 - adam.lr * adam.weight_decay) -
-                        adam.lr / (1 - std::pow(adam.beta1, step)) * first /
-                            (std::sqrt(second / (1 - std::pow(adam.beta2, step))) + adam.eps));
-      const double momentum = sgd.momentum * buffer.back()[i] + (1 - sgd.dampening) * decayed;
-      by_sgd.push_back(p.back()[i] - sgd.lr * (decayed + sgd.momentum * momentum));
+          std::max<double>(largest.back()[i], adam.beta2.value * v.back()[i] + (1 - adam.beta2.value) * grad * grad);
+      by_adam.push_back(p.back()[i] * (1 - adam.lr.value * adam.weight_decay) -
+                        adam.lr.value / (1 - std::pow(adam.beta1.value, step)) * first /
+                            (std::sqrt(second / (1 - std::pow(adam.beta2.value, step))) + adam.eps));
+      const double momentum = sgd.momentum.value * buffer.back()[i] + (1 - sgd.dampening) * decayed;
+      by_sgd.push_back(p.back()[i] - sgd.lr.value * (decayed + sgd.momentum.value * momentum));
     }
     adam_expected.push_back(by_adam), sgd_expected.push_back(by_sgd);
   }
@@ -305,8 +305,14 @@ void test_batches() {
     turned.push_back(source[(image * channels + place % channels) * pixels + place / channels]);
   }
   auto batch = unwritten<T>(static_cast<int64_t>(gathered.size()));
-  cpu::kernels<T>().gather_images({images, 4, channels, pixels, false, 2}, {batch.data(), source.data(), index.data()});
+  std::vector<int64_t> targets(images), gathered_targets(4, -1);
+  std::vector<double> expected_targets;
+  for (int64_t i = 0; i < images; ++i) targets[i] = 7 * i;
+  for (const int64_t image : index) expected_targets.push_back(static_cast<double>(targets[image]));
+  cpu::kernels<T>().gather_images({images, 4, channels, pixels, false, 2},
+                                  {batch.data(), source.data(), index.data(), gathered_targets.data(), targets.data()});
   report.exact("gather_images", batch, gathered);
+  report.exact("gather_images, targets", gathered_targets, expected_targets);
   auto rows = unwritten<T>(static_cast<int64_t>(turned.size()));
   cpu::kernels<T>().transpose({images, channels, pixels}, {rows.data(), source.data()});
   report.exact("transpose", rows, turned);

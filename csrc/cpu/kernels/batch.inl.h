@@ -31,6 +31,7 @@ void gather_images_from(const GatherImagesShape& s, const GatherImagesBuffers<T>
     for (int64_t b = begin; b < end; ++b) {
       const Source* from = static_cast<const Source*>(t.input) + t.index[b] * elements;
       T* to = t.output + b * elements;
+      if (t.target) t.target_output[b] = t.target[t.index[b]];
       for (int64_t c = 0; c < s.channels; ++c)
         for (int64_t p = 0; p < s.pixels; ++p)
           to[p * s.channels + c] = static_cast<T>(from[c * s.pixels + p]) / divisor;

@@ -232,7 +232,10 @@ std::string gather_images() {
     const void* input = s.from_uint8 ? static_cast<const void*>(r.memory.template input<uint8_t>(count, 0, 255))
                                      : static_cast<const void*>(r.in(count));
     const int64_t* index = r.memory.template input<int64_t>(s.batch, 0, static_cast<int>(s.images) - 1);
-    r.kernels.gather_images(s, {r.out(s.batch * s.channels * s.pixels), input, index});
+    const bool targets = s.from_uint8;
+    r.kernels.gather_images(s, {r.out(s.batch * s.channels * s.pixels), input, index,
+                                targets ? r.memory.template output<int64_t>(s.batch) : nullptr,
+                                targets ? r.memory.template input<int64_t>(s.images, 0, 9) : nullptr});
   });
 }
 

@@ -27,7 +27,7 @@ from fastnn import _C, nn, optim
 from fastnn.arguments import FUSED_POOL, pair, pool_arguments, wants_relu
 from fastnn.autograd.common import allows_tf32
 from fastnn.autograd.conv2d import Geometry, output_shape
-from fastnn.autograd.cross_entropy import REDUCTIONS, statistics_size
+from fastnn.autograd.cross_entropy import REDUCTIONS, empty_statistics
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
 from fastnn.runtime import kernel_dtypes, runs_on_cuda
 from fastnn.tracing import has_hooks
@@ -702,7 +702,8 @@ class CompiledStep(_Compiled):
         targets = recording.new((len(output),), torch.int64)
         recording.results.update(losses=losses, correct=correct, targets=targets)
         options = (self._loss.weight, self._loss.ignore_index, REDUCTIONS.index("mean"), self._loss.label_smoothing)
-        statistics = recording.new((statistics_size(output, targets),), self._dtype)
+        statistics = empty_statistics(output, targets)
+        recording.tensors.append(statistics)
         for step in range(steps):
             with recording.records(f"loss of {step}"):
                 _C.cross_entropy_forward(losses[step], statistics, output, targets, *options)

@@ -25,7 +25,8 @@ from tolerance import (
 from torch import Tensor
 
 from fastnn import reference
-from fastnn.autograd.cross_entropy import loss_shape, statistics_size
+from fastnn.autograd.common import empty_divisor
+from fastnn.autograd.cross_entropy import empty_statistics, loss_shape
 
 NAN = float("nan")
 # Each way through the kernels, in one block and in several.
@@ -57,7 +58,7 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Loss and statistics."""
     output = empty_loss(x, kwargs)
-    statistics = x.new_full((statistics_size(x, target),), NAN) if keep else None
+    statistics = empty_statistics(x, target).fill_(NAN) if keep else None
     emulator.cross_entropy_forward(
         output, statistics, x, target, weight, *options_of(kwargs), kwargs.get("label_smoothing", 0.0)
     )
@@ -79,7 +80,7 @@ def cross_entropy_backward(
 
 def nll_loss_forward(x: Tensor, target: Tensor, weight: Tensor | None, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Loss and divisor."""
-    output, divisor = empty_loss(x, kwargs), x.new_full((), NAN)
+    output, divisor = empty_loss(x, kwargs), empty_divisor(x).fill_(NAN)
     emulator.nll_loss_forward(output, divisor, x, target, weight, *options_of(kwargs))
     return output, divisor
 
@@ -95,7 +96,7 @@ def nll_loss_backward(
 def mse_loss_forward(x: Tensor, target: Tensor, weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
     """Loss and divisor."""
     output = x.new_full(x.shape if reduction == "none" else (), NAN)
-    divisor = x.new_full((), NAN)
+    divisor = empty_divisor(x).fill_(NAN)
     emulator.mse_loss_forward(output, divisor, x, target, weight, REDUCTION_NUMBERS[reduction])
     return output, divisor
 
@@ -108,15 +109,10 @@ def mse_loss_backward(
     return grads
 
 
-def storage_roundoff(dtype: torch.dtype) -> float:
-    """The error of a statistic or divisor that backward reads, besides those of its arithmetic."""
-    return 0.0 if computed_in(dtype) == dtype else unit_roundoff(dtype)
-
-
 def check_cross_entropy(case: LossCase, dtype: torch.dtype, variant: str | None = None) -> None:
-    """As test_losses.py does, with roundings to `dtype` where 16-bit numbers are stored between the passes."""
+    """As test_losses.py does: what is kept between the passes has the precision of the arithmetic."""
     x, target, weight, kwargs = make_loss_case(case, dtype)
-    compute, stored = computed_in(dtype), storage_roundoff(dtype)
+    compute = computed_in(dtype)
     x64 = x.double().requires_grad_()
     probabilities = target.is_floating_point()
     target64 = target.double().requires_grad_() if probabilities else target
@@ -146,16 +142,15 @@ def check_cross_entropy(case: LossCase, dtype: torch.dtype, variant: str | None 
     upstream = grad.double().abs().unsqueeze(dim) if per_sample and loss.dim() else grad.double().abs()
     mass = q.sum(dim, keepdim=True)
     probability = logs.exp()
-    # inverse_sum and mass are stored, and the divisor that q contains.
-    relative = softmax_relative_error(x, dim, compute) + 2 * stored
-    parts = relative * probability * mass + ((roundings + 2) * u + stored) * (q + probability * mass)
+    relative = softmax_relative_error(x, dim, compute)
+    parts = relative * probability * mass + (roundings + 2) * u * (q + probability * mass)
     bound = 1.01 * parts * upstream + torch.finfo(compute).tiny
     assert_close_bound(grad_input, expected, rounded_bound(bound, expected, dtype), "grad_input")
     if probabilities:
         assert grad_target is not None
         slope = torch.ones_like(x64) if weight64 is None else weight64.view(-1, *[1] * (x.dim() - 1 - dim))
         slope = slope * (1 if kwargs.get("reduction", "mean") != "mean" else 1 / samples) * upstream
-        bound = 1.01 * slope * (log_bound + stored + ((roundings + 4) * u + stored) * logs.abs())
+        bound = 1.01 * slope * (log_bound + (roundings + 4) * u * logs.abs())
         (expected,) = expected_target
         limit = rounded_bound(bound + torch.finfo(compute).tiny, expected, dtype)
         assert_close_bound(grad_target, expected, limit, "grad_target")
@@ -189,7 +184,7 @@ def check_nll_loss(case: LossCase, dtype: torch.dtype, variant: str | None = Non
     x, target, weight, kwargs = make_loss_case(case, dtype)
     x64 = x.double().requires_grad_()
     weight64 = None if weight is None else weight.double()
-    compute, stored = computed_in(dtype), storage_roundoff(dtype)
+    compute = computed_in(dtype)
     with ran_on_the_emulator("nll_loss_forward", variant):
         loss, divisor = nll_loss_forward(x, target, weight, kwargs)
     loss64 = reference.nll_loss(x64, target, weight64, **kwargs)
@@ -202,7 +197,7 @@ def check_nll_loss(case: LossCase, dtype: torch.dtype, variant: str | None = Non
     with ran_on_the_emulator("nll_loss_backward"):
         actual = nll_loss_backward(grad, divisor, x, target, weight, kwargs)
     (expected,) = torch.autograd.grad(loss64, x64, grad.double())
-    bound = rounding_bound(roundings, compute, expected.abs()) + 1.01 * stored * expected.abs()
+    bound = rounding_bound(roundings, compute, expected.abs())
     assert_close_bound(actual, expected, rounded_bound(bound, expected, dtype), "grad_input")
 
 
@@ -235,7 +230,7 @@ def check_mse_loss(
     w = (torch.rand(shape, generator=rng, dtype=torch.float64) + 0.5).to(dtype) if weighted else None
     w64 = None if w is None else w.double()
     leaves64 = [v.double().requires_grad_() for v in (x, t)]
-    compute, stored = computed_in(dtype), storage_roundoff(dtype)
+    compute = computed_in(dtype)
     with ran_on_the_emulator("mse_loss_forward", variant):
         loss, divisor = mse_loss_forward(x, t, w, reduction)
     loss64 = reference.mse_loss(*leaves64, reduction=reduction, weight=w64)
@@ -250,7 +245,7 @@ def check_mse_loss(
         grads = mse_loss_backward(grad, divisor, x, t, w, reduction)
     grads64 = torch.autograd.grad(loss64, leaves64, grad.double())
     for actual, expected in zip(grads, grads64, strict=True):
-        bound = rounding_bound(roundings, compute, expected.abs()) + 1.01 * stored * expected.abs()
+        bound = rounding_bound(roundings, compute, expected.abs())
         assert_close_bound(actual, expected, rounded_bound(bound, expected, dtype), "gradient")
 
 
@@ -278,12 +273,21 @@ def test_mse_loss_of_integers_is_exact(dtype: torch.dtype) -> None:
 
 
 def test_mean_of_more_than_float16_counts() -> None:
-    """The divisor, above 65504, is known from the shape."""
+    """The divisor is above 65504, the largest float16."""
     x = torch.full((70000,), 3.0, dtype=torch.float16)
+    one = torch.ones((), dtype=torch.float16)
     loss, divisor = mse_loss_forward(x, torch.zeros_like(x), None, "mean")
     assert loss == 9
-    grad_input, _ = mse_loss_backward(torch.ones_like(loss), divisor, x, torch.zeros_like(x), None, "mean")
+    grad_input, _ = mse_loss_backward(one, divisor, x, torch.zeros_like(x), None, "mean")
     assert bool((grad_input == torch.tensor(6 / 70000).half()).all())
+
+    rows, target = torch.zeros(70000, 2, dtype=torch.float16), torch.ones(70000, dtype=torch.int64)
+    _, divisor = nll_loss_forward(rows, target, None, {})
+    grad_input = nll_loss_backward(one, divisor, rows, target, None, {})
+    assert bool((grad_input == torch.tensor([0, -1 / 70000]).half()).all())
+    _, statistics = cross_entropy_forward(rows, target, None, {})
+    grad_input, _ = cross_entropy_backward(one, statistics, rows, target, None, {})
+    assert bool((grad_input == torch.tensor([0.5 / 70000, -0.5 / 70000]).half()).all())
 
 
 @each_schedule

@@ -34,14 +34,14 @@ template <class T>
 CrossEntropyStatistics<T> statistics_in(const std::optional<Tensor>& statistics, const Tensor& target,
                                         int64_t samples) {
   if (!statistics) return {};
-  T* data = statistics->data<T>();
+  Compute<T>* data = statistics->data<Compute<T>>();
   const int64_t rows = statistics_rows(target);
   return {data, data + samples, rows == 3 ? data + 2 * samples : nullptr, data + rows * samples};
 }
 
 void check_statistics(const Tensor& statistics, const Tensor& input, const Tensor& target, int64_t samples) {
   check_shape("statistics", statistics, {statistics_rows(target) * samples + 1});
-  check_same_kind("statistics", statistics, "input", input);
+  check_sums("statistics", statistics, "input", input);
   check_contiguous("statistics", statistics);
 }
 

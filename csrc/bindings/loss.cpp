@@ -51,6 +51,16 @@ void check_loss(const char* name, const Tensor& loss, Reduction reduction, const
   check_contiguous(name, loss);
 }
 
+void check_divisor(const Tensor& divisor, const char* input_name, const Tensor& input) {
+  if (divisor.numel() != 1) fail_value("divisor", "1 element", divisor.shape_string());
+  check_sums("divisor", divisor, input_name, input);
+}
+
+void check_sums(const char* name, const Tensor& sums, const char* input_name, const Tensor& input) {
+  check_dtype(name, sums, input.dtype() == DType::float64 ? DType::float64 : DType::float32);
+  check_same_device(name, sums, input_name, input);
+}
+
 void check_targets_inside(int64_t sample, const int64_t* targets) {
   if (sample >= 0) throw pybind11::index_error("Target " + std::to_string(targets[sample]) + " is out of bounds.");
 }

@@ -21,6 +21,11 @@ void check_class_weight(const std::optional<Tensor>& weight, const char* input_n
 void check_loss(const char* name, const Tensor& loss, Reduction reduction, const char* input_name, const Tensor& input,
                 int64_t samples);
 
+// The divisor of a mean: one number of the dtype that sums of input are kept in.
+void check_divisor(const Tensor& divisor, const char* input_name, const Tensor& input);
+// Of that dtype, and on input's device.
+void check_sums(const char* name, const Tensor& sums, const char* input_name, const Tensor& input);
+
 // Throws IndexError where `sample` >= 0, as torch does. Needs no GIL.
 void check_targets_inside(int64_t sample, const int64_t* targets);
 

@@ -18,7 +18,7 @@ MseLossShape mse_loss_shape(const Tensor& input, const Tensor& target, const std
     check_same_layout(loss_name, loss, "input", input);
   else
     check_loss(loss_name, loss, shape.reduction, "input", input, 1);
-  check_loss("divisor", divisor, Reduction::sum, "input", input, 1);
+  check_divisor(divisor, "input", input);
   return shape;
 }
 
@@ -28,8 +28,8 @@ void mse_loss_forward(const Tensor& output, const Tensor& divisor, const Tensor&
   dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
     run_kernel<T>(input, [=](const auto& kernels) {
-      kernels.mse_loss_forward(
-          shape, {output.data<T>(), divisor.data<T>(), input.data<T>(), target.data<T>(), data_or_null<T>(weight)});
+      kernels.mse_loss_forward(shape, {output.data<T>(), divisor.data<Compute<T>>(), input.data<T>(), target.data<T>(),
+                                       data_or_null<T>(weight)});
     });
   });
 }
@@ -44,8 +44,8 @@ void mse_loss_backward(const std::optional<Tensor>& grad_input, const std::optio
     using T = decltype(zero);
     run_kernel<T>(input, [=](const auto& kernels) {
       kernels.mse_loss_backward(
-          shape, {data_or_null<T>(grad_input), data_or_null<T>(grad_target), grad_output.data<T>(), divisor.data<T>(),
-                  input.data<T>(), target.data<T>(), data_or_null<T>(weight)});
+          shape, {data_or_null<T>(grad_input), data_or_null<T>(grad_target), grad_output.data<T>(),
+                  divisor.data<Compute<T>>(), input.data<T>(), target.data<T>(), data_or_null<T>(weight)});
     });
   });
 }

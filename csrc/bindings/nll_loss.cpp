@@ -14,7 +14,7 @@ NllLossShape nll_loss_shape(const char* name, const Tensor& input, const Tensor&
   check_class_target(target, name, input);
   check_class_weight(weight, name, input, shape.lines.classes);
   check_loss(loss_name, loss, shape.reduction, name, input, shape.samples());
-  check_loss("divisor", divisor, Reduction::sum, name, input, shape.samples());
+  check_divisor(divisor, name, input);
   return shape;
 }
 
@@ -26,7 +26,7 @@ void nll_loss_forward(const Tensor& output, const Tensor& divisor, const Tensor&
     run_kernel<T>(input, [=](const auto& kernels) {
       const int64_t outside =
           kernels.nll_loss_forward(shape, {output.data<T>(),
-                                           divisor.data<T>(),
+                                           divisor.data<Compute<T>>(),
                                            input.data<T>(),
                                            {target.data<int64_t>(), data_or_null<T>(weight), ignore_index}});
       check_targets_inside(outside, target.data<int64_t>());
@@ -43,7 +43,7 @@ void nll_loss_backward(const Tensor& grad_input, const Tensor& grad_output, cons
     run_kernel<T>(grad_input, [=](const auto& kernels) {
       kernels.nll_loss_backward(shape, {grad_input.data<T>(),
                                         grad_output.data<T>(),
-                                        divisor.data<T>(),
+                                        divisor.data<Compute<T>>(),
                                         {target.data<int64_t>(), data_or_null<T>(weight), ignore_index}});
     });
   });

@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
       loss = 0;  // ignored
     }
     if (b.statistics.largest) {
-      narrow_to(largest, b.statistics.largest[s]);
-      narrow_to(1 / sum, b.statistics.inverse_sum[s]);
-      if (b.probabilities) narrow_to(mass, b.statistics.mass[s]);
+      b.statistics.largest[s] = largest;
+      b.statistics.inverse_sum[s] = 1 / sum;
+      if (b.probabilities) b.statistics.mass[s] = mass;
     }
     total_sum.loss += loss;
     total_sum.weight += target.weight;
@@ -107,15 +107,14 @@ __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
     for (int64_t c = threadIdx.x; c < lines.classes; c += blockDim.x) sum += widen(weights[c]);
     spread_mass = smoothing.spread * Team(block_team(blockDim.x)).sum(sum);
   }
-  const C known = probabilities ? static_cast<C>(lines.count) : 0;
   for_lines(lines, [&](const Team&, const Line& line) {
     if (!line.there) return;
     const int64_t s = line.number;
-    C grad = sample_gradient(reduction, b.grad_output, b.statistics.divisor, known, s);
+    C grad = sample_gradient(reduction, b.grad_output, b.statistics.divisor, s);
     C mass, hot = 0;  // hot: what the target's class loses
     int64_t target_class = -1;
     if (probabilities) {
-      mass = widen(b.statistics.mass[s]);
+      mass = b.statistics.mass[s];
     } else {
       const WeightedClass<T> target = class_of(b.classes, lines.classes, s);
       target_class = target.index;
@@ -123,7 +122,7 @@ __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
       mass = smoothing.keep * target.weight + spread_mass;
       hot = grad * smoothing.keep * target.weight;
     }
-    const C largest = widen(b.statistics.largest[s]), inverse_sum = widen(b.statistics.inverse_sum[s]);
+    const C largest = b.statistics.largest[s], inverse_sum = b.statistics.inverse_sum[s];
     const C scale = grad * mass * inverse_sum, log_sum = grad_target ? -std::log(inverse_sum) : 0;
     line.walk(
         [&](int64_t at, int64_t c) {

@@ -28,8 +28,8 @@ template <class T>
 struct LossTotal {
   Reduction reduction;
   T* output;
-  T* divisor;         // may be null
-  LossSum* partials;  // one a block; null where there is one
+  Compute<T>* divisor;  // may be null
+  LossSum* partials;    // one a block; null where there is one
 
   __host__ __device__ bool wanted() const { return reduction != Reduction::none || divisor; }
 
@@ -44,7 +44,7 @@ struct LossTotal {
       return;
     }
     using C = Compute<T>;
-    if (divisor) *divisor = narrow<T>(static_cast<C>(sum.weight));
+    if (divisor) *divisor = static_cast<C>(sum.weight);
     if (reduction == Reduction::sum) *output = narrow<T>(static_cast<C>(sum.loss));
     if (reduction == Reduction::mean) *output = narrow<T>(static_cast<C>(sum.loss / sum.weight));
   }
@@ -108,15 +108,14 @@ __device__ __forceinline__ WeightedClass<T> class_of(const ClassTarget<T>& class
   return {target, classes.weight ? widen(classes.weight[target]) : 1};
 }
 
-// grad_output of sample s, divided for the mean. `known` is the divisor where the shape tells, else 0: float16 cannot
-// hold one above 65504.
+// grad_output of sample s, divided for the mean.
 template <class T>
-__device__ __forceinline__ Compute<T> sample_gradient(Reduction reduction, const T* grad_output, const T* divisor,
-                                                      Compute<T> known, int64_t s) {
+__device__ __forceinline__ Compute<T> sample_gradient(Reduction reduction, const T* grad_output,
+                                                      const Compute<T>* divisor, int64_t s) {
   if (reduction == Reduction::none) return widen(grad_output[s]);
   const Compute<T> grad = widen(*grad_output);
   if (reduction == Reduction::sum) return grad;
-  return grad / (known != 0 ? known : widen(*divisor));
+  return grad / *divisor;
 }
 
 }  // namespace fastnn::cuda

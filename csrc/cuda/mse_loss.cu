@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kOneBlockThreads, 1)
 
 template <class T>
 __global__ void mse_loss_elementwise_kernel(int64_t count, MseLossForward<T> b) {
-  if (global_thread() == 0) *b.divisor = narrow<T>(1);
+  if (global_thread() == 0) *b.divisor = 1;
   for (int64_t i = global_thread(); i < count; i += grid_threads()) {
     const Compute<T> difference = widen(b.input[i]) - widen(b.target[i]);
     b.output[i] = narrow<T>(difference * difference * weight_at(b.weight, i));
@@ -53,8 +53,7 @@ template <class T>
 __global__ void mse_loss_backward_kernel(MseLossShape s, MseLossBackward<T> b) {
   using C = Compute<T>;
   const bool elementwise = s.reduction == Reduction::none;
-  const C known = b.weight ? 0 : static_cast<C>(s.count);
-  const C shared = elementwise ? 0 : 2 * sample_gradient(s.reduction, b.grad_output, b.divisor, known, 0);
+  const C shared = elementwise ? 0 : 2 * sample_gradient(s.reduction, b.grad_output, b.divisor, 0);
   for (int64_t i = global_thread(); i < s.count; i += grid_threads()) {
     const C factor = elementwise ? 2 * widen(b.grad_output[i]) : shared;
     const C grad = factor * (widen(b.input[i]) - widen(b.target[i])) * weight_at(b.weight, i);

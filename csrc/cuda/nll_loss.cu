@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kWideLineThreads)
     if (!line.there) return;
     const WeightedClass<T> target = class_of(b.classes, line.classes, line.number);
     const C grad =
-        target.index < 0 ? 0 : -sample_gradient(reduction, b.grad_output, b.divisor, C(0), line.number) * target.weight;
+        target.index < 0 ? 0 : -sample_gradient(reduction, b.grad_output, b.divisor, line.number) * target.weight;
     int64_t at = line.offset;
     for (int64_t c = line.first; c < line.classes; c += line.step, at += line.stride)
       b.grad_input[at] = narrow<T>(c == target.index ? grad : 0);

@@ -101,18 +101,6 @@ __device__ __forceinline__ void device_check(bool condition, const char* message
 
 // Numbers
 
-// What values of T are computed in.
-template <class T>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class T>
-using Compute = typename ComputeOf<T>::type;
-
 __device__ __forceinline__ float bits_to_float(uint32_t bits) {
 #ifdef __CUDACC__
   return __uint_as_float(bits);

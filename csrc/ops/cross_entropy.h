@@ -27,10 +27,10 @@ struct CrossEntropyShape {
 
 template <class T>
 struct CrossEntropyStatistics {
-  T* largest;      // (samples); null where nothing is kept
-  T* inverse_sum;  // (samples)
-  T* mass;         // (samples) for probabilities, else null
-  T* divisor;      // (1)
+  Compute<T>* largest;      // (samples); null where nothing is kept
+  Compute<T>* inverse_sum;  // (samples)
+  Compute<T>* mass;         // (samples) for probabilities, else null
+  Compute<T>* divisor;      // (1)
 };
 
 template <class T>

@@ -13,6 +13,18 @@ struct float16 {
   uint16_t bits;
 };
 
+// What values of T are computed, and sums of them kept, in.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
 // How a float32 product may be rounded, as torch's switches say. Other dtypes are multiplied as they are.
 enum class Precision {
   fp32,  // not at all

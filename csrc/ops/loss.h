@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ops/dtype.h"
+
 namespace fastnn {
 
 enum class Reduction : int { none = 0, mean = 1, sum = 2 };  // torch's numbers

@@ -18,19 +18,19 @@ struct MseLossShape {
 
 template <class T>
 struct MseLossForward {
-  T* output;        // (count), or (1) where it is reduced
-  T* divisor;       // (1)
-  const T* input;   // (count)
-  const T* target;  // (count)
-  const T* weight;  // (count), or null
+  T* output;            // (count), or (1) where it is reduced
+  Compute<T>* divisor;  // (1)
+  const T* input;       // (count)
+  const T* target;      // (count)
+  const T* weight;      // (count), or null
 };
 
 template <class T>
 struct MseLossBackward {
-  T* grad_input;         // (count), or null where not wanted
-  T* grad_target;        // (count), or null
-  const T* grad_output;  // as output
-  const T* divisor;      // (1); read for the mean alone
+  T* grad_input;              // (count), or null where not wanted
+  T* grad_target;             // (count), or null
+  const T* grad_output;       // as output
+  const Compute<T>* divisor;  // (1); read for the mean alone
   const T* input;
   const T* target;
   const T* weight;

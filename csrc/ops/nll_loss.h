@@ -19,17 +19,17 @@ struct NllLossShape {
 
 template <class T>
 struct NllLossForward {
-  T* output;       // (samples), or (1) where it is reduced
-  T* divisor;      // (1)
-  const T* input;  // (outer, classes, inner)
+  T* output;            // (samples), or (1) where it is reduced
+  Compute<T>* divisor;  // (1)
+  const T* input;       // (outer, classes, inner)
   ClassTarget<T> classes;
 };
 
 template <class T>
 struct NllLossBackward {
-  T* grad_input;         // (outer, classes, inner)
-  const T* grad_output;  // as output
-  const T* divisor;      // (1); read for the mean alone
+  T* grad_input;              // (outer, classes, inner)
+  const T* grad_output;       // as output
+  const Compute<T>* divisor;  // (1); read for the mean alone
   ClassTarget<T> classes;
 };
 

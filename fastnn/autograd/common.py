@@ -127,6 +127,16 @@ def empty_scalar(like: Tensor) -> Tensor:
     return torch.empty_strided((), (), dtype=like.dtype, device=like.device)
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the kernels keep sums of such values in: float32 for those of 16 bits."""
+    return torch.float32 if dtype.itemsize == 2 else dtype
+
+
+def empty_divisor(like: Tensor) -> Tensor:
+    """For the divisor of a mean."""
+    return torch.empty_strided((), (), dtype=sum_dtype(like.dtype), device=like.device)
+
+
 def allows_tf32(tensor: Tensor, operator: str) -> bool:
     """Whether torch's switch for `operator`, "matmul" or "conv", lets this tensor's products be rounded to tf32."""
     return tensor.is_cuda and torch._C._get_fp32_precision_getter("cuda", operator) == "tf32"

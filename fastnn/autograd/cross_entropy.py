@@ -22,6 +22,7 @@ from fastnn.autograd.common import (
     empty_scalar,
     goes_through_op,
     goes_through_torch,
+    sum_dtype,
     wanted,
 )
 
@@ -39,13 +40,14 @@ def empty_loss(input: Tensor, reduction: int) -> Tensor:
     return empty_scalar(input)
 
 
-def statistics_size(input: Tensor, target: Tensor) -> int:
-    """Two or, where the target holds probabilities, three numbers per sample, and the divisor."""
+def empty_statistics(input: Tensor, target: Tensor) -> Tensor:
+    """For two or, where the target holds probabilities, three numbers per sample, and the divisor."""
     shape = input.shape
     samples = 1 if len(shape) == 1 else shape[0]
     for size in shape[2:]:
         samples *= size
-    return (3 if target.is_floating_point() else 2) * samples + 1
+    size = (3 if target.is_floating_point() else 2) * samples + 1
+    return input.new_empty(size, dtype=sum_dtype(input.dtype))
 
 
 def cross_entropy_forward(
@@ -59,7 +61,7 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The loss, and what backward needs if `keep`."""
     output = empty_loss(input, reduction)
-    statistics = input.new_empty(statistics_size(input, target)) if keep else None
+    statistics = empty_statistics(input, target) if keep else None
     if weight is not None:
         weight = dense(weight)
     _C.cross_entropy_forward(
@@ -167,7 +169,7 @@ cross_entropy_op = define_op(
     cross_entropy_forward,
     lambda input, target, weight, ignore_index, reduction, label_smoothing: (
         input.new_empty(loss_shape(input, reduction)),
-        input.new_empty(statistics_size(input, target)),
+        empty_statistics(input, target),
     ),
     backward=_backward,
     setup_context=_save,

@@ -17,6 +17,7 @@ from fastnn.autograd.common import (
     define_op,
     dense,
     differentiable_backward,
+    empty_divisor,
     empty_scalar,
     gapless,
     goes_through_op,
@@ -31,7 +32,7 @@ def mse_loss_forward(input: Tensor, target: Tensor, weight: Tensor | None, reduc
     """The loss and the divisor of its mean."""
     input = gapless(input)
     output = torch.empty_like(input) if reduction == 0 else empty_scalar(input)
-    divisor = empty_scalar(input)
+    divisor = empty_divisor(input)
     if weight is not None:
         weight = laid_out_as(input, weight)
     _C.mse_loss_forward(output, divisor, input, laid_out_as(input, target), weight, reduction)
@@ -111,7 +112,7 @@ mse_loss_op = define_op(
     mse_loss_forward,
     lambda input, target, weight, reduction: (
         torch.empty_like(input) if reduction == 0 else input.new_empty(()),
-        input.new_empty(()),
+        empty_divisor(input),
     ),
     backward=_backward,
     setup_context=_save,

@@ -13,7 +13,7 @@ from fastnn.autograd.common import (
     dense,
     differentiable_backward,
     empty_dense,
-    empty_scalar,
+    empty_divisor,
     goes_through_op,
     goes_through_torch,
 )
@@ -25,7 +25,7 @@ def nll_loss_forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss and the divisor of its mean."""
     output = empty_loss(input, reduction)
-    divisor = empty_scalar(input)
+    divisor = empty_divisor(input)
     if weight is not None:
         weight = dense(weight)
     _C.nll_loss_forward(output, divisor, dense(input), dense(target), weight, ignore_index, reduction)
@@ -92,7 +92,7 @@ nll_loss_op = define_op(
     nll_loss_forward,
     lambda input, target, weight, ignore_index, reduction: (
         input.new_empty(loss_shape(input, reduction)),
-        input.new_empty(()),
+        empty_divisor(input),
     ),
     backward=_backward,
     setup_context=_save,

@@ -15,6 +15,7 @@ struct Run {
 
   T* in(int64_t count, int low = -3, int high = 3) { return memory.input<T>(count, low, high); }
   T* out(int64_t count) { return memory.output<T>(count); }
+  Compute<T>* sums(int64_t count) { return memory.output<Compute<T>>(count); }
   T* updated(int64_t count, int low = -3, int high = 3) { return memory.updated<T>(count, low, high); }
 };
 
@@ -183,9 +184,8 @@ std::string cross_entropy() {
       const T* given = probabilities ? r.in(c.count(), 0, 1) : nullptr;
       const ClassTarget<T> classes =
           probabilities ? ClassTarget<T>{nullptr, r.in(c.lines.classes, 1, 3), -100} : class_target(r, c);
-      const CrossEntropyStatistics<T> statistics{r.out(c.samples()), r.out(c.samples()),
-                                                 probabilities ? r.out(c.samples()) : nullptr,
-                                                 probabilities ? r.updated(1) : r.out(1)};
+      const CrossEntropyStatistics<T> statistics{r.sums(c.samples()), r.sums(c.samples()),
+                                                 probabilities ? r.sums(c.samples()) : nullptr, r.sums(1)};
       r.kernels.cross_entropy_forward(s, {r.out(c.outputs()), statistics, input, classes, given});
       r.kernels.cross_entropy_backward(
           s, {r.out(c.count()), probabilities ? r.out(c.count()) : nullptr, grad, statistics, input, classes, given});
@@ -197,7 +197,7 @@ std::string nll_loss() {
   return for_all(loss_cases(), []<class T>(Run<T> r, const LossCase& c) {
     const NllLossShape s{c.lines, c.reduction};
     const ClassTarget<T> classes = class_target(r, c);
-    T* divisor = r.out(1);
+    Compute<T>* divisor = r.sums(1);
     r.kernels.nll_loss_forward(s, {r.out(c.outputs()), divisor, r.in(c.count()), classes});
     r.kernels.nll_loss_backward(s, {r.out(c.count()), r.in(c.outputs()), divisor, classes});
   });
@@ -210,7 +210,7 @@ std::string mse_loss() {
     const int64_t outputs = s.reduction == Reduction::none ? s.count : 1;
     const T *input = r.in(s.count), *target = r.in(s.count), *grad = r.in(outputs);
     for (const T* weight : {static_cast<const T*>(nullptr), static_cast<const T*>(r.in(s.count, 1, 3))}) {
-      T* divisor = r.out(1);
+      Compute<T>* divisor = r.sums(1);
       r.kernels.mse_loss_forward(s, {r.out(outputs), divisor, input, target, weight});
       r.kernels.mse_loss_backward(s, {r.out(s.count), r.out(s.count), grad, divisor, input, target, weight});
     }

@@ -25,6 +25,8 @@ inline bool is_depthwise(const Conv2dShape& s) {
   return s.groups == s.in_channels && s.in_channels == s.out_channels && s.groups > 1;
 }
 
+inline int64_t multiply_adds(const Conv2dShape& s) { return s.batch * s.out_height * s.out_width * weight_elements(s); }
+
 // Runs one group's gather with the kernel that suits it; `panels` are packed for the direct kernel.
 template <class T, class Products = FullProducts<T>>
 const char* run_gather(GatherConv<T> conv, const T* panels) {
@@ -44,6 +46,7 @@ const char* run_gather(GatherConv<T> conv, const T* panels) {
 template <class T, class Products = FullProducts<T>>
 void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const Conv2dShape s = with_pixels_as_rows(as_given);
+  const AloneIfSmall scope(multiply_adds(s));
   if (is_depthwise(s) && !s.pool) {
     trace<T>("conv2d_forward", "depthwise");
     return depthwise_forward<T>(s, t);
@@ -243,6 +246,7 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
 template <class T>
 void conv2d_backward(const Conv2dShape& as_given, const Conv2dBackward<T>& t) {
   const Conv2dShape s = with_pixels_as_rows(as_given);
+  const AloneIfSmall scope(multiply_adds(s));
   Conv2dBackward<T> dense = t;  // what the winner-sparse kernels leave to the dense ones
   if (s.pool && s.batch > 0) {
     // They leave out the zeros that pooling puts into the gradient, which give NaN with a factor that is not finite.

@@ -20,6 +20,7 @@
 #include <mutex>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cpu/scratch.h"
@@ -32,6 +33,7 @@ bool forked_child = false;
 
 thread_local bool in_task = false;
 thread_local bool use_own_threads = false;
+thread_local bool alone = false;
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -136,7 +138,7 @@ Crew& crew() {
 
 }  // namespace
 
-int max_threads() { return forked_child || in_task || omp_in_parallel() ? 1 : omp_get_max_threads(); }
+int max_threads() { return forked_child || in_task || alone || omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
 const char* openmp_library() {
   Dl_info info;
@@ -161,10 +163,8 @@ void run_tasks(int64_t tasks, Work work, const void* context) {
   loop.take_part(omp_get_thread_num());
 }
 
-bool set_own_threads(bool own) {
-  const bool before = use_own_threads;
-  use_own_threads = own;
-  return before;
-}
+bool set_own_threads(bool own) { return std::exchange(use_own_threads, own); }
+
+bool set_alone(bool value) { return std::exchange(alone, value); }
 
 }  // namespace fastnn::cpu

@@ -24,7 +24,29 @@ void run_tasks(int64_t tasks, Work work, const void* context);
 // before.
 bool set_own_threads(bool own);
 
+// Whether loops of this thread run on it alone; returns what was before.
+bool set_alone(bool alone);
+
+// Multiply-adds below which an operator runs on one thread: some 2 us, twice what its loops cost when the other threads
+// are waiting for them, and nothing beside what they cost when another process holds a core.
+constexpr int64_t kSmallWork = 1 << 16;
+
 namespace {  // this header is compiled for several ISAs: no template of it may be shared between objects
+
+// While it lives, loops of this thread run on it alone if the work is small.
+class AloneIfSmall {
+ public:
+  explicit AloneIfSmall(int64_t multiply_adds)
+      : small_(multiply_adds < kSmallWork), before_(small_ ? set_alone(true) : false) {}
+  ~AloneIfSmall() {
+    if (small_) set_alone(before_);
+  }
+  AloneIfSmall(const AloneIfSmall&) = delete;
+  AloneIfSmall& operator=(const AloneIfSmall&) = delete;
+
+ private:
+  const bool small_, before_;
+};
 
 // body(task, thread) for every task.
 template <class Body>

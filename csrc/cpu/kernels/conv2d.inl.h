@@ -1,6 +1,7 @@
 // conv2d (ops/conv2d.h): which kernel serves which geometry.
 //
 //   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, depthwise, else the gather
+//   grad_input            scatter where a weight is not finite
 //   grad_weight           packed for a vector of input channels and more, depthwise, else outer products
 //
 // The input gradient of stride s is s * s gathers, one per phase: input pixel (s * q + phase) receives
@@ -12,6 +13,7 @@
 #include "cpu/kernels/conv2d_grad_weight.inl.h"
 #include "cpu/kernels/conv2d_grad_weight_packed.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
+#include "cpu/kernels/conv2d_scatter.inl.h"
 #include "cpu/kernels/conv2d_sparse.inl.h"
 #include "cpu/kernels/conv2d_winograd.inl.h"
 #include "cpu/kernels/linear.inl.h"
@@ -22,6 +24,8 @@ namespace {
 inline bool is_depthwise(const Conv2dShape& s) {
   return s.groups == s.in_channels && s.in_channels == s.out_channels && s.groups > 1;
 }
+
+inline int64_t multiply_adds(const Conv2dShape& s) { return s.batch * s.out_height * s.out_width * weight_elements(s); }
 
 // Runs one group's gather with the kernel that suits it; `panels` are packed for the direct kernel.
 template <class T, class Products = FullProducts<T>>
@@ -42,6 +46,7 @@ const char* run_gather(GatherConv<T> conv, const T* panels) {
 template <class T, class Products = FullProducts<T>>
 void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const Conv2dShape s = with_pixels_as_rows(as_given);
+  const AloneIfSmall scope(multiply_adds(s));
   if (is_depthwise(s) && !s.pool) {
     trace<T>("conv2d_forward", "depthwise");
     return depthwise_forward<T>(s, t);
@@ -139,13 +144,18 @@ void undo_activation(const Conv2dShape& s, const Conv2dBackward<T>& t, int64_t p
 
 template <class T>
 void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const T* weight_as_given, T* grad_input) {
+  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
+  const T* weight = weight_to_ohwi<T>(s, weight_as_given, ohwi);
+  const auto scatter = [&] {
+    trace<T>("conv2d_grad_input", "scatter");
+    scatter_grad_input<T>(s, grad.data, grad.pixel_stride, weight, grad_input);
+  };
   if (is_depthwise(s)) {
+    if (!all_finite(weight_elements(s), weight)) return scatter();
     trace<T>("conv2d_grad_input", "depthwise");
     return depthwise_grad_input<T>(s, grad.data, grad.pixel_stride, weight_as_given, grad_input);
   }
   const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
-  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
-  const T* weight = weight_to_ohwi<T>(s, weight_as_given, ohwi);
   const Scratch<T> panels(panels_of<T>(inputs) * taps * outputs * kTileColumns<T>);
   const Scratch<int64_t> tables(3 * taps);
   int64_t* tap_y = tables;
@@ -199,7 +209,9 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .winner = nullptr,
       };
       for (int64_t group = 0; group < s.groups; ++group) {
-        pack_gradient_panels<T>(outputs, inputs, taps, weight + group * outputs * taps * inputs, count, places, panels);
+        if (!pack_gradient_panels<T>(outputs, inputs, taps, weight + group * outputs * taps * inputs, count, places,
+                                     panels))
+          return scatter();
         conv.source = grad.data + group * outputs;
         conv.out = first + group * inputs;
         variant = run_gather<T>(conv, panels);
@@ -234,18 +246,22 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
 template <class T>
 void conv2d_backward(const Conv2dShape& as_given, const Conv2dBackward<T>& t) {
   const Conv2dShape s = with_pixels_as_rows(as_given);
+  const AloneIfSmall scope(multiply_adds(s));
   Conv2dBackward<T> dense = t;  // what the winner-sparse kernels leave to the dense ones
   if (s.pool && s.batch > 0) {
-    if (t.grad_input && sparse_serves_grad_input<T>(s)) {
+    // They leave out the zeros that pooling puts into the gradient, which give NaN with a factor that is not finite.
+    const bool sparse_weight = t.grad_weight && (lookup_serves_grad_weight<T>(s) || sparse_serves_grad_weight<T>(s)) &&
+                               all_finite(s.batch * s.in_height * s.in_width * s.in_channels, t.input);
+    if (t.grad_input && sparse_serves_grad_input<T>(s) && all_finite(weight_elements(s), t.weight)) {
       trace<T>("conv2d_grad_input", "sparse");
       sparse_grad_input(s, t);
       dense.grad_input = nullptr;
     }
-    if (t.grad_weight && lookup_serves_grad_weight<T>(s)) {
+    if (sparse_weight && lookup_serves_grad_weight<T>(s)) {
       trace<T>("conv2d_grad_weight", "lookup");
       lookup_grad_weight(s, t);
       dense.grad_weight = nullptr;
-    } else if (t.grad_weight && sparse_serves_grad_weight<T>(s)) {
+    } else if (sparse_weight) {
       trace<T>("conv2d_grad_weight", "sparse");
       sparse_grad_weight(s, t);
       dense.grad_weight = nullptr;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/kernels/conv2d_window.inl.h"
+#include "cpu/kernels/finite.inl.h"
 #include "cpu/kernels/tile.inl.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/transpose.h"
@@ -132,18 +133,25 @@ void pack_strips(int64_t rows, const T* from, int64_t from_step, int64_t columns
   }
 }
 
-// The taps listed in `places` (index in the kernel), in that order.
+// The taps listed in `places` (index in the kernel), in that order. False where one of their weights is not finite.
 template <class T>
-void pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
+bool pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
                           const int64_t* places, T* panels) {
   constexpr int64_t kRows = 64;  // of a task
   const int64_t blocks = (outputs + kRows - 1) / kRows;
+  bool finite = true;
   parallel_for(count * blocks, [&](int64_t task) {
     const int64_t tap = task / blocks, first = task % blocks * kRows;
-    pack_strips<T, kTileColumns<T>>(
-        outputs - first < kRows ? outputs - first : kRows, ohwi + (first * taps + places[tap]) * inputs, taps * inputs,
-        inputs, panels + (tap * outputs + first) * kTileColumns<T>, count * outputs * kTileColumns<T>);
+    const int64_t rows = outputs - first < kRows ? outputs - first : kRows;
+    const T* from = ohwi + (first * taps + places[tap]) * inputs;
+    pack_strips<T, kTileColumns<T>>(rows, from, taps * inputs, inputs,
+                                    panels + (tap * outputs + first) * kTileColumns<T>,
+                                    count * outputs * kTileColumns<T>);
+    bool rows_finite = true;  // asked here, where they are in the cache
+    for (int64_t r = 0; r < rows; ++r) rows_finite &= run_is_finite(inputs, from + r * taps * inputs);
+    if (!rows_finite) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
   });
+  return finite;
 }
 
 // partials[i] += the other chunks' partials[i], in chunk order; `elements` each. The sum stands in the first chunk.

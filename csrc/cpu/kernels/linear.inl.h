@@ -73,6 +73,7 @@ void linear_forward_dot(const LinearShape& shape, const LinearForward<T>& t) {
 
 template <class T>
 void linear_forward(const LinearShape& shape, const LinearForward<T>& t) {
+  const AloneIfSmall scope(shape.batch * shape.in_features * shape.out_features);
   if (shape.batch < kPackRows) {
     trace<T>("linear_forward", "dot");
     linear_forward_dot(shape, t);
@@ -98,6 +99,7 @@ void column_sums(int64_t rows, int64_t columns, const T* matrix, int64_t row_str
 
 template <class T>
 void linear_backward(const LinearShape& shape, const LinearBackward<T>& t) {
+  const AloneIfSmall scope(shape.batch * shape.in_features * shape.out_features);
   trace<T>("linear_backward", "gemm");
   const int64_t count = shape.batch * shape.out_features;
   const Scratch<T> masked(shape.relu ? count : 0);

@@ -1,5 +1,6 @@
-// linear (ops/linear.h). Forward for a small batch: dot products along in_features, which read the weight as it
-// lies; for a larger one, and for both gradients, gemm.
+// linear (ops/linear.h). Forward for a small batch: dot products along in_features, which read the weight as it lies;
+// for a larger one gemm. Backward: gemm, too, but for the smallest batches, whose time is that of the weight's memory,
+// one walk along the rows of the weight and of its gradient.
 #pragma once
 
 #include "cpu/kernels/gemm.inl.h"
@@ -97,18 +98,109 @@ void column_sums(int64_t rows, int64_t columns, const T* matrix, int64_t row_str
   });
 }
 
+// The largest batch whose gradients walk along rows.
+constexpr int64_t kStreamedBatch = 4;
+
+// grad_input for columns [begin, end): the sums stay in L1 while rows of the weight pass, several at a time.
+template <class T, int batch>
+void stream_grad_input(const LinearShape& s, const T* grad, const T* weight, T* grad_input, int64_t begin,
+                       int64_t end) {
+  constexpr int kSteps = 8 / batch;
+  const auto add_rows = [&](int64_t o, auto constant) {
+    constexpr int steps = decltype(constant)::value;
+    Vec<T> g[batch][steps];
+    FASTNN_UNROLL
+    for (int b = 0; b < batch; ++b) {
+      FASTNN_UNROLL
+      for (int i = 0; i < steps; ++i) g[b][i] = broadcast(grad[b * s.out_features + o + i]);
+    }
+    for (int64_t j = begin; j < end; j += kLanes<T>) {
+      const int64_t lanes = end - j < kLanes<T> ? end - j : kLanes<T>;
+      Vec<T> sums[batch];
+      FASTNN_UNROLL
+      for (int b = 0; b < batch; ++b) sums[b] = o > 0 ? load_upto(grad_input + b * s.in_features + j, lanes) : Vec<T>{};
+      FASTNN_UNROLL
+      for (int i = 0; i < steps; ++i) {
+        const Vec<T> w = load_upto(weight + (o + i) * s.in_features + j, lanes);
+        FASTNN_UNROLL
+        for (int b = 0; b < batch; ++b) sums[b] += g[b][i] * w;
+      }
+      FASTNN_UNROLL
+      for (int b = 0; b < batch; ++b) store_upto(grad_input + b * s.in_features + j, sums[b], lanes);
+    }
+  };
+  int64_t o = 0;
+  for (; o + kSteps <= s.out_features; o += kSteps) add_rows(o, Constant<kSteps>{});
+  for (; o < s.out_features; ++o) add_rows(o, Constant<1>{});
+}
+
+// grad_weight for rows [begin, end): each is written once, from front to back.
+template <class T, int batch>
+void stream_grad_weight(const LinearShape& s, const T* grad, const T* input, T* grad_weight, int64_t begin,
+                        int64_t end) {
+  const auto write_rows = [&](int64_t o, auto constant) {
+    constexpr int rows = decltype(constant)::value;
+    Vec<T> g[batch][rows];
+    FASTNN_UNROLL
+    for (int b = 0; b < batch; ++b) {
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) g[b][r] = broadcast(grad[b * s.out_features + o + r]);
+    }
+    for (int64_t j = 0; j < s.in_features; j += kLanes<T>) {
+      const int64_t lanes = s.in_features - j < kLanes<T> ? s.in_features - j : kLanes<T>;
+      Vec<T> sums[rows]{};
+      FASTNN_UNROLL
+      for (int b = 0; b < batch; ++b) {
+        const Vec<T> x = load_upto(input + b * s.in_features + j, lanes);
+        FASTNN_UNROLL
+        for (int r = 0; r < rows; ++r) sums[r] += g[b][r] * x;
+      }
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) store_upto(grad_weight + (o + r) * s.in_features + j, sums[r], lanes);
+    }
+  };
+  int64_t o = begin;
+  for (; o + 2 <= end; o += 2) write_rows(o, Constant<2>{});
+  if (o < end) write_rows(o, Constant<1>{});
+}
+
+template <class T, int batch>
+void linear_backward_streamed(const LinearShape& s, const LinearBackward<T>& t, const T* grad) {
+  if (t.grad_input) {
+    // An eighth of a row, but no runs too short for the prefetcher, nor sums that leave L1.
+    const int64_t eighth = (s.in_features / 8 + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    const int64_t columns = eighth < 256 ? 256 : eighth > 2048 ? 2048 : eighth;
+    parallel_ranges(s.in_features, columns, [&](int64_t begin, int64_t end) {
+      stream_grad_input<T, batch>(s, grad, t.weight, t.grad_input, begin, end);
+    });
+  }
+  if (t.grad_weight)
+    parallel_ranges(s.out_features, 8192 / (s.in_features + 1) + 2, [&](int64_t begin, int64_t end) {
+      stream_grad_weight<T, batch>(s, grad, t.input, t.grad_weight, begin, end);
+    });
+}
+
 template <class T>
 void linear_backward(const LinearShape& shape, const LinearBackward<T>& t) {
   const AloneIfSmall scope(shape.batch * shape.in_features * shape.out_features);
-  trace<T>("linear_backward", "gemm");
+  const bool streamed = shape.batch >= 1 && shape.batch <= kStreamedBatch && shape.out_features > 0;
+  trace<T>("linear_backward", streamed ? "streamed" : "gemm");
   const int64_t count = shape.batch * shape.out_features;
   const Scratch<T> masked(shape.relu ? count : 0);
   if (shape.relu) relu_mask<T>(count, t.grad_output, t.output, masked);
   const T* grad = shape.relu ? static_cast<T*>(masked) : t.grad_output;
-  if (t.grad_input)
+  if (streamed) {
+    switch (shape.batch) {
+      case 1: linear_backward_streamed<T, 1>(shape, t, grad); break;
+      case 2: linear_backward_streamed<T, 2>(shape, t, grad); break;
+      case 3: linear_backward_streamed<T, 3>(shape, t, grad); break;
+      default: linear_backward_streamed<T, 4>(shape, t, grad); break;
+    }
+  }
+  if (t.grad_input && !streamed)
     gemm<T>(shape.batch, shape.in_features, shape.out_features, {grad, shape.out_features, 1},
             {t.weight, shape.in_features, 1}, nullptr, false, t.grad_input);
-  if (t.grad_weight)
+  if (t.grad_weight && !streamed)
     gemm<T>(shape.out_features, shape.in_features, shape.batch, {grad, 1, shape.out_features},
             {t.input, shape.in_features, 1}, nullptr, false, t.grad_weight);
   if (t.grad_bias) column_sums(shape.batch, shape.out_features, grad, shape.out_features, t.grad_bias);

@@ -181,6 +181,9 @@ def train(
         str | None, typer.Option(help="Learning rate over time: constant, cosine (to 0) or one-cycle.")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adam, adamw or sgd.")] = "adam",
+    precision: Annotated[
+        str, typer.Option(help="fp32, or bf16 for products in bfloat16 on processors with AVX512-BF16.")
+    ] = "fp32",
     seed: Annotated[int, typer.Option(min=0, help="Fixes first parameters and order of images.")] = 0,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
@@ -226,6 +229,7 @@ def train(
             lr=chosen["lr"],
             scheduler=make_scheduler(chosen, len(train_set)),
             optimizer=optimizer,
+            precision=precision,
             seed=seed,
             checkpoint=checkpoint,
             resume=resume,

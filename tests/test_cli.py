@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from dispatch_log import kernels_of, ran_kernels
 from PIL import Image
 
 import fastnn.bench
-from fastnn import cli, data
+from fastnn import _C, cli, data
 from fastnn.classifier import CNNClassifier
 from fastnn.training import TrainingError
 
@@ -325,6 +326,17 @@ def test_threads_limits_the_command_and_not_the_caller(
     run_well(command, *arguments[command], "--threads", before + 1)
     assert limits == [before + 1, before]
     assert torch.get_num_threads() == before
+
+
+def test_precision_reaches_the_kernels_or_says_what_is_missing(tmp_path: Path) -> None:
+    command = ["train", "--epochs", 1, *SMALL, "--conv-channels", "16,32", "--out", tmp_path / "m.safetensors"]
+    assert "precision: expected 'fp32' or 'bf16', got 'float8'" in error_of(*command, "--precision", "float8")
+    if not _C.has_bf16():
+        assert "AVX512-BF16" in error_of(*command, "--precision", "bf16")
+        return
+    with ran_kernels("conv2d_forward") as log:
+        run_well(*command, "--precision", "bf16")
+    assert "winograd_bf16" in kernels_of(log, "conv2d_forward")
 
 
 def test_a_nan_in_a_later_epoch_points_at_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,11 @@ def wants_relu(activation: str | None) -> bool:
 
 def pair(name: str, value: int | Sequence[int]) -> Pair:
     """(height, width) of an argument that takes one number for both."""
+    # What layers keep, without the care for SymInt and bool.
+    if type(value) is int:
+        return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
     if _is_number(value):
         return value, value  # type: ignore[return-value]
     if isinstance(value, (tuple, list)) and all(map(_is_number, value)):
@@ -42,6 +47,8 @@ def pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
     """(kernel_size, stride, padding) from the forms that ``max_pool=`` takes."""
     if max_pool is None:
         return None
+    if type(max_pool) is int and max_pool == 2:
+        return FUSED_POOL
     if _is_number(max_pool):
         max_pool = (max_pool, max_pool, 0)
     if not isinstance(max_pool, (tuple, list)) or len(max_pool) != 3:

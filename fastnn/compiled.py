@@ -148,7 +148,7 @@ def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
     def stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
         if input.dim() != 4:
             raise NotCompilable(f"{layer}: expected images, got shape {tuple(input.shape)}")
-        shape = output_shape(input, layer.weight, geometry, fused)
+        shape = output_shape(input.shape, layer.weight.shape, geometry, fused)
         output = recording.new(shape, input.dtype, channels_last=True)
         winner = recording.new(shape, torch.uint8, channels_last=True) if fused else None
         weight, bias = layer.weight, layer.bias

@@ -75,9 +75,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if weight is None:
         raise _missing("weight")
     way = route("linear", input, weight, bias)
+    if way == "record":
+        return LinearFunction.run(input, weight, bias, relu)
     if way == "kernel":
-        if needs_grad(input, weight, bias):
-            return LinearFunction.run(input, weight, bias, relu)
         return linear_forward(input, weight, bias, relu)
     if way == "cast":
         return in_autocast_dtype(linear, input, weight, bias, activation=activation)
@@ -162,7 +162,7 @@ def conv2d(
     )
     if way == "op":
         output = conv2d_op(input, weight, bias, *geometry, relu, fused)[0]
-    elif needs_grad(input, weight, bias):
+    elif way == "record":
         output = Conv2dFunction.run(input, weight, bias, *geometry, relu, fused)
     else:
         output = conv2d_forward(input, weight, bias, geometry, relu, fused)[0]
@@ -187,14 +187,14 @@ def _resolve_padding(input: Tensor, weight: Tensor, stride: Pair, padding: str, 
 
 def _leaves_a_window(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the convolution's output holds at least one 2x2 window."""
+    if input.dim() != 4 or weight.dim() != 4:
+        return False
+    _, _, height, width = input.shape
+    _, _, kernel_height, kernel_width = weight.shape
+    stride, padding, dilation, _ = geometry
     return (
-        input.dim() == 4
-        and weight.dim() == 4
-        and all(
-            input.shape[2 + d] + 2 * geometry.padding[d] - geometry.dilation[d] * (weight.shape[2 + d] - 1)
-            > geometry.stride[d]
-            for d in range(2)
-        )
+        height + 2 * padding[0] - dilation[0] * (kernel_height - 1) > stride[0]
+        and width + 2 * padding[1] - dilation[1] * (kernel_width - 1) > stride[1]
     )
 
 
@@ -249,7 +249,7 @@ def max_pool2d(
     if way == "op":
         output, winners = max_pool2d_op(input, *window, ceil_mode, return_indices)
         return (output, winners) if return_indices else output
-    if needs_grad(input):
+    if way == "record":
         return MaxPool2dFunction.run(input, *window, ceil_mode, return_indices)
     output, winners = max_pool2d_forward(input, *window, ceil_mode, torch.int64 if return_indices else None)
     return (output, winners) if return_indices else output
@@ -280,7 +280,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
         return _relu_inplace(input, way)
     if way == "op":
         return relu_op(input)
-    if needs_grad(input):
+    if way == "record":
         return ReluFunction.run(input)
     return relu_forward(input)
 
@@ -288,7 +288,7 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 def _relu_inplace(input: Tensor, way: str) -> Tensor:
     if way == "op":
         return input.copy_(relu_op(input))
-    if needs_grad(input):
+    if way == "record":
         leaf = input if input.is_leaf else input._base
         if leaf is not None and leaf.is_leaf and leaf.requires_grad:
             view = "" if leaf is input else "view of a "
@@ -328,7 +328,7 @@ def _along_dim(
         dim += dims
     if way == "op":
         return operator.op(input, dim)
-    if needs_grad(input):
+    if way == "record":
         return operator.function.run(input, dim)
     return operator.forward(input, dim)
 
@@ -373,12 +373,14 @@ def _reduction_number(size_average: bool | None, reduce: bool | None, reduction:
     """torch's number of a reduction, the deprecated arguments having the last word."""
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    if reduction in REDUCTIONS:
+        return REDUCTIONS.index(reduction)
     return torch.nn._reduction.get_enum(reduction)
 
 
-def _requires_weight_grad(operator: str, weight: Tensor | None) -> bool:
+def _requires_weight_grad(operator: str, weight: Tensor) -> bool:
     """Whether torch must run the loss because its weights are differentiated, which no kernel does."""
-    if weight is None or not needs_grad(weight):
+    if not needs_grad(weight):
         return False
     note_fallback(operator, "the gradient of weight")
     return True
@@ -425,7 +427,7 @@ def cross_entropy(
         raise _missing("target")
     integral = getattr(target, "dtype", None) in _CLASS_DTYPES
     way = route("cross_entropy", input, weight, None if integral else target)
-    if way == "torch" or _requires_weight_grad("cross_entropy", weight):
+    if way == "torch" or (weight is not None and _requires_weight_grad("cross_entropy", weight)):
         return reference.cross_entropy(
             input,
             target,
@@ -440,7 +442,7 @@ def cross_entropy(
         if input.is_meta and not target.is_meta:
             raise ValueError(f"target: expected a tensor on meta as input, got one on {target.device}")
         return cross_entropy_op(input, target, weight, ignore_index, number, label_smoothing)[0]
-    if needs_grad(input, target):
+    if way == "record":
         return CrossEntropyFunction.run(input, target, weight, ignore_index, number, label_smoothing)
     return cross_entropy_forward(input, target, weight, ignore_index, number, label_smoothing, keep=False)[0]
 
@@ -483,9 +485,9 @@ def nll_loss(
     """
     number = _reduction_number(size_average, reduce, reduction)
     way = route("nll_loss", input, weight)
-    if way == "torch" or _requires_weight_grad("nll_loss", weight):
+    if way == "torch" or (weight is not None and _requires_weight_grad("nll_loss", weight)):
         return reference.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=REDUCTIONS[number])
-    if way == "kernel" and not isinstance(target, Tensor):
+    if way != "op" and not isinstance(target, Tensor):
         raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
     if target.dtype is torch.uint8:
         target = target.long()
@@ -493,7 +495,7 @@ def nll_loss(
         if input.is_meta and not target.is_meta:
             raise ValueError(f"target: expected a tensor on meta as input, got one on {target.device}")
         return nll_loss_op(input, target, weight, ignore_index, number)[0]
-    if needs_grad(input):
+    if way == "record":
         return NllLossFunction.run(input, target, weight, ignore_index, number)
     return nll_loss_forward(input, target, weight, ignore_index, number)[0]
 
@@ -530,7 +532,7 @@ def mse_loss(
     if target is None:
         raise _missing("target")
     way = route("mse_loss", input, target, weight)
-    if way == "torch" or _requires_weight_grad("mse_loss", weight):
+    if way == "torch" or (weight is not None and _requires_weight_grad("mse_loss", weight)):
         return reference.mse_loss(input, target, reduction=REDUCTIONS[number], weight=weight)
     if weight is not None and weight.shape != input.shape:
         raise ValueError(f"weight: expected the shape of input, {tuple(input.shape)}, got {tuple(weight.shape)}")
@@ -538,7 +540,7 @@ def mse_loss(
         return _broadcast_mse_loss(input, target, number, weight)
     if way == "op":
         return mse_loss_op(input, target, weight, number)[0]
-    if needs_grad(input, target):
+    if way == "record":
         return MseLossFunction.run(input, target, weight, number)
     return mse_loss_forward(input, target, weight, number)[0]
 

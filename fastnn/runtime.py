@@ -21,7 +21,14 @@ def _allocate(size: int, device_index: int) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-_C.initialise(torch.Tensor, torch.get_num_threads, _allocate)
+_C.initialise(
+    torch.Tensor,
+    torch.nn.Parameter,
+    torch.get_num_threads,
+    _allocate,
+    torch.is_grad_enabled,
+    (torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active, torch._C._get_tracing_state),
+)
 if os.environ.get("FASTNN_ISA"):
     try:
         _C.set_isa(os.environ["FASTNN_ISA"])

@@ -15,7 +15,12 @@ import fastnn  # noqa: F401 - loads torch's OpenMP first
 emulator: Any = pytest.importorskip("fastnn._C_emulator", reason="built without FASTNN_EMULATOR")
 # Workspace starts as NaN, like shared memory.
 emulator.initialise(
-    torch.Tensor, torch.get_num_threads, lambda size, device: torch.full((size,), 0xFF, dtype=torch.uint8)
+    torch.Tensor,
+    torch.nn.Parameter,
+    torch.get_num_threads,
+    lambda size, device: torch.full((size,), 0xFF, dtype=torch.uint8),
+    torch.is_grad_enabled,
+    (),
 )
 
 ORDERS = ("forward", "reverse", "random", "greedy")

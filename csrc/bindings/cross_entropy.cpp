@@ -15,7 +15,7 @@ CrossEntropyShape cross_entropy_shape(const Tensor& input, const Tensor& target,
     check_class_target(target, "input", input);
   } else {
     check_same_kind("target", target, "input", input);
-    if (target.shape_string() != input.shape_string())
+    if (!target.has_shape_of(input))
       fail_value("target", "class probabilities of the shape of input, " + input.shape_string(), target.shape_string());
     check_contiguous("target", target);
     if (ignore_index >= 0)
@@ -81,7 +81,7 @@ void cross_entropy_backward(const std::optional<Tensor>& grad_input, const std::
   check_statistics(statistics, input, target, shape.samples());
   for (const auto& [name, grad] : {std::pair{"grad_input", &grad_input}, std::pair{"grad_target", &grad_target}}) {
     if (!*grad) continue;
-    if ((*grad)->shape_string() != input.shape_string())
+    if (!(*grad)->has_shape_of(input))
       fail_value(name, "the shape of input, " + input.shape_string(), (*grad)->shape_string());
     check_same_kind(name, **grad, "input", input);
     check_contiguous(name, **grad);

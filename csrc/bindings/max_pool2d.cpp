@@ -45,7 +45,7 @@ MaxPool2dShape pool_shape(const Tensor& input, const Tensor& output, const Pair&
 void check_winners(const Tensor& winners, const Tensor& output, const char* output_name, const MaxPool2dShape& shape) {
   if (winners.dtype() != DType::uint8 && winners.dtype() != DType::int64)
     fail_type("winners", "uint8 or int64", winners.dtype_string());
-  if (winners.shape_string() != output.shape_string())
+  if (!winners.has_shape_of(output))
     fail_value("winners", "the shape of " + std::string(output_name) + ", " + output.shape_string(),
                winners.shape_string());
   if (winners.dtype() == DType::uint8 && shape.y.kernel * shape.x.kernel > kMaxByteTaps)

@@ -7,8 +7,20 @@ namespace {
 
 const DLPackExchangeAPI* exchange_api = nullptr;
 PyTypeObject* torch_tensor_type = nullptr;
+PyTypeObject* torch_parameter_type = nullptr;
 PyObject* torch_get_num_threads = nullptr;
 PyObject* torch_allocate = nullptr;
+PyObject* torch_is_grad_enabled = nullptr;
+PyObject* torch_modes = nullptr;
+
+// A reference that is never given back.
+PyObject* kept(py::handle object) { return py::reinterpret_borrow<py::object>(object).release().ptr(); }
+
+bool is_true(py::handle value) {
+  const int truth = PyObject_IsTrue(value.ptr());
+  if (truth < 0) throw py::error_already_set();
+  return truth == 1;
+}
 
 // Whether memory runs through the dimensions in `order`, innermost last.
 bool runs_through(const DLTensor& view, const int* order, int count) {
@@ -23,7 +35,8 @@ bool runs_through(const DLTensor& view, const int* order, int count) {
 
 }  // namespace
 
-void initialise_tensors(py::handle tensor_type, py::handle get_num_threads, py::handle allocate) {
+void initialise_tensors(py::handle tensor_type, py::handle parameter_type, py::handle get_num_threads,
+                        py::handle allocate, py::handle is_grad_enabled, py::tuple modes) {
   if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__"))
     throw py::import_error("fastnn needs torch >= 2.10: this torch has no torch.Tensor.__dlpack_c_exchange_api__");
   const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
@@ -33,9 +46,30 @@ void initialise_tensors(py::handle tensor_type, py::handle get_num_threads, py::
   while (header && header->version.major != 1) header = header->prev_api;
   if (!header) throw py::import_error("fastnn needs a torch that offers version 1 of DLPack's C exchange API");
   exchange_api = reinterpret_cast<DLPackExchangeAPI*>(header);
-  torch_tensor_type = reinterpret_cast<PyTypeObject*>(py::reinterpret_borrow<py::object>(tensor_type).release().ptr());
-  torch_get_num_threads = py::reinterpret_borrow<py::object>(get_num_threads).release().ptr();
-  torch_allocate = py::reinterpret_borrow<py::object>(allocate).release().ptr();
+  torch_tensor_type = reinterpret_cast<PyTypeObject*>(kept(tensor_type));
+  torch_parameter_type = reinterpret_cast<PyTypeObject*>(kept(parameter_type));
+  torch_get_num_threads = kept(get_num_threads);
+  torch_allocate = kept(allocate);
+  torch_is_grad_enabled = kept(is_grad_enabled);
+  torch_modes = kept(modes);
+}
+
+py::handle quick_way(py::handle first, py::handle second, py::handle third) {
+  static PyObject* const kernel = PyUnicode_InternFromString("kernel");
+  static PyObject* const record = PyUnicode_InternFromString("record");
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  for (const py::handle mode : py::reinterpret_borrow<py::tuple>(torch_modes))
+    if (is_true(mode())) return py::none();
+  Tensor one, other;
+  if (!Tensor::from_plain(first, &one) || !one.has_kernels()) return py::none();
+  bool differentiable = is_true(first.attr(requires_grad));
+  for (const py::handle object : {second, third}) {
+    if (object.is_none()) continue;
+    if (!Tensor::from_plain(object, &other) || other.dtype() != one.dtype() || !other.is_on_device_of(one))
+      return py::none();
+    differentiable = differentiable || is_true(object.attr(requires_grad));
+  }
+  return differentiable && is_true(py::handle(torch_is_grad_enabled)()) ? record : kernel;
 }
 
 py::object allocate_workspace(size_t bytes, int device) {
@@ -68,6 +102,30 @@ Tensor Tensor::from_python(py::handle object) {
   return tensor;
 }
 
+bool Tensor::from_plain(py::handle object, Tensor* tensor) {
+  if (Py_TYPE(object.ptr()) != torch_tensor_type && Py_TYPE(object.ptr()) != torch_parameter_type) return false;
+  if (exchange_api->dltensor_from_py_object_no_sync(object.ptr(), &tensor->view_) != 0) {
+    PyErr_Clear();  // sparse, nested, ...
+    return false;
+  }
+  return tensor->view_.data || tensor->numel() == 0;
+}
+
+bool Tensor::has_kernels() const {
+#ifdef FASTNN_CUDA
+  const bool on_cuda = runs_on_cuda();
+#else
+  const bool on_cuda = false;
+#endif
+  switch (dtype()) {
+    case DType::float32:
+    case DType::float64: return is_cpu() || on_cuda;
+    case DType::bfloat16:
+    case DType::float16: return on_cuda;
+    default: return false;
+  }
+}
+
 int64_t Tensor::numel() const {
   int64_t count = 1;
   for (int d = 0; d < view_.ndim; ++d) count *= view_.shape[d];
@@ -84,6 +142,12 @@ DType Tensor::dtype() const {
   if (type.code == 1 && type.bits == 8) return DType::uint8;
   if (type.code == 0 && type.bits == 64) return DType::int64;
   return DType::other;
+}
+
+bool Tensor::has_shape_of(const Tensor& other) const {
+  bool same = dim() == other.dim();
+  for (int64_t d = 0; same && d < dim(); ++d) same = size(d) == other.size(d);
+  return same;
 }
 
 bool Tensor::is_contiguous() const {

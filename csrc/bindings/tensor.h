@@ -23,6 +23,8 @@ class Tensor {
  public:
   // Throws TypeError where `object` is no torch.Tensor, RuntimeError where it has no memory that can be read.
   static Tensor from_python(pybind11::handle object);
+  // Whether `object` is exactly a torch.Tensor or Parameter with memory, which *tensor then is.
+  static bool from_plain(pybind11::handle object, Tensor* tensor);
 
   int64_t dim() const { return view_.ndim; }
   int64_t size(int64_t d) const { return view_.shape[d]; }
@@ -37,11 +39,13 @@ class Tensor {
   bool runs_on_cuda() const { return is_cuda(); }  // on CUDA's kernels; the emulator runs them on the CPU's tensors
 #endif
   int device_index() const { return view_.device.device_id; }
+  bool has_shape_of(const Tensor& other) const;
   bool is_on_device_of(const Tensor& other) const {
     return view_.device.device_type == other.view_.device.device_type && device_index() == other.device_index();
   }
   int64_t item_size() const { return view_.dtype.bits / 8; }
   DType dtype() const;
+  bool has_kernels() const;       // for its dtype on its device
   bool is_contiguous() const;     // row-major; dimensions of size 1 do not count
   bool is_dense() const;          // in the order of some permutation of its dimensions, without gaps or overlaps
   bool is_channels_last() const;  // (n, c, h, w) stored as n, h, w, c
@@ -60,8 +64,13 @@ class Tensor {
 };
 
 // Takes torch.Tensor.__dlpack_c_exchange_api__ from torch, once, at import. `allocate(bytes, device_index)` returns a
-// tensor of so many bytes on a CUDA device.
-void initialise_tensors(pybind11::handle tensor_type, pybind11::handle get_num_threads, pybind11::handle allocate);
+// tensor of so many bytes on a CUDA device; `is_grad_enabled` and `modes` are what quick_way() asks.
+void initialise_tensors(pybind11::handle tensor_type, pybind11::handle parameter_type, pybind11::handle get_num_threads,
+                        pybind11::handle allocate, pybind11::handle is_grad_enabled, pybind11::tuple modes);
+
+// The common case of autograd.common.route: "kernel" where all tensors (or None) are plain, on one device, of one dtype
+// that its kernels have, and no mode is on; "record" where autograd must record the call, too; None for all else.
+pybind11::handle quick_way(pybind11::handle first, pybind11::handle second, pybind11::handle third);
 pybind11::object allocate_workspace(size_t bytes, int device);
 void* current_stream(int device);  // torch's cudaStream_t
 

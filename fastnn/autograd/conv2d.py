@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,10 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 def prefers_channels_last(tensor: Tensor) -> bool:
     """Whether torch takes this tensor's strides for channels_last: its own rule, size-1 dimensions included."""
-    sizes, strides = tensor.shape, tensor.stride()
+    return _runs_channels_last(tensor.shape, tensor.stride())
+
+
+def _runs_channels_last(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     if len(sizes) != 4 or strides[1] == 0:
         return False
     least = 0
@@ -61,24 +65,39 @@ def _kernel_layout(weight: Tensor) -> Tensor:
     return weight.contiguous()
 
 
-def output_shape(input: Tensor, weight: Tensor, geometry: Geometry, pool: bool) -> tuple[int, int, int, int]:
+def output_shape(
+    input: Sequence[int], weight: Sequence[int], geometry: Geometry, pool: bool
+) -> tuple[int, int, int, int]:
+    """The output's shape from those of input and weight."""
     sizes = []
     for d in range(2):
-        span = geometry.dilation[d] * (weight.shape[2 + d] - 1) + 1
-        size = (input.shape[2 + d] + 2 * geometry.padding[d] - span) // geometry.stride[d] + 1
+        span = geometry.dilation[d] * (weight[2 + d] - 1) + 1
+        size = (input[2 + d] + 2 * geometry.padding[d] - span) // geometry.stride[d] + 1
         sizes.append(size // 2 if pool else size)
-    return input.shape[0], weight.shape[0], sizes[0], sizes[1]
+    return input[0], weight[0], sizes[0], sizes[1]
 
 
-def _result_format(input: Tensor, weight: Tensor) -> torch.memory_format:
+def _result_format(prefers: bool) -> torch.memory_format:
     """torch's rule for a convolution's results: channels_last where the input or the weight is."""
-    if prefers_channels_last(input) or prefers_channels_last(weight):
-        return torch.channels_last
-    return torch.contiguous_format
+    return torch.channels_last if prefers else torch.contiguous_format
 
 
-def _empty_images(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+_Sizes = tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def _output_layout(
+    input: tuple[_Sizes, _Sizes], weight: tuple[_Sizes, _Sizes], geometry: Geometry, pool: bool
+) -> tuple[_Sizes, _Sizes, torch.memory_format]:
+    """Shape and strides of the output in channels_last, and the format that torch's would have, from the shapes and
+    strides of input and weight; kept, for they take as long to work out as a tiny image."""
+    shape = output_shape(input[0], weight[0], geometry, pool)
+    output = torch.empty(shape, dtype=torch.uint8, device="meta", memory_format=torch.channels_last)
+    return shape, output.stride(), _result_format(_runs_channels_last(*input) or _runs_channels_last(*weight))
+
+
+def _layout(tensor: Tensor) -> tuple[_Sizes, _Sizes]:
+    return tensor.shape, tensor.stride()
 
 
 def _precision(input: Tensor) -> str:
@@ -90,11 +109,10 @@ def conv2d_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and with `pool` each maximum's place in its window (uint8, channels_last)."""
     try:
-        shape = output_shape(input, weight, geometry, pool)
-        output = _empty_images(shape, input)
+        shape, strides, memory_format = _output_layout(_layout(input), _layout(weight), geometry, pool)
+        output = input.new_empty_strided(shape, strides)
     except (IndexError, RuntimeError, ZeroDivisionError):  # not a convolution: the binding says in what way
-        shape = (0, 0, 0, 0)
-        output = input.new_empty(shape)
+        output, memory_format = input.new_empty((0, 0, 0, 0)), torch.contiguous_format
     winner = torch.empty_like(output, dtype=torch.uint8) if pool else None
     source = channels_last(input) if input.dim() == 4 else input
     _C.conv2d_forward(
@@ -107,7 +125,7 @@ def conv2d_forward(
         relu,
         _precision(input),
     )
-    return output.contiguous(memory_format=_result_format(input, weight)), winner
+    return output.contiguous(memory_format=memory_format), winner
 
 
 def conv2d_backward(
@@ -120,28 +138,25 @@ def conv2d_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, where needed; `output` undoes a ReLU, `winner` pooling (and its ReLU)."""
-    grad_input = grad_weight = grad_bias = None
-    weight = _kernel_layout(weight)
-    if needed[0]:
-        grad_input = _empty_images(input.shape, input)
-    if needed[1]:
-        grad_weight = torch.empty_like(weight)
-    if needed[2]:
-        grad_bias = weight.new_empty(weight.shape[0])
+    source, kernel = channels_last(input), _kernel_layout(weight)
+    grad_input = torch.empty_like(source) if needed[0] else None
+    grad_weight = torch.empty_like(kernel) if needed[1] else None
+    grad_bias = weight.new_empty(weight.shape[0]) if needed[2] else None
     _C.conv2d_backward(
         grad_input,
         grad_weight,
         grad_bias,
         channels_last(grad_output),
-        channels_last(input),
-        weight,
+        source,
+        kernel,
         None if output is None else channels_last(output),
         winner,
         *geometry,
         _precision(input),
     )
     if grad_input is not None:
-        grad_input = grad_input.contiguous(memory_format=_result_format(input, weight))
+        memory_format = _output_layout(_layout(input), _layout(weight), geometry, winner is not None)[2]
+        grad_input = grad_input.contiguous(memory_format=memory_format)
     return grad_input, grad_weight, grad_bias
 
 
@@ -149,7 +164,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None
     input, weight, bias, stride, padding, dilation, groups, relu, pool = inputs
     result, winner = output
     ctx.save_for_backward(input, weight, bias, result if relu and not pool else None, winner if pool else None)
-    ctx.geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    ctx.geometry = _geometry(stride, padding, dilation, groups)
     ctx.relu = relu
 
 
@@ -185,25 +200,33 @@ class Conv2dFunction(KernelFunction):
         relu: bool,
         pool: bool,
     ) -> Tensor:
-        output, winner = conv2d_forward(input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool)
-        _save(ctx, (input, weight, bias, stride, padding, dilation, groups, relu, pool), (output, winner))
+        geometry = Geometry(stride, padding, dilation, groups)
+        output, winner = conv2d_forward(input, weight, bias, geometry, relu, pool)
+        ctx.save_for_backward(input, weight, bias, output if relu and not pool else None, winner)
+        ctx.geometry, ctx.relu = geometry, relu
         return output
 
     backward = staticmethod(_backward)
+
+
+def _geometry(stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int) -> Geometry:
+    """From the lists that operators are called with."""
+    return Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)  # type: ignore[arg-type]
 
 
 def _conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     relu: bool,
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
-    output, winner = conv2d_forward(input, weight, bias, Geometry(stride, padding, dilation, groups), relu, pool)
+    geometry = _geometry(stride, padding, dilation, groups)
+    output, winner = conv2d_forward(input, weight, bias, geometry, relu, pool)
     return output, input.new_empty(0, dtype=torch.uint8) if winner is None else winner
 
 
@@ -218,8 +241,9 @@ def _conv2d_fake(
     relu: bool,
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
-    shape = output_shape(input, weight, Geometry(stride, padding, dilation, groups), pool)
-    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_result_format(input, weight))
+    shape = output_shape(input.shape, weight.shape, Geometry(stride, padding, dilation, groups), pool)
+    memory_format = _result_format(prefers_channels_last(input) or prefers_channels_last(weight))
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
     if not pool:
         return output, input.new_empty(0, dtype=torch.uint8)
     return output, torch.empty(shape, dtype=torch.uint8, device=input.device, memory_format=torch.channels_last)
@@ -241,13 +265,13 @@ def _conv2d_backward(
     weight: Tensor,
     output: Tensor | None,
     winner: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     groups: int,
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    geometry = Geometry(stride, padding, dilation, groups)
+    geometry = _geometry(stride, padding, dilation, groups)
     grads = conv2d_backward(grad_output, input, weight, output, winner, geometry, needed)
     return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -266,7 +290,8 @@ def _conv2d_backward_fake(
 ) -> tuple[Tensor, ...]:
     grad_input = empty_like_if(needed[0], input, input.shape)
     if needed[0]:
-        grad_input = grad_input.contiguous(memory_format=_result_format(input, weight))
+        memory_format = _result_format(prefers_channels_last(input) or prefers_channels_last(weight))
+        grad_input = grad_input.contiguous(memory_format=memory_format)
     grad_weight = torch.empty_like(_kernel_layout(weight)) if needed[1] else weight.new_empty(0)
     return grad_input, grad_weight, empty_like_if(needed[2], weight, weight.shape[:1])
 

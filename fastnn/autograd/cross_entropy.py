@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastnn import _C, reference
@@ -17,7 +18,6 @@ from fastnn.autograd.common import (
     define_op,
     dense,
     differentiable_backward,
-    empty_dense,
     empty_like_if,
     empty_scalar,
     goes_through_op,
@@ -82,14 +82,15 @@ def cross_entropy_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of input and target, where needed."""
-    grad_input = empty_dense(input) if needed[0] else None
-    grad_target = empty_dense(input) if needed[1] else None
+    input = dense(input)
+    grad_input = torch.empty_like(input) if needed[0] else None
+    grad_target = torch.empty_like(input) if needed[1] else None
     _C.cross_entropy_backward(
         grad_input,
         grad_target,
         dense(grad_output),
         statistics,
-        dense(input),
+        input,
         dense(target),
         None if weight is None else dense(weight),
         ignore_index,

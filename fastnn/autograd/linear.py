@@ -15,7 +15,6 @@ from fastnn.autograd.common import (
     define_op,
     dense,
     differentiable_backward,
-    empty_dense,
     empty_like_if,
     goes_through_op,
     goes_through_torch,
@@ -24,7 +23,7 @@ from fastnn.autograd.common import (
 
 
 def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    output = torch.empty((*input.shape[:-1], weight.shape[0]), dtype=input.dtype, device=input.device)
+    output = input.new_empty(*input.shape[:-1], weight.shape[0])
     tf32 = allows_tf32(input, "matmul")
     _C.linear_forward(output, dense(input), dense(weight), None if bias is None else dense(bias), relu, tf32)
     return output
@@ -34,16 +33,17 @@ def linear_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, output: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, where needed; `output` is given where a ReLU is to be undone."""
-    grad_input = empty_dense(input) if needed[0] else None
-    grad_weight = empty_dense(weight) if needed[1] else None
+    input, weight = dense(input), dense(weight)
+    grad_input = torch.empty_like(input) if needed[0] else None
+    grad_weight = torch.empty_like(weight) if needed[1] else None
     grad_bias = weight.new_empty(weight.shape[0]) if needed[2] else None
     _C.linear_backward(
         grad_input,
         grad_weight,
         grad_bias,
         dense(grad_output),
-        dense(input),
-        dense(weight),
+        input,
+        weight,
         output,
         allows_tf32(input, "matmul"),
     )
@@ -76,7 +76,8 @@ class LinearFunction(KernelFunction):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         output = linear_forward(input, weight, bias, relu)
-        _save(ctx, (input, weight, bias, relu), output)
+        ctx.save_for_backward(input, weight, bias, output if relu else None)
+        ctx.relu = relu
         return output
 
     backward = staticmethod(_backward)

@@ -125,7 +125,7 @@ def max_pool2d_forward(
     """The output, and the winners as bytes (uint8) or indices (int64) or not at all."""
     memory_format = _image_format(input)
     shape, strides = _output_layout(input.shape, memory_format, kernel_size, stride, padding, dilation, ceil_mode)
-    output = torch.empty_strided(shape, strides, dtype=input.dtype, device=input.device)
+    output = input.new_empty_strided(shape, strides)
     winners = None if winners_dtype is None else torch.empty_like(output, dtype=winners_dtype)
     _C.max_pool2d_forward(output, winners, _dense_image(input, memory_format), kernel_size, stride, padding, dilation)
     return output, winners

@@ -38,7 +38,9 @@ class SoftmaxOperator:
                 ctx.dim = dim
                 return output
 
-            backward = staticmethod(self._differentiate)
+            @staticmethod
+            def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
+                return operator._differentiate(ctx, grad_output)
 
         self.function = Function
         self.op = define_op(

@@ -80,7 +80,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if way == "kernel":
         return linear_forward(input, weight, bias, relu)
     if way == "cast":
-        return in_autocast_dtype(linear, input, weight, bias, activation=activation)
+        return in_autocast_dtype("linear", linear, input, weight, bias, activation=activation)
     if way == "op":
         return linear_op(input, weight, bias, relu)
     return reference.linear(input, weight, bias, activation=activation)
@@ -135,7 +135,9 @@ def conv2d(
     way = route("conv2d", input, weight, bias)
     if way == "cast":
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        return in_autocast_dtype(conv2d, input, weight, bias, **options, activation=activation, max_pool=max_pool)
+        return in_autocast_dtype(
+            "conv2d", conv2d, input, weight, bias, **options, activation=activation, max_pool=max_pool
+        )
     if way == "torch":
         return reference.conv2d(
             input, weight, bias, stride, padding, dilation, groups, activation=activation, max_pool=max_pool
@@ -319,6 +321,8 @@ def _along_dim(
     way = route(name, input)
     if way == "torch":
         return operator.reference(input, dim)
+    if way == "cast":
+        return in_autocast_dtype(name, softmax if name == "softmax" else log_softmax, input, dim=dim)
     dims = input.dim() or 1
     if not -dims <= dim < dims:
         raise IndexError(f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})")
@@ -436,6 +440,9 @@ def cross_entropy(
             reduction=REDUCTIONS[number],
             label_smoothing=label_smoothing,
         )
+    if way == "cast":
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return in_autocast_dtype("cross_entropy", cross_entropy, input, target, weight, **options)
     if target.dtype is torch.uint8:
         target = target.long()
     if way == "op":
@@ -489,6 +496,9 @@ def nll_loss(
         return reference.nll_loss(input, target, weight, ignore_index=ignore_index, reduction=REDUCTIONS[number])
     if way != "op" and not isinstance(target, Tensor):
         raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
+    if way == "cast":
+        options = {"ignore_index": ignore_index, "reduction": REDUCTIONS[number]}
+        return in_autocast_dtype("nll_loss", nll_loss, input, target, weight, **options)
     if target.dtype is torch.uint8:
         target = target.long()
     if way == "op":
@@ -534,6 +544,11 @@ def mse_loss(
     way = route("mse_loss", input, target, weight)
     if way == "torch" or (weight is not None and _requires_weight_grad("mse_loss", weight)):
         return reference.mse_loss(input, target, reduction=REDUCTIONS[number], weight=weight)
+    if way == "cast":
+        name = REDUCTIONS[number]
+        return in_autocast_dtype(
+            "mse_loss", lambda x, t, w: mse_loss(x, t, reduction=name, weight=w), input, target, weight
+        )
     if weight is not None and weight.shape != input.shape:
         raise ValueError(f"weight: expected the shape of input, {tuple(input.shape)}, got {tuple(weight.shape)}")
     if target.shape != input.shape:

@@ -161,3 +161,31 @@ def test_autocast_runs_the_kernels_of_its_dtype(half: torch.dtype) -> None:
     for actual, expected in zip(grads, wanted, strict=True):
         assert actual.dtype == torch.float32
         assert (actual - expected).norm() < 0.06 * expected.norm()
+
+
+WIDENED = {
+    "softmax": lambda f, x, t: f.softmax(x, 1),
+    "log_softmax": lambda f, x, t: f.log_softmax(x, 1),
+    "cross_entropy": lambda f, x, t: f.cross_entropy(x, t, label_smoothing=0.1),
+    "nll_loss": lambda f, x, t: f.nll_loss(x, t, ignore_index=2),
+    "mse_loss": lambda f, x, t: f.mse_loss(x, F.one_hot(t, 5).to(x.dtype), reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", WIDENED)
+def test_autocast_runs_losses_and_softmax_in_float32(name: str, half: torch.dtype) -> None:
+    """On 16-bit logits, as a network under autocast gives them."""
+    rng = generator("autocast", name)
+    x = random((7, 5), half, rng).requires_grad_()
+    target = torch.randint(5, (7,), generator=rng).to(DEVICE)
+    with torch.autocast(DEVICE.type, dtype=half), ran_kernels(name, dtype=torch.float32):
+        y = WIDENED[name](functional, x, target)
+    assert y.dtype == torch.float32
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert grad.dtype == half
+    wide = x.detach().float().requires_grad_()
+    exact = WIDENED[name](F, wide, target)
+    (expected,) = torch.autograd.grad(exact, wide, torch.ones_like(exact))
+    torch.testing.assert_close(y, exact)
+    torch.testing.assert_close(grad, expected.to(half), rtol=torch.finfo(half).eps, atol=1e-6)

@@ -16,9 +16,9 @@ from fastnn.runtime import kernel_dtypes_at, note_fallback, runs_on_cuda
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
-# What torch's autocast does with the operators that CUDA's kernels serve in 16 bits. It computes losses and softmax in
-# float32, which is left to torch.
-_CAST_BY_AUTOCAST = frozenset(("linear", "conv2d"))
+# What torch's autocast does on CUDA: operators in its 16-bit dtype, operators in float32, and operators that it leaves.
+_NARROWED_BY_AUTOCAST = frozenset(("linear", "conv2d"))
+_WIDENED_BY_AUTOCAST = frozenset(("softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss"))
 _LEFT_BY_AUTOCAST = frozenset(("relu", "max_pool2d"))
 
 _is_compiling = torch.compiler.is_compiling
@@ -56,7 +56,7 @@ def _route_with_care(operator: str, first: Tensor, *others: Tensor | None) -> st
                 return _fall_back(operator, f"tensor subclass {type(tensor).__name__}")
     if _is_autocast_enabled() and torch.is_autocast_enabled(first.device.type):
         serves = plain and runs_on_cuda(first) and not _is_compiling()
-        if serves and operator in _CAST_BY_AUTOCAST:
+        if serves and (operator in _NARROWED_BY_AUTOCAST or operator in _WIDENED_BY_AUTOCAST):
             return "cast"
         if not serves or operator not in _LEFT_BY_AUTOCAST:
             return _fall_back(operator, "autocast")
@@ -92,13 +92,16 @@ def _route_with_care(operator: str, first: Tensor, *others: Tensor | None) -> st
     return "record" if needs_grad(*tensors) else "kernel"
 
 
-def in_autocast_dtype(function: Callable[..., Tensor], *tensors: Tensor | None, **options: Any) -> Tensor:
-    """``function(*tensors, **options)`` on tensors in autocast's dtype, as autocast casts them: all but float64."""
+def in_autocast_dtype(
+    operator: str, function: Callable[..., Tensor], *tensors: Tensor | None, **options: Any
+) -> Tensor:
+    """``function(*tensors, **options)`` on tensors in the dtype that autocast has for the operator, as autocast casts
+    them: all floating-point tensors but those of float64."""
     first = tensors[0]
     assert first is not None
     device = first.device.type
-    dtype = torch.get_autocast_dtype(device)
-    cast = [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in tensors]
+    dtype = torch.float32 if operator in _WIDENED_BY_AUTOCAST else torch.get_autocast_dtype(device)
+    cast = [t if t is None or t.dtype is torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors]
     with torch.autocast(device, enabled=False):
         return function(*cast, **options)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastnn import functional, reference
 
 
-def check_linear(case: LinearCase, fill: str, dtype: torch.dtype, layout: str = "contiguous") -> None:
+def check_linear(case: LinearCase, fill: str, dtype: torch.dtype, layout: str = "contiguous") -> list[str]:
     """Forward and backward of one case: integers bit for bit, random numbers within the rounding bound."""
     rng = generator("linear", case.id, fill)
     relu = case.kwargs.get("activation") == "relu"
@@ -78,6 +78,7 @@ def check_linear(case: LinearCase, fill: str, dtype: torch.dtype, layout: str = 
             assert_close_bound(actual, expected, limit, name)
         else:
             assert_identical(actual, expected, name)
+    return ran
 
 
 class Sizes(NamedTuple):

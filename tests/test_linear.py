@@ -17,6 +17,7 @@ from cases import (
     generator,
     random,
 )
+from device import ON_CUDA
 from dispatch_log import fell_back
 from fuzzing import fuzz, running_on
 from hypothesis import given
@@ -33,6 +34,17 @@ from fastnn import functional, reference
 @pytest.mark.parametrize("case", by_id(LINEAR_CASES))
 def test_matches_reference(case: LinearCase, fill: str, isa: str, dtype: torch.dtype) -> None:
     check_linear(case, fill, dtype)
+
+
+@pytest.mark.skipif(ON_CUDA, reason="the CPU's kernels")
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("sizes", [(300, 37), (2081, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+def test_gradients_of_the_smallest_batches_walk_along_rows(
+    rows: int, sizes: tuple[int, int], fill: str, isa: str, dtype: torch.dtype
+) -> None:
+    case = LinearCase("rows", (rows, sizes[0]), (sizes[1], sizes[0]), kwargs={"activation": "relu"})
+    assert check_linear(case, fill, dtype) == ["streamed" if rows <= 4 else "gemm"]
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
@@ -65,10 +77,11 @@ def test_unknown_activation() -> None:
         functional.linear(torch.zeros(2, 3), torch.zeros(4, 3), activation="gelu")
 
 
-def test_same_bits_for_every_thread_count(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("rows", [3, 301])
+def test_same_bits_for_every_thread_count(rows: int, isa: str, dtype: torch.dtype) -> None:
     rng = generator("threads")
-    x, w = random((301, 257), dtype, rng).requires_grad_(), random((129, 257), dtype, rng).requires_grad_()
-    grad = random((301, 129), dtype, rng)
+    x, w = random((rows, 257), dtype, rng).requires_grad_(), random((129, 257), dtype, rng).requires_grad_()
+    grad = random((rows, 129), dtype, rng)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

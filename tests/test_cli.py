@@ -21,13 +21,14 @@ import torch
 from dispatch_log import kernels_of, ran_kernels
 from PIL import Image
 
+import fastnn
 import fastnn.bench
 from fastnn import _C, cli, data
 from fastnn.classifier import CNNClassifier
 from fastnn.training import TrainingError
 
-ROOT = Path(__file__).parents[1]
-PICTURES_ARCHIVE = ROOT.parent / "shared" / "data" / "cifar10-images.tar.xz"
+INSTALLED = Path(fastnn.__file__).parents[1]  # interpreters that start there find the fastnn that is tested
+PICTURES_ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar10-images.tar.xz"
 # Enough for digits, and a fraction of the time; one thread, because other processes may keep the cores busy.
 SMALL = ["--conv-channels", "8,16", "--hidden", "32", "--threads", "1"]
 
@@ -179,7 +180,7 @@ def test_an_interrupt_keeps_the_last_complete_epoch(tmp_path: Path) -> None:
         str(out),
         *SMALL,
     ]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, cwd=INSTALLED, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         for line in process.stdout:
@@ -372,7 +373,7 @@ def test_bench_passes_its_arguments_on(monkeypatch: pytest.MonkeyPatch, returned
 
 
 def test_the_package_runs_as_a_module() -> None:
-    done = subprocess.run([sys.executable, "-m", "fastnn", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "fastnn", "--help"], cwd=INSTALLED, capture_output=True, text=True)
     assert done.returncode == 0
     for command in ("train", "evaluate", "predict", "info", "bench"):
         assert f"  {command} " in done.stdout
@@ -380,7 +381,7 @@ def test_the_package_runs_as_a_module() -> None:
 
 def test_without_typer_the_command_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None; import fastnn.cli"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=INSTALLED, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "error: the command line needs fastnn[app]: pip install 'fastnn[app]'\n"
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fastnn
 from fastnn import data
 from fastnn._files import atomic_path
 from fastnn.data import DataError, Dataset
@@ -560,6 +561,7 @@ WITHOUT_EXTRAS = """
 import sys
 for module in ("PIL", "pooch", "requests", "rich", "sklearn", "matplotlib", "typer", "tqdm"):
     sys.modules[module] = None
+import fastnn
 from fastnn import data
 train, test = data.load(sys.argv[1], validation_split=0.25)
 print(len(train), len(test))
@@ -575,7 +577,7 @@ def test_the_core_package_reads_arrays_and_says_what_the_rest_needs(tmp_path: Pa
     np.savez(tmp_path / "a.npz", x_train=IMAGES, y_train=LABELS)
     write_pictures(tmp_path / "pictures", {"a": 2, "b": 2})
     command = [sys.executable, "-c", WITHOUT_EXTRAS, str(tmp_path / "a.npz"), str(tmp_path / "pictures")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(fastnn.__file__).parents[1])
     assert done.returncode == 0, done.stderr
     counts, *errors = done.stdout.splitlines()
     assert counts == "18 6"

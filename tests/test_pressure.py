@@ -157,15 +157,19 @@ def test_special_values_go_where_they_go_in_torch(operator: Operator, special: f
 # Threads
 
 
+SEEDED = threading.Lock()  # torch's generator is one for all threads
+
+
 def network() -> torch.nn.Sequential:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(
-        nn.Conv2d(1, 16, 3, activation="relu", max_pool=2),
-        nn.Conv2d(16, 16, 3, padding=1, activation="relu"),
-        torch.nn.Flatten(),
-        nn.Linear(16 * 36, 8, activation="relu"),
-        nn.Linear(8, 3),
-    )
+    with SEEDED:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(
+            nn.Conv2d(1, 16, 3, activation="relu", max_pool=2),
+            nn.Conv2d(16, 16, 3, padding=1, activation="relu"),
+            torch.nn.Flatten(),
+            nn.Linear(16 * 36, 8, activation="relu"),
+            nn.Linear(8, 3),
+        )
 
 
 IMAGES, TARGETS = torch.randn(16, 1, 14, 14, generator=generator("pressure")), torch.arange(16) % 3

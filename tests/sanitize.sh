@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# AddressSanitizer and UndefinedBehaviorSanitizer: the whole module, with the Python tests of the kernels.
+# AddressSanitizer and UndefinedBehaviorSanitizer: the whole module, with the Python tests of kernels and bindings.
 address=$PWD/build/sanitize/address
 rm -rf "$address/package"  # no file that was since renamed or removed
 mkdir -p "$address/package/fastnn"
@@ -27,7 +27,8 @@ test_module() {
 }
 # Tests beyond 2^31 elements are left out: they read gigabytes, and nothing there is read in another way.
 test_module -k "not beyond_2_to_31" \
-  test_{linear,conv2d,max_pool2d,activation,losses,optim,simd_math,compiled,wrong_input,pressure}.py
+  test_{linear,conv2d,max_pool2d,activation,losses,optim,simd_math,compiled,wrong_input,pressure}.py \
+  test_{binding,autograd_rules}.py
 
 # The same two: the CUDA kernels on their emulator, on arrays of exactly their size; and kernels that must be caught.
 emulator=$PWD/build/sanitize/emulator

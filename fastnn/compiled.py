@@ -446,10 +446,13 @@ class _Rates:
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self._optimizer = optimizer
-        self._pinned = device.type == "cuda"
-        self._rows: list[list[float] | None] = [None] * STEPS_PER_REPLAY  # what the device holds
-        width = sum(len(self._scheduled(group)) for group in optimizer.param_groups)
-        self._numbers = torch.empty((STEPS_PER_REPLAY, width), dtype=torch.float64, device=device)
+        self._device = device
+        self._make_room()
+
+    def _make_room(self) -> None:
+        width = sum(len(self._scheduled(group)) for group in self._optimizer.param_groups)
+        self._numbers = torch.empty((STEPS_PER_REPLAY, width), dtype=torch.float64, device=self._device)
+        self._rows: list[list[float] | None] = [None] * STEPS_PER_REPLAY  # what it holds
 
     @staticmethod
     def _scheduled(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -470,9 +473,11 @@ class _Rates:
             tensors = {i: n for i, n in enumerate(row) if isinstance(n, Tensor)}
             rows.append([0.0 if i in tensors else float(n) for i, n in enumerate(row)])
             schedule()
+        if len(rows[0]) != self._numbers.shape[1]:  # the optimizer has another group
+            self._make_room()
         if rows != self._rows[:steps]:
             # Pinned memory of torch's, which it does not use again before the copy is made: nobody waits for it.
-            host = torch.tensor(rows, dtype=torch.float64, pin_memory=self._pinned)
+            host = torch.tensor(rows, dtype=torch.float64, pin_memory=self._device.type == "cuda")
             self._numbers[:steps].copy_(host, non_blocking=True)
             self._rows[:steps] = rows
         for i, tensor in tensors.items():
@@ -487,7 +492,8 @@ class _Rates:
             if key not in ("params", "lr", "betas", "momentum")
         ]
         without_momentum = [_plain_sgd(group) for group in self._optimizer.param_groups]
-        return (self._optimizer.state, *fixed, *without_momentum)  # load_state_dict() makes another state
+        # load_state_dict() makes another state.
+        return (self._optimizer.state, self._numbers, *fixed, *without_momentum)
 
     @contextmanager
     def on_device(self, step: int) -> Iterator[None]:

@@ -130,6 +130,9 @@ def test_what_a_graph_was_made_from_may_change() -> None:
         if i == 5:
             for optimizer in optimizers:
                 optimizer.param_groups[0]["weight_decay"] = 0.1
+        if i == 6:
+            for optimizer in optimizers:
+                optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2, device=DEVICE))], "lr": 0.1})
         if i == 7:
             images, targets = images.flip(0).contiguous(), targets.flip(0).contiguous()
         step.on_rows(images, targets, rows)

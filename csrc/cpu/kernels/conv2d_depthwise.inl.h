@@ -13,9 +13,6 @@
 //                 |________|                  out[0] = s0 w0 + s1 w1 + s2 w2      3 taps, step 1:
 //                     |________|              out[1] = s1 w0 + s2 w1 + s3 w2      10 loads for 24 FMAs
 //
-// While a tile is computed, the next one's pixels are fetched: a vector of each pixel is a stride that the processor's
-// own prefetcher does not follow.
-//
 // Nothing is copied: source rows outside the image are left out of the sum, and so are source columns, in the tiles
 // that reach over the left or right edge.
 #pragma once
@@ -87,7 +84,6 @@ FASTNN_INLINE void slide(const DepthwiseRow<T>& row, const T* from, int64_t colu
   for (int j = 0; j < (pixels - 1) * step + width; ++j, from += row.source.pixel_stride) {
     if (!inside && (column + j < 0 || column + j >= row.source.width)) continue;
     const Vec<T> value = in_register(load(from));
-    __builtin_prefetch(from + pixels * step * row.source.pixel_stride);  // of the next tile
     FASTNN_UNROLL
     for (int kx = 0; kx < width; ++kx)
       if (j >= kx && (j - kx) % step == 0 && (j - kx) / step < pixels) body((j - kx) / step, kx, value);

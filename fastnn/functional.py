@@ -441,7 +441,7 @@ def cross_entropy(
             label_smoothing=label_smoothing,
         )
     if way == "cast":
-        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        options = {"ignore_index": ignore_index, "reduction": REDUCTIONS[number], "label_smoothing": label_smoothing}
         return in_autocast_dtype("cross_entropy", cross_entropy, input, target, weight, **options)
     if target.dtype is torch.uint8:
         target = target.long()

@@ -161,7 +161,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def empty_divisor(like: Tensor) -> Tensor:
     """For the divisor of a mean."""
-    return torch.empty_strided((), (), dtype=sum_dtype(like.dtype), device=like.device)
+    return like.new_empty_strided((), (), dtype=sum_dtype(like.dtype))
 
 
 def allows_tf32(tensor: Tensor, operator: str) -> bool:

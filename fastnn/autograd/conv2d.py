@@ -77,27 +77,29 @@ def output_shape(
     return input[0], weight[0], sizes[0], sizes[1]
 
 
-def _result_format(prefers: bool) -> torch.memory_format:
-    """torch's rule for a convolution's results: channels_last where the input or the weight is."""
-    return torch.channels_last if prefers else torch.contiguous_format
-
-
 _Sizes = tuple[int, ...]
+_Layout = tuple[_Sizes, _Sizes]  # shape and strides
+
+
+def _layout(tensor: Tensor) -> _Layout:
+    return tensor.shape, tensor.stride()
+
+
+def _result_format(input: _Layout, weight: _Layout) -> torch.memory_format:
+    """torch's rule for a convolution's results: channels_last where the input or the weight is."""
+    prefers = _runs_channels_last(*input) or _runs_channels_last(*weight)
+    return torch.channels_last if prefers else torch.contiguous_format
 
 
 @lru_cache(maxsize=1024)
 def _output_layout(
-    input: tuple[_Sizes, _Sizes], weight: tuple[_Sizes, _Sizes], geometry: Geometry, pool: bool
+    input: _Layout, weight: _Layout, geometry: Geometry, pool: bool
 ) -> tuple[_Sizes, _Sizes, torch.memory_format]:
     """Shape and strides of the output in channels_last, and the format that torch's would have, from the shapes and
     strides of input and weight; kept, for they take as long to work out as a tiny image."""
     shape = output_shape(input[0], weight[0], geometry, pool)
     output = torch.empty(shape, dtype=torch.uint8, device="meta", memory_format=torch.channels_last)
-    return shape, output.stride(), _result_format(_runs_channels_last(*input) or _runs_channels_last(*weight))
-
-
-def _layout(tensor: Tensor) -> tuple[_Sizes, _Sizes]:
-    return tensor.shape, tensor.stride()
+    return shape, output.stride(), _result_format(input, weight)
 
 
 def _precision(input: Tensor) -> str:
@@ -242,7 +244,7 @@ def _conv2d_fake(
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = output_shape(input.shape, weight.shape, Geometry(stride, padding, dilation, groups), pool)
-    memory_format = _result_format(prefers_channels_last(input) or prefers_channels_last(weight))
+    memory_format = _result_format(_layout(input), _layout(weight))
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
     if not pool:
         return output, input.new_empty(0, dtype=torch.uint8)
@@ -290,7 +292,7 @@ def _conv2d_backward_fake(
 ) -> tuple[Tensor, ...]:
     grad_input = empty_like_if(needed[0], input, input.shape)
     if needed[0]:
-        memory_format = _result_format(prefers_channels_last(input) or prefers_channels_last(weight))
+        memory_format = _result_format(_layout(input), _layout(weight))
         grad_input = grad_input.contiguous(memory_format=memory_format)
     grad_weight = torch.empty_like(_kernel_layout(weight)) if needed[1] else weight.new_empty(0)
     return grad_input, grad_weight, empty_like_if(needed[2], weight, weight.shape[:1])

@@ -99,7 +99,17 @@ void column_sums(int64_t rows, int64_t columns, const T* matrix, int64_t row_str
 }
 
 // The largest batch whose gradients walk along rows.
-constexpr int64_t kStreamedBatch = 4;
+constexpr int kStreamedBatch = 4;
+
+// The gradients of `count` outputs from o on, of each image.
+template <class T, int batch, int count>
+FASTNN_INLINE void broadcast_grads(const LinearShape& s, const T* grad, int64_t o, Vec<T> (&grads)[batch][count]) {
+  FASTNN_UNROLL
+  for (int b = 0; b < batch; ++b) {
+    FASTNN_UNROLL
+    for (int i = 0; i < count; ++i) grads[b][i] = broadcast(grad[b * s.out_features + o + i]);
+  }
+}
 
 // grad_input for columns [begin, end): the sums stay in L1 while rows of the weight pass, several at a time.
 template <class T, int batch>
@@ -109,11 +119,7 @@ void stream_grad_input(const LinearShape& s, const T* grad, const T* weight, T* 
   const auto add_rows = [&](int64_t o, auto constant) {
     constexpr int steps = decltype(constant)::value;
     Vec<T> g[batch][steps];
-    FASTNN_UNROLL
-    for (int b = 0; b < batch; ++b) {
-      FASTNN_UNROLL
-      for (int i = 0; i < steps; ++i) g[b][i] = broadcast(grad[b * s.out_features + o + i]);
-    }
+    broadcast_grads(s, grad, o, g);
     for (int64_t j = begin; j < end; j += kLanes<T>) {
       const int64_t lanes = end - j < kLanes<T> ? end - j : kLanes<T>;
       Vec<T> sums[batch];
@@ -141,11 +147,7 @@ void stream_grad_weight(const LinearShape& s, const T* grad, const T* input, T* 
   const auto write_rows = [&](int64_t o, auto constant) {
     constexpr int rows = decltype(constant)::value;
     Vec<T> g[batch][rows];
-    FASTNN_UNROLL
-    for (int b = 0; b < batch; ++b) {
-      FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) g[b][r] = broadcast(grad[b * s.out_features + o + r]);
-    }
+    broadcast_grads(s, grad, o, g);
     for (int64_t j = 0; j < s.in_features; j += kLanes<T>) {
       const int64_t lanes = s.in_features - j < kLanes<T> ? s.in_features - j : kLanes<T>;
       Vec<T> sums[rows]{};
@@ -174,7 +176,7 @@ void linear_backward_streamed(const LinearShape& s, const LinearBackward<T>& t, 
       stream_grad_input<T, batch>(s, grad, t.weight, t.grad_input, begin, end);
     });
   }
-  if (t.grad_weight)
+  if (t.grad_weight)  // at least 8192 numbers a task
     parallel_ranges(s.out_features, 8192 / (s.in_features + 1) + 2, [&](int64_t begin, int64_t end) {
       stream_grad_weight<T, batch>(s, grad, t.input, t.grad_weight, begin, end);
     });
@@ -190,19 +192,16 @@ void linear_backward(const LinearShape& shape, const LinearBackward<T>& t) {
   if (shape.relu) relu_mask<T>(count, t.grad_output, t.output, masked);
   const T* grad = shape.relu ? static_cast<T*>(masked) : t.grad_output;
   if (streamed) {
-    switch (shape.batch) {
-      case 1: linear_backward_streamed<T, 1>(shape, t, grad); break;
-      case 2: linear_backward_streamed<T, 2>(shape, t, grad); break;
-      case 3: linear_backward_streamed<T, 3>(shape, t, grad); break;
-      default: linear_backward_streamed<T, 4>(shape, t, grad); break;
-    }
+    with_count<kStreamedBatch>(
+        shape.batch, [&](auto batch) { linear_backward_streamed<T, decltype(batch)::value>(shape, t, grad); });
+  } else {
+    if (t.grad_input)
+      gemm<T>(shape.batch, shape.in_features, shape.out_features, {grad, shape.out_features, 1},
+              {t.weight, shape.in_features, 1}, nullptr, false, t.grad_input);
+    if (t.grad_weight)
+      gemm<T>(shape.out_features, shape.in_features, shape.batch, {grad, 1, shape.out_features},
+              {t.input, shape.in_features, 1}, nullptr, false, t.grad_weight);
   }
-  if (t.grad_input && !streamed)
-    gemm<T>(shape.batch, shape.in_features, shape.out_features, {grad, shape.out_features, 1},
-            {t.weight, shape.in_features, 1}, nullptr, false, t.grad_input);
-  if (t.grad_weight && !streamed)
-    gemm<T>(shape.out_features, shape.in_features, shape.batch, {grad, 1, shape.out_features},
-            {t.input, shape.in_features, 1}, nullptr, false, t.grad_weight);
   if (t.grad_bias) column_sums(shape.batch, shape.out_features, grad, shape.out_features, t.grad_bias);
 }
 

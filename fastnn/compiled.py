@@ -1,22 +1,22 @@
 """A whole training step, or a forward pass, as one recorded program without Python between kernels.
 
-`CompiledStep` walks a Sequential once, allocates every activation and gradient, and records the kernel calls. A
-step then copies its batch in, replays the program and lets the optimizer update. Activations stay in channels_last
-order throughout; a Flatten is one transposition. A model, loss or optimizer that cannot be recorded raises
-`NotCompilable`, whose message says why; `fastnn.training.make_step` then runs it through autograd. `CompiledForward`
-is the forward half alone.
+`CompiledStep` walks a Sequential once, allocates every activation and gradient, and records the kernel calls of
+forward, loss and backward pass. Activations stay in channels_last order throughout; a Flatten is one transposition. A
+model, loss or optimizer that cannot be recorded raises `NotCompilable`, whose message says why;
+`fastnn.training.make_step` then runs it through autograd. `CompiledForward` is the forward half alone.
 
-On CUDA a first run launches its kernels one by one; then it is captured as a CUDA graph, with the gathering of the
-batch and the update, and replayed, several steps at a time. What changes from step to step - rows, learning rate, step
-count - lies in device memory.
+A first step runs these programs between the gathering of the batch and the optimizer's update. Its second run is
+captured with both - in a program on the CPU, in a CUDA graph on a GPU - and replayed from then on, several steps at a
+time. What changes from step to step - rows, learning rate, step count - lies in memory that kernels read when they run.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ from fastnn.tracing import has_hooks
 __all__ = ["CompiledForward", "CompiledStep", "NotCompilable"]
 
 
-# Training steps that one CUDA graph holds. Starting a graph takes the CPU some 10 us, and the GPU idles for a few.
+# Training steps that are replayed together. Starting a CUDA graph takes the CPU some 10 us, and the GPU idles for a
+# few; what Python does around a replay takes some 30 us.
 STEPS_PER_REPLAY = 8
 
 
@@ -45,25 +46,44 @@ class NotCompilable(ValueError):  # noqa: N818 - names the verdict, not a failur
 
 @dataclass
 class _Launch:
-    """Launches for CUDA that are captured on their second run and replayed from then on."""
+    """Steps that are captured on their second run and replayed from then on."""
 
     depends: tuple[Any, ...]  # what they were made from; held, so that no other object takes its place
     replay: Callable[[], object] | None = None
 
-    def run_again(self, launch: Callable[[], None], on_gpu: bool) -> None:
-        if on_gpu and torch.cuda.is_current_stream_capturing():  # in a graph of the caller's
-            launch()
-            return
-        if self.replay is None:
-            self.replay = _captured(launch) if on_gpu else launch  # the emulator has no graphs
-        self.replay()
 
-
-def _captured(launch: Callable[[], None]) -> Callable[[], object]:
+def _captured_in_graph(steps: Iterable[Callable[[], object]]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch()
+        for step in steps:
+            step()
     return graph.replay
+
+
+def _captured_in_programs(steps: Iterable[Callable[[], object]]) -> Callable[[], object]:
+    """A program for each step: an interrupt falls between two."""
+    programs = []
+    for step in steps:
+        with _recorded_program() as program:
+            step()
+        programs.append(program)
+
+    def replay() -> None:
+        for program in programs:
+            program.run()
+
+    return replay
+
+
+@contextmanager
+def _recorded_program() -> Iterator[_C.Program]:
+    """Makes kernel calls in the block a program instead of running them."""
+    program = _C.Program()
+    program.start_recording()
+    try:
+        yield program
+    finally:
+        program.stop_recording()
 
 
 @dataclass
@@ -79,13 +99,8 @@ class _Recording:
 
     @contextmanager
     def records(self, name: str) -> Iterator[None]:
-        """Makes kernel calls in the block a program instead of running them."""
-        program = self.programs[name] = _C.Program()
-        program.start_recording()
-        try:
+        with _recorded_program() as self.programs[name]:
             yield
-        finally:
-            program.stop_recording()
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -96,24 +111,37 @@ class _Recording:
     def new_like(self, tensor: Tensor) -> Tensor:
         return self.new(tuple(tensor.shape), tensor.dtype, channels_last=tensor.dim() == 4)
 
-    def rows(self, index: Tensor) -> Tensor:
-        """`index`, for CUDA copied to where a graph reads it."""
-        if not runs_on_cuda(self.images):
-            return index
+    def rows(self, index: Tensor, images: int) -> Tensor:
+        """`index`, which numbers so many images, where a replay reads it."""
+        if index.dtype is not torch.int64 or index.dim() != 1:
+            raise TypeError(f"index: expected int64 of one dimension, got {index.dtype} of shape {tuple(index.shape)}")
+        if not runs_on_cuda(self.images):  # there the kernel checks
+            low, high = (int(bound) for bound in index.aminmax())
+            if low < 0 or high >= images:
+                wrong = low if low < 0 else high
+                raise ValueError(f"index: expected numbers from 0 to {images - 1}, got {wrong}")
         if "rows" not in self.results:
             self.results["rows"] = index.new_empty(STEPS_PER_REPLAY * len(self.images))
         return self.results["rows"][: len(index)].copy_(index)
 
-    def launch(self, name: str, depends: tuple[Any, ...], launch: Callable[[], None]) -> None:
-        """Runs `launch`, for CUDA as a graph once it has run as it is, until `depends` is another."""
+    def launch(self, name: str, depends: tuple[Any, ...], steps: Sequence[Callable[[], bool]]) -> None:
+        """Runs the steps, by a replay once they have run as they are, until `depends` is another.
+
+        Each says whether kernels did all of it, as they must where a program is to hold it.
+        """
         before = self.launches.get(name)
-        if not runs_on_cuda(self.images):
-            launch()
-        elif before is not None and _same(before.depends, depends):
-            before.run_again(launch, self.images.is_cuda)
+        on_gpu = self.images.is_cuda
+        if before is None or not _same(before.depends, depends):
+            alone = [step() for step in steps]
+            if all(alone) or on_gpu:
+                self.launches[name] = _Launch(depends)
+        elif on_gpu and torch.cuda.is_current_stream_capturing():  # in a graph of the caller's
+            for step in steps:
+                step()
         else:
-            self.launches[name] = _Launch(depends)
-            launch()
+            if before.replay is None:
+                before.replay = (_captured_in_graph if on_gpu else _captured_in_programs)(steps)
+            before.replay()
 
 
 def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
@@ -423,14 +451,15 @@ class CompiledForward(_Compiled):
     def on_rows(self, images: Tensor, index: Tensor) -> Tensor:
         """The output for ``images[index]`` (contiguous, uint8 scaled to 0..1); the next call overwrites it."""
         recording = self._recording((len(index), *images.shape[1:]))
-        rows = recording.rows(index)
+        rows = recording.rows(index, len(images))
 
-        def launch() -> None:
+        def launch() -> bool:
             self._gather(recording, images, rows)
             recording.programs["forward"].run()
+            return True
 
         with _own_threads():
-            recording.launch("rows", (images,), launch)
+            recording.launch("rows", (images, images.data_ptr(), len(images)), [launch])
         return recording.results["output"]
 
     def _record_programs(self, recording: _Recording) -> None:
@@ -439,7 +468,7 @@ class CompiledForward(_Compiled):
 
 
 class _Rates:
-    """What schedules change of an optimizer's groups, where CUDA's update reads it: learning rate, betas, momentum.
+    """What schedules change of an optimizer's groups, where a replay reads it: learning rate, betas, momentum.
 
     For each step of a replay a row of numbers, one group's after the other's.
     """
@@ -484,20 +513,20 @@ class _Rates:
             self._numbers[0, i].copy_(tensor)
 
     def depends(self) -> tuple[Any, ...]:
-        """What a graph of the update was made from besides."""
-        fixed = [
-            value
-            for group in self._optimizer.param_groups
-            for key, value in group.items()
-            if key not in ("params", "lr", "betas", "momentum")
-        ]
-        without_momentum = [_plain_sgd(group) for group in self._optimizer.param_groups]
-        # load_state_dict() makes another state.
-        return (self._optimizer.state, self._numbers, *fixed, *without_momentum)
+        """What the update was made from besides."""
+        found: list[Any] = [self._numbers]
+        for group in self._optimizer.param_groups:
+            found += [value for key, value in group.items() if key not in ("params", "lr", "betas", "momentum")]
+            found.append(_plain_sgd(group))
+            for param in group["params"]:
+                found += (param, param.grad)
+        for state in self._optimizer.state.values():
+            found += state.values()
+        return tuple(found)
 
     @contextmanager
-    def on_device(self, step: int) -> Iterator[None]:
-        """The groups have the device's numbers in the block."""
+    def in_groups(self, step: int) -> Iterator[None]:
+        """The groups have these tensors for numbers in the block."""
         numbers = iter(self._numbers[step].unbind())
         before = [dict(group) for group in self._optimizer.param_groups]
         try:
@@ -589,7 +618,7 @@ class CompiledStep(_Compiled):
         batch_size: int,
         schedule: Callable[[], object] = unscheduled,
     ) -> tuple[Tensor, Tensor]:
-        """Steps on ``index.split(batch_size)``, as :meth:`on_rows` makes them; on a GPU several in one graph.
+        """Steps on ``index.split(batch_size)``, as :meth:`on_rows` makes them, several in a replay.
 
         `schedule` follows each step and may change learning rate, betas or momentum. Returns the loss of each step and
         the number of right answers of all.
@@ -627,12 +656,13 @@ class CompiledStep(_Compiled):
         """Steps on `count` batches of equally many rows."""
         batch_size = len(index) // count
         recording = self._recording((batch_size, *images.shape[1:]))
-        rows = recording.rows(index).split(batch_size)
+        rows = recording.rows(index, len(images)).split(batch_size)
 
         def gather(step: int) -> None:
             self._gather(recording, images, rows[step], targets)
 
-        self._run(recording, f"{count} of rows", (images, targets), gather, count, schedule)
+        depends = (images, images.data_ptr(), len(images), targets, targets.data_ptr(), len(targets))
+        self._run(recording, f"{count} of rows", depends, gather, count, schedule)
         return recording
 
     def _run(
@@ -644,38 +674,40 @@ class CompiledStep(_Compiled):
         count: int = 1,
         schedule: Callable[[], object] = unscheduled,
     ) -> None:
-        """Of each step gathers the batch, runs the programs and updates; on a GPU all is one graph where it can be."""
+        """Of each step gathers the batch, runs the programs and updates; all is replayed where it can be."""
         for parameter, grad in self._grads.items():
             parameter.grad = grad
-        rates = self._rates if self._updates_on_device() else None
+        rates = self._rates if self._replays_update() else None
         if rates is not None:
             self._optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look for
             rates.bring(count, schedule)
             depends = (*depends, *rates.depends())
 
-        def launch() -> None:
-            for step in range(count):
-                gather(step)
-                for part in ("forward", f"loss of {step}", "backward"):
-                    recording.programs[part].run()
-                if rates is not None:
-                    with rates.on_device(step):
-                        self._update()
+        def launch(step: int) -> bool:
+            gather(step)
+            for part in ("forward", f"loss of {step}", "backward"):
+                recording.programs[part].run()
+            if rates is None:
+                return True
+            with rates.in_groups(step):
+                return self._update()
 
         with _own_threads():
-            recording.launch(name, depends, launch)
+            recording.launch(name, depends, [partial(launch, step) for step in range(count)])
             if rates is None:
                 if self._before_update is not None:
                     self._before_update(recording.results["losses"][0], recording.results["correct"][0])
                 self._update()
                 schedule()
+            else:
+                torch.autograd.graph.increment_version(self._grads)  # a replay modifies them behind torch's back
 
-    def _updates_on_device(self) -> bool:
-        """Whether the update is part of what is launched together, and replayed."""
-        return runs_on_cuda(self._parameters[0]) and self._updates_itself() and self._before_update is None
+    def _replays_update(self) -> bool:
+        """Whether the update is part of what is replayed."""
+        return self._updates_itself() and self._before_update is None
 
     def _replays_several(self) -> bool:
-        return self._rates is not None and self._updates_on_device() and not self._rates.hold_tensors()
+        return self._rates is not None and self._replays_update() and not self._rates.hold_tensors()
 
     def _updates_itself(self) -> bool:
         """Whether the update is fastnn's own and nobody watches it."""
@@ -689,13 +721,14 @@ class CompiledStep(_Compiled):
             )
         )
 
-    def _update(self) -> None:
+    def _update(self) -> bool:
+        """Whether kernels alone did it."""
         optimizer: Any = self._optimizer
         if self._updates_itself():
-            optimizer.update()
             optimizer._opt_called = True  # what learning-rate schedulers look for
-        else:
-            optimizer.step()
+            return bool(optimizer.update())
+        optimizer.step()
+        return False
 
     def _record_programs(self, recording: _Recording) -> None:
         """The parts of a step. Each step of a replay has a loss of its own and so a program that writes it."""
@@ -703,14 +736,14 @@ class CompiledStep(_Compiled):
             output, backwards = self._record_forward(recording, self._grads)
         if output.dim() != 2:
             raise NotCompilable(f"model: expected an output (n, classes), got {tuple(output.shape)}")
-        steps = STEPS_PER_REPLAY if runs_on_cuda(output) else 1
-        losses, correct = recording.new((steps,), self._dtype), recording.new((steps,), torch.int64)
+        losses = recording.new((STEPS_PER_REPLAY,), self._dtype)
+        correct = recording.new((STEPS_PER_REPLAY,), torch.int64)
         targets = recording.new((len(output),), torch.int64)
         recording.results.update(losses=losses, correct=correct, targets=targets)
         options = (self._loss.weight, self._loss.ignore_index, REDUCTIONS.index("mean"), self._loss.label_smoothing)
         statistics = empty_statistics(output, targets)
         recording.tensors.append(statistics)
-        for step in range(steps):
+        for step in range(STEPS_PER_REPLAY):
             with recording.records(f"loss of {step}"):
                 _C.cross_entropy_forward(losses[step], statistics, output, targets, *options)
                 _C.count_correct(correct[step], output, targets)

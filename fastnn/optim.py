@@ -78,10 +78,8 @@ def _reason_for_torch(group: dict[str, Any], param: Tensor) -> str:
 
 
 def _number(value: float | Tensor, param: Tensor) -> float | Tensor:
-    """An option as the kernels take it: on CUDA a tensor, which they read when they run, stays one for graphs."""
-    if isinstance(value, Tensor) and runs_on_cuda(param):
-        return value.to(param.device, torch.float64)
-    return float(value)
+    """An option as the kernels take it: a tensor stays one, which they read when they run."""
+    return value.to(param.device, torch.float64) if isinstance(value, Tensor) else float(value)
 
 
 def _steps(params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
@@ -126,8 +124,9 @@ class _KernelUpdate(torch.optim.Optimizer):
         self.update()
         return loss
 
-    def update(self) -> None:
-        """``step`` without closure and hooks."""
+    def update(self) -> bool:
+        """``step`` without closure and hooks; whether kernels did it alone, each on the tensors themselves."""
+        alone = True
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
@@ -138,6 +137,8 @@ class _KernelUpdate(torch.optim.Optimizer):
                     grads.append(grad)
             if params and not self._try_kernel(group, params, grads):
                 self._update_apart(group, params)
+                alone = False
+        return alone
 
     def _try_kernel(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> bool:
         """Updates a group that one kernel call serves - the usual case - or changes nothing and returns False.
@@ -150,7 +151,7 @@ class _KernelUpdate(torch.optim.Optimizer):
         if not _are_plain(params, grads):
             return False
         try:
-            self._update_with_kernel(group, params, grads)
+            self._update_with_kernel(group, params, grads, self._call)
         except (TypeError, ValueError, RuntimeError):
             return False
         return True
@@ -176,34 +177,40 @@ class _KernelUpdate(torch.optim.Optimizer):
             with torch.set_grad_enabled(group["differentiable"]):
                 self._update_with_torch(group, rest)
         for served in covered.values():
-            self._update_with_kernel(group, served, [param.grad for param in served])  # type: ignore[misc]
+            grads = [param.grad for param in served]
+            self._update_with_kernel(group, served, grads, self._call_on_copies)  # type: ignore[arg-type]
 
     def _update_with_torch(self, group: dict[str, Any], params: list[Tensor]) -> None:
         raise NotImplementedError
 
-    def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update_with_kernel(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], call: Callable[..., None]
+    ) -> None:
         raise NotImplementedError
 
-    def _call(self, kernel: Callable[..., None], params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
-        """``kernel(params, *lists)``, on copies where strides differ; then counts the modification.
+    def _call_on_copies(
+        self, kernel: Callable[..., None], params: list[Tensor], lists: dict[str, list[Tensor]]
+    ) -> None:
+        """As `_call`, where strides differ on copies."""
+        dense = [_laid_out_as(param, param.detach()) for param in params]
+        for tensors in lists.values():
+            tensors[:] = map(_laid_out_as, params, tensors)
+        self._call(kernel, dense, lists)
+        for key in lists.keys() - {"grad"}:
+            for param, tensor in zip(params, lists[key], strict=True):
+                self.state[param][key] = tensor
+        with torch.no_grad():
+            for param, copy in zip(params, dense, strict=True):
+                if copy.data_ptr() != param.data_ptr():
+                    param.copy_(copy)
 
-        `lists` are the gradients, by the name "grad", and the state tensors by their names. The binding checks all
-        strides before it changes anything: the usual case, where they agree, is not checked here again.
+    @staticmethod
+    def _call(kernel: Callable[..., None], params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
+        """``kernel(params, *lists)``, which then count as modified.
+
+        `lists` are the gradients, by the name "grad", and the state tensors by their names.
         """
-        try:
-            kernel(params, *lists.values())
-        except ValueError:
-            dense = [_laid_out_as(param, param.detach()) for param in params]
-            for key, tensors in lists.items():
-                for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-                    tensors[i] = _laid_out_as(param, tensor)
-                    if key != "grad":
-                        self.state[param][key] = tensors[i]
-            kernel(dense, *lists.values())
-            with torch.no_grad():
-                for param, copy in zip(params, dense, strict=True):
-                    if copy.data_ptr() != param.data_ptr():
-                        param.copy_(copy)
+        kernel(params, *lists.values())
         changed = list(params)
         for key, tensors in lists.items():
             if key != "grad":
@@ -225,11 +232,13 @@ class Adam(_KernelUpdate, torch.optim.Adam):
         torch.optim.Adam(params, lr, betas, eps, weight_decay, amsgrad, fused=True)
     """
 
-    def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update_with_kernel(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], call: Callable[..., None]
+    ) -> None:
         states = [self.state[param] for param in params]
         if not all(states):  # torch's own code makes the state
             new = [param for param, state in zip(params, states, strict=True) if not state]
-            self._init_group({**group, "params": new}, [], [], [], [], [], [])
+            self._init_group({**group, "params": new, "foreach": False}, [], [], [], [], [], [])
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
         lists: dict[str, list[Tensor]] = {"grad": grads}
         lists.update({key: [state[key] for state in states] for key in keys})
@@ -255,7 +264,7 @@ class Adam(_KernelUpdate, torch.optim.Adam):
                 group["maximize"],
             )
 
-        self._call(kernel, params, lists)
+        call(kernel, params, lists)
         torch.autograd.graph.increment_version(steps)
 
     def _update_with_torch(self, group: dict[str, Any], params: list[Tensor]) -> None:
@@ -313,7 +322,9 @@ class SGD(_KernelUpdate, torch.optim.SGD):
         torch.optim.SGD(params, lr, momentum, dampening, weight_decay, nesterov, fused=True)
     """
 
-    def _update_with_kernel(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+    def _update_with_kernel(
+        self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], call: Callable[..., None]
+    ) -> None:
         lr, momentum = (_number(value, params[0]) for value in (group["lr"], group["momentum"]))
         lists: dict[str, list[Tensor]] = {"grad": grads}
         first: list[bool] = []
@@ -339,7 +350,7 @@ class SGD(_KernelUpdate, torch.optim.SGD):
                 group["maximize"],
             )
 
-        self._call(kernel, params, lists)
+        call(kernel, params, lists)
         if any(first):  # only now do they hold anything
             for param, buffer in zip(params, lists["momentum_buffer"], strict=True):
                 self.state[param]["momentum_buffer"] = buffer

@@ -89,20 +89,19 @@ void check_steps(const Tensors& steps, const Tensors& params) {
   }
 }
 
-// A number, or a tensor that holds it, for CUDA's kernels to read when they run.
+// A number, or a tensor that holds it, for the kernel to read when it runs.
 using Number = std::variant<double, Tensor>;
 
 Scalar scalar_of(const char* name, const Number& number, const Tensors& params) {
   if (const double* value = std::get_if<double>(&number)) return {*value, nullptr};
   const Tensor& tensor = std::get<Tensor>(number);
-  if (!params[0].runs_on_cuda()) fail_value(name, "a number for parameters on cpu", "a tensor");
   check_dtype(name, tensor, DType::float64);
   check_same_device(name, tensor, "params[0]", params[0]);
   if (tensor.numel() != 1) fail_value(name, "one number", tensor.shape_string());
   return {0, tensor.data<double>()};
 }
 
-// Steps `params` by update(kernels, tensors): on the CPU at once, on CUDA recorded where a program records.
+// Steps `params` by update(kernels, tensors), or records it.
 template <class T, template <class> class Entry, class Update>
 void run_update(const Tensors& params, const std::vector<Entry<T>>& tensors, const Update& update) {
   const std::vector<int64_t> ends = running_ends(params);
@@ -135,13 +134,10 @@ void adam_step(const Tensors& params, const Tensors& grads, const Tensors& exp_a
     std::vector<AdamTensor<T>> tensors;
     tensors.reserve(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
-      const bool on_cuda = params[i].runs_on_cuda();
-      const double step = on_cuda                              ? 0
-                          : steps[i].dtype() == DType::float32 ? ++*steps[i].data<float>()
-                                                               : ++*steps[i].data<double>();
+      const bool is_float = steps[i].dtype() == DType::float32;
       tensors.push_back({params[i].data<T>(), grads[i].data<T>(), exp_avgs[i].data<T>(), exp_avg_sqs[i].data<T>(),
-                         amsgrad ? max_exp_avg_sqs[i].data<T>() : nullptr, step,
-                         on_cuda ? steps[i].data<float>() : nullptr});
+                         amsgrad ? max_exp_avg_sqs[i].data<T>() : nullptr, is_float ? steps[i].data<float>() : nullptr,
+                         is_float ? nullptr : steps[i].data<double>()});
     }
     run_update<T, AdamTensor>(params, tensors,
                               [=](const auto& kernels, const auto& list) { kernels.adam_step(options, list); });

@@ -15,6 +15,7 @@ namespace fastnn {
 class Program {
  public:
   void append(std::function<void()> call) { calls_.push_back(std::move(call)); }
+  void append(const Program& other) { calls_.insert(calls_.end(), other.calls_.begin(), other.calls_.end()); }
   void run() const {
     for (const auto& call : calls_) call();
   }

@@ -69,7 +69,9 @@ void program_start(Program& program) {
   Program::recording() = &program;
 }
 
+// Runs the program, or adds its calls to the one that records.
 void program_run(const Program& program) {
+  if (Program* recording = Program::recording()) return recording->append(program);
   adopt_torch_threads();
   const py::gil_scoped_release release;
   program.run();

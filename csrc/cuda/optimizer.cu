@@ -65,7 +65,7 @@ OptimizerChunk<Tensor> chunk_from(const TensorList<Tensor>& list, int64_t first,
 
 // Adam
 
-__device__ __forceinline__ double read(const Scalar& scalar) { return scalar.device ? *scalar.device : scalar.value; }
+__device__ __forceinline__ double read(const Scalar& scalar) { return scalar.place ? *scalar.place : scalar.value; }
 
 // What depends on the step's number and on scheduled options: of each tensor, in the precision of its update.
 template <class C>
@@ -209,7 +209,7 @@ void Kernels<T>::adam_step(const AdamOptions& o, const TensorList<AdamTensor<T>>
   AdamSteps steps;
   for (int64_t first = 0; first < list.count; first += steps.kMost) {
     const int64_t count = list.count - first < steps.kMost ? list.count - first : steps.kMost;
-    for (int64_t i = 0; i < count; ++i) steps.steps[i] = list.tensors[first + i].device_step;
+    for (int64_t i = 0; i < count; ++i) steps.steps[i] = list.tensors[first + i].step;
     launch("adam_step", queue_, adam_scales_kernel<C>, blocks_for(count, kAdamScalesThreads), kAdamScalesThreads, 0,
            count, o, scales + first, steps);
   }

@@ -16,7 +16,7 @@ namespace fastnn {
 // An option that schedules change.
 struct Scalar {
   double value;
-  const double* device = nullptr;  // read instead where it is given, when the kernel runs; on CUDA alone
+  const double* place = nullptr;  // read instead where it is given, when the kernel runs
 };
 
 struct AdamOptions {
@@ -31,16 +31,17 @@ struct AdamTensor {
   const T* grad;
   T* exp_avg;
   T* exp_avg_sq;
-  T* max_exp_avg_sq;   // with amsgrad
-  double step;         // this update's number, from 1
-  float* device_step;  // on CUDA instead: the number of updates before this one, which adds 1
+  T* max_exp_avg_sq;  // with amsgrad
+  // The number of updates before this one, to which the kernel adds 1. One of them; float on CUDA.
+  float* step;
+  double* double_step;
 };
 
 struct SgdOptions {
   Scalar lr, momentum;
   double dampening, weight_decay;
   bool nesterov, maximize;
-  bool has_momentum() const { return momentum.device || momentum.value != 0; }
+  bool has_momentum() const { return momentum.place || momentum.value != 0; }
 };
 
 template <class T>

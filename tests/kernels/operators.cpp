@@ -255,6 +255,7 @@ void test_optimizers() {
   const AdamOptions adam{{0.01}, {0.9}, {0.99}, 1e-8, 0.1, true, true, false};
   const SgdOptions sgd{{0.01}, {0.9}, 0.1, 0.1, true, false};
   const double error = 2 * 24 * kUnitRoundoff<T>, step = 3;
+  float steps[] = {2, 2, 2};
   std::vector<std::vector<T>> p, g, m, v, largest, q, buffer;
   std::vector<Doubles> adam_expected, sgd_expected;
   for (const int64_t size : sizes) {
@@ -279,7 +280,7 @@ void test_optimizers() {
   std::vector<SgdTensor<T>> sgd_tensors;
   std::vector<int64_t> ends;
   for (size_t i = 0; i < p.size(); ++i) {
-    adam_tensors.push_back({p[i].data(), g[i].data(), m[i].data(), v[i].data(), largest[i].data(), step, nullptr});
+    adam_tensors.push_back({p[i].data(), g[i].data(), m[i].data(), v[i].data(), largest[i].data(), &steps[i], nullptr});
     sgd_tensors.push_back({q[i].data(), g[i].data(), buffer[i].data(), false});
     ends.push_back((i ? ends.back() : 0) + sizes[i]);
   }

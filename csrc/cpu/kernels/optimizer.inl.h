@@ -45,6 +45,8 @@ FASTNN_INLINE void for_each_vector(int64_t begin, int64_t end, const Update& upd
   if (begin < end) update(end - begin, begin);
 }
 
+inline Scalar read(const Scalar& scalar) { return {scalar.place ? *scalar.place : scalar.value}; }
+
 // What depends on a tensor's step number: the step size, and the factor of the root of exp_avg_sq.
 struct AdamScales {
   double step, step_size, root_scale;
@@ -81,11 +83,14 @@ void adam_run(const AdamOptions& o, const AdamScales& scales, AdamTensor<T> t, i
 }
 
 template <class T>
-void adam_step(const AdamOptions& o, const TensorList<AdamTensor<T>>& list) {
+void adam_step(const AdamOptions& as_given, const TensorList<AdamTensor<T>>& list) {
+  AdamOptions o = as_given;
+  o.lr = read(o.lr), o.beta1 = read(o.beta1), o.beta2 = read(o.beta2);
   trace<T>("adam_step", o.decoupled ? "adamw" : "adam");
   const Scratch<AdamScales> scales(list.count);  // of each tensor; most have the step number of the one before
   for (int64_t i = 0; i < list.count; ++i) {
-    const double step = list.tensors[i].step;
+    const AdamTensor<T>& tensor = list.tensors[i];
+    const double step = tensor.step ? ++*tensor.step : ++*tensor.double_step;
     scales[i] = i > 0 && step == scales[i - 1].step
                     ? scales[i - 1]
                     : AdamScales{step, o.lr.value / (1 - __builtin_pow(o.beta1.value, step)),
@@ -104,8 +109,8 @@ template <class T>
 void sgd_step(const SgdOptions& o, const TensorList<SgdTensor<T>>& list) {
   trace<T>("sgd_step", o.has_momentum() ? "momentum" : "plain");
   const T sign = o.maximize ? T(-1) : T(1);
-  const T decay = static_cast<T>(o.weight_decay), lr = static_cast<T>(o.lr.value);
-  const T momentum = static_cast<T>(o.momentum.value), fresh = static_cast<T>(1 - o.dampening);
+  const T decay = static_cast<T>(o.weight_decay), lr = static_cast<T>(read(o.lr).value);
+  const T momentum = static_cast<T>(read(o.momentum).value), fresh = static_cast<T>(1 - o.dampening);
   for_each_run(list, [&](SgdTensor<T> t, int64_t begin, int64_t end) {
     for_each_vector<T>(begin, end, [&](int64_t n, int64_t i) {
       const Vec<T> p = load_upto(t.param + i, n);

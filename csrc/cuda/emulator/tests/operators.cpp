@@ -282,12 +282,12 @@ std::string adam_step() {
                                  r.updated(size),
                                  r.updated(size, 1, 3),
                                  amsgrad ? r.updated(size, 1, 3) : nullptr,
-                                 0,
-                                 r.memory.template updated<float>(1, 0, 3)};
+                                 r.memory.template updated<float>(1, 0, 3),
+                                 nullptr};
           },
           [&](const auto& list) {
-            const double* device = amsgrad ? number : nullptr;
-            r.kernels.adam_step({{0.1, device}, {0.9, device}, {0.99, device}, 1e-8, 0.1, amsgrad, amsgrad, !amsgrad},
+            const double* place = amsgrad ? number : nullptr;
+            r.kernels.adam_step({{0.1, place}, {0.9, place}, {0.99, place}, 1e-8, 0.1, amsgrad, amsgrad, !amsgrad},
                                 list);
           });
   });
@@ -305,8 +305,8 @@ std::string sgd_step() {
             return SgdTensor<T>{r.updated(size), r.in(size), buffer, momentum && first};
           },
           [&](const auto& list) {
-            const double* device = momentum ? number : nullptr;
-            r.kernels.sgd_step({{0.1, device}, {0.0, device}, 0, 0.1, momentum, !momentum}, list);
+            const double* place = momentum ? number : nullptr;
+            r.kernels.sgd_step({{0.1, place}, {0.0, place}, 0, 0.1, momentum, !momentum}, list);
           });
   });
 }

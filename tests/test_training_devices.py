@@ -1,8 +1,9 @@
-"""Training on CUDA's kernels: on a GPU, or on the emulator. There a step launches what a GPU captures in a graph."""
+"""Compiled steps and their replays: on the CPU's kernels, on a GPU, or on CUDA's kernels in the emulator."""
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -15,10 +16,6 @@ import fastnn
 from fastnn import nn, optim
 from fastnn.compiled import STEPS_PER_REPLAY
 from fastnn.training import Batches, compile_step, make_step
-
-pytestmark = pytest.mark.skipif(
-    not ON_CUDA, reason="runs with FASTNN_TEST_DEVICE=cuda, or with FASTNN_CUDA_EMULATOR=1 on the emulator"
-)
 
 
 def network() -> torch.nn.Sequential:
@@ -115,15 +112,15 @@ def test_a_step_in_the_users_hands_and_one_from_rows_agree() -> None:
         assert torch.equal(a, b)
 
 
-def test_what_a_graph_was_made_from_may_change() -> None:
-    """A loaded optimizer state, another option and other data take effect at once."""
+def test_what_a_replay_was_made_from_may_change() -> None:
+    """A loaded or emptied optimizer state, another option and other data take effect at once."""
     models = network(), network()
     optimizers = [optim.Adam(model.parameters(), lr=1e-2) for model in models]
     step = compile_step(models[0], nn.CrossEntropyLoss(), optimizers[0])
     images, targets = data(8)
     loss = nn.CrossEntropyLoss()
     rows = torch.arange(5, device=DEVICE)
-    for i in range(9):
+    for i in range(14):
         if i == 3:
             for optimizer in optimizers:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -135,6 +132,9 @@ def test_what_a_graph_was_made_from_may_change() -> None:
                 optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2, device=DEVICE))], "lr": 0.1})
         if i == 7:
             images, targets = images.flip(0).contiguous(), targets.flip(0).contiguous()
+        if i == 10:
+            for optimizer in optimizers:
+                optimizer.state.clear()
         step.on_rows(images, targets, rows)
         optimizers[1].zero_grad()
         loss(models[1](images[:5]), targets[:5]).backward()
@@ -143,7 +143,68 @@ def test_what_a_graph_was_made_from_may_change() -> None:
         assert torch.equal(a, b)
 
 
-def test_the_step_of_a_gpu_is_a_program() -> None:
+def test_replays_run_every_kernel_and_count_as_modifications() -> None:
+    model = network()
+    step = compile_step(model, nn.CrossEntropyLoss(), optim.Adam(model.parameters()))
+    images, targets = data(8)
+    order = torch.arange(8 * STEPS_PER_REPLAY, device=DEVICE) % 8
+    for _ in range(2):
+        step.on_batches(images, targets, order, 8)
+    versions = [parameter._version for parameter in model.parameters()]
+    values = [parameter.clone() for parameter in model.parameters()]
+    with fastnn.explain_dispatch() as log:
+        step.on_batches(images, targets, order, 8)
+    if DEVICE.type == "cpu":  # a graph's kernels leave no record
+        ran = Counter(record.operator for record in log)
+        assert ran["gather_images"] == ran["cross_entropy_backward"] == ran["adam_step"] == STEPS_PER_REPLAY
+        assert ran["conv2d_forward"] == 2 * STEPS_PER_REPLAY
+    assert all(p._version > version for p, version in zip(model.parameters(), versions, strict=True))
+    assert not any(torch.equal(p, value) for p, value in zip(model.parameters(), values, strict=True))
+
+
+@pytest.mark.skipif(ON_CUDA, reason="there kernels serve every dtype of floating point")
+def test_an_update_that_torch_makes_is_not_left_out_of_replays() -> None:
+    models = network(), network()
+    others = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in models]
+    optimizers = [
+        optim.Adam([*model.parameters(), other], lr=0.01) for model, other in zip(models, others, strict=True)
+    ]
+    step = compile_step(models[0], nn.CrossEntropyLoss(), optimizers[0])
+    images, targets = data(4)
+    for _ in range(5):
+        others[0].grad = torch.ones_like(others[0])
+        with fastnn.explain_dispatch() as log:
+            step.on_rows(images, targets, torch.arange(4))
+        assert [record.kernel for record in log if record.operator.startswith("adam")] == ["torch", "adam"]
+        optimizers[1].zero_grad()
+        others[1].grad = torch.ones_like(others[1])
+        nn.CrossEntropyLoss()(models[1](images), targets).backward()
+        optimizers[1].step()
+    assert others[0].max() < 1
+    for a, b in zip([*models[0].parameters(), others[0]], [*models[1].parameters(), others[1]], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(ON_CUDA, reason="there the kernel refuses wrong rows")
+def test_wrong_rows_are_refused_before_a_replay() -> None:
+    model = network()
+    step = compile_step(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.1))
+    images, targets = data(6)
+    for _ in range(3):
+        step.on_rows(images, targets, torch.tensor([0, 5]))
+    before = [parameter.clone() for parameter in model.parameters()]
+    for wrong, error, words in (
+        (torch.tensor([0, 6]), ValueError, "index: expected numbers from 0 to 5, got 6"),
+        (torch.tensor([-1, 2]), ValueError, "index: expected numbers from 0 to 5, got -1"),
+        (torch.tensor([0.0, 1.0]), TypeError, "index: expected int64 of one dimension, got torch.float32"),
+        (torch.tensor([[0, 1]]), TypeError, r"index: expected int64 of one dimension, got torch.int64 of shape \(1, 2"),
+    ):
+        with pytest.raises(error, match=words):
+            step.on_rows(images, targets, wrong)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_the_step_of_a_device_is_a_program() -> None:
     model = network()
     images, targets = data(6)
     batches = Batches(images.cpu(), targets.cpu(), 3, device=DEVICE)

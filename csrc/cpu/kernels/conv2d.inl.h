@@ -2,7 +2,8 @@
 //
 //   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, depthwise, else the gather
 //   grad_input            scatter where a weight is not finite
-//   grad_weight           packed for a vector of input channels and more, depthwise, else outer products
+//   grad_weight           packed for a vector of input channels and more - direct where packing would not pay -,
+//                         depthwise, else outer products
 //
 // The input gradient of stride s is s * s gathers, one per phase: input pixel (s * q + phase) receives
 // grad[q + (phase + padding - ky * dilation) / s] through each tap ky for which that division is exact.
@@ -230,7 +231,7 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
     return depthwise_grad_weight<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
   }
   const bool packed = packed_serves_grad_weight<T>(s);
-  trace<T>("conv2d_grad_weight", packed ? "packed" : "outer");
+  trace<T>("conv2d_grad_weight", !packed ? "outer" : packs_grad_weight<T>(s) ? "packed" : "direct");
   const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
   for (int64_t group = 0; group < s.groups; ++group) {
     const T* source = input + group * group_inputs(s);

@@ -9,6 +9,8 @@
 //   source   [image][row][column][kTileColumns]         one panel, in L1; every tap is an offset into it
 //   grad     [tile][image][row][column][kTileRows]
 //
+// Where a packed number would enter few products - one tap, few channels - both are read as they lie.
+//
 // The border is not packed: under each tap, the sum leaves out the output pixels whose source lies outside the image.
 // The sums are OHWI as they are made: no transposition follows. Units are cut into chunks and both kinds of channels
 // into parts by the shape alone, and the chunks' sums are added in order: the same bits for every thread count.
@@ -20,8 +22,10 @@
 namespace fastnn::cpu {
 namespace {
 
-// Pixels of a unit: 128 pixels x 32 channels of source are 16 KiB, half of L1.
+// Pixels of a unit: 128 pixels x 32 channels of source are 16 KiB, half of L1. Half as many where there is one tap: what
+// the next unit needs is fetched meanwhile, and rows that two units share are no reason for large ones.
 constexpr int64_t kPackedPixels = 128;
+constexpr int64_t kPackedPixelsOfOneTap = 64;
 // A chunk is worth its own sums, which have to be added to the others', from this many units on.
 constexpr int64_t kPackedChunkUnits = 8;
 
@@ -77,9 +81,10 @@ PackedPlan packed_plan(const Conv2dShape& s) {
   plan.vertical = {s.kernel_height, s.in_height, s.stride_height, s.padding_height, s.dilation_height};
   plan.horizontal = {s.kernel_width, s.in_width, s.stride_width, s.padding_width, s.dilation_width};
   const int64_t pixels = s.out_height * s.out_width;
-  plan.images = pixels < kPackedPixels ? (kPackedPixels + pixels - 1) / pixels : 1;
+  const int64_t of_unit = kernel_taps(s) == 1 ? kPackedPixelsOfOneTap : kPackedPixels;
+  plan.images = pixels < of_unit ? (of_unit + pixels - 1) / pixels : 1;
   if (plan.images > s.batch) plan.images = s.batch;
-  plan.units_per_image = plan.images > 1 ? 1 : (pixels + kPackedPixels - 1) / kPackedPixels;
+  plan.units_per_image = plan.images > 1 ? 1 : (pixels + of_unit - 1) / of_unit;
   if (plan.units_per_image > s.out_height) plan.units_per_image = s.out_height;
   plan.rows = (s.out_height + plan.units_per_image - 1) / plan.units_per_image;
   plan.units_per_image = (s.out_height + plan.rows - 1) / plan.rows;
@@ -131,39 +136,46 @@ struct NextUnit {
   }
 };
 
+// How pixels of a factor lie: those of `rows` and `columns` of each image, so many elements apart.
+struct PackedLayout {
+  PackedSpan rows, columns;
+  int64_t image, row, pixel;
+};
+
 // The pixels that one tap's products sum over: where they begin, and the steps from one to the next, in elements of
 // either factor.
 struct PackedRuns {
   struct Place {
-    int64_t begin, image, row;
+    int64_t begin, image, row, pixel;
   };
   int64_t images, rows, width;
-  int64_t source_pixel;
   Place source, grad;
+
+  void join_neighbours() {
+    if (source.row != width * source.pixel || grad.row != width * grad.pixel) return;
+    width *= rows, rows = 1;
+    if (source.image != width * source.pixel || grad.image != width * grad.pixel) return;
+    width *= images, images = 1;
+  }
 };
 
-// Of each tap; rows and columns are the packed source pixels.
-template <class T>
-void packed_runs(const Conv2dShape& s, const PackedPlan& plan, const PackedUnit& unit, const PackedSpan& rows,
-                 const PackedSpan& columns, PackedRuns* runs) {
-  const int64_t source_row = columns.count * kTileColumns<T>, grad_row = s.out_width * kTileRows;
+// Of each tap.
+inline void packed_runs(const Conv2dShape& s, const PackedPlan& plan, const PackedUnit& unit,
+                        const PackedLayout& source, const PackedLayout& grad, PackedRuns* runs) {
   for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
     const PackedSpan y = outputs_inside(plan.vertical, ky, unit.row, unit.rows);
-    const int64_t source_y = y.first * s.stride_height - s.padding_height + ky * s.dilation_height - rows.first;
+    const int64_t source_y = y.first * s.stride_height - s.padding_height + ky * s.dilation_height - source.rows.first;
     for (int64_t kx = 0; kx < s.kernel_width; ++kx, ++runs) {
       const PackedSpan x = outputs_inside(plan.horizontal, kx, 0, s.out_width);
-      const int64_t source_x = x.first * s.stride_width - s.padding_width + kx * s.dilation_width - columns.first;
+      const int64_t source_x =
+          x.first * s.stride_width - s.padding_width + kx * s.dilation_width - source.columns.first;
       *runs = {unit.images,
                y.count,
                x.count,
-               s.stride_width / columns.step * kTileColumns<T>,
-               {source_y / rows.step * source_row + source_x / columns.step * kTileColumns<T>, rows.count * source_row,
-                s.stride_height / rows.step * source_row},
-               {(y.first - unit.row) * grad_row + x.first * kTileRows, unit.rows * grad_row, grad_row}};
-      if (kernel_taps(s) == 1 && y.count == unit.rows && x.count == s.out_width) {  // all pixels are neighbours
-        runs->width *= unit.images * unit.rows;
-        runs->images = runs->rows = 1;
-      }
+               {source_y / source.rows.step * source.row + source_x / source.columns.step * source.pixel, source.image,
+                s.stride_height / source.rows.step * source.row, s.stride_width / source.columns.step * source.pixel},
+               {(y.first - grad.rows.first) * grad.row + x.first * grad.pixel, grad.image, grad.row, grad.pixel}};
+      runs->join_neighbours();
     }
   }
 }
@@ -177,7 +189,7 @@ void packed_product(const PackedRuns& runs, const T* grad, const T* source, bool
     for (int64_t y = 0; y < runs.rows; ++y) {
       const T* a = grad + runs.grad.begin + image * runs.grad.image + y * runs.grad.row;
       const T* b = source + runs.source.begin + image * runs.source.image + y * runs.source.row;
-      for (int64_t x = 0; x < runs.width; ++x, a += kTileRows, b += runs.source_pixel) {
+      for (int64_t x = 0; x < runs.width; ++x, a += runs.grad.pixel, b += runs.source.pixel) {
         Vec<T> values[vectors];
         FASTNN_UNROLL
         for (int v = 0; v < vectors; ++v) values[v] = load(b + v * kLanes<T>);
@@ -206,6 +218,16 @@ inline bool packed_serves_grad_weight(const Conv2dShape& s) {
   return group_inputs(s) >= kLanes<T>;
 }
 
+// Packing is worth its time from this many products to a packed number on.
+constexpr int64_t kPackedProducts = 96;
+
+// Whether the factors are packed. As it lies, a source can be read in whole vectors of its channels alone.
+template <class T>
+inline bool packs_grad_weight(const Conv2dShape& s) {
+  const int64_t inputs = group_inputs(s), outputs = group_outputs(s);
+  return kernel_taps(s) * inputs * outputs > kPackedProducts * (inputs + outputs) || inputs % kLanes<T> != 0;
+}
+
 // One group. source and grad are at the group's first channel, grad_weight at its first weight.
 template <class T>
 void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, int64_t grad_pixel, T* grad_weight) {
@@ -213,7 +235,7 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
   const int64_t panels = panels_of<T>(inputs), tiles = (outputs + kTileRows - 1) / kTileRows;
   const int64_t elements = outputs * taps * inputs;
-  const bool direct = plan.chunks == 1 && is_ohwi(s);
+  const bool in_place = plan.chunks == 1 && is_ohwi(s), pack = packs_grad_weight<T>(s);
 
   // Strips are two cache lines further apart than they are long, or all of them would meet in the same sets of L1.
   const int64_t source_pixels_most =
@@ -222,9 +244,9 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
   const int64_t grad_strip = plan.images * plan.rows * s.out_width * kTileRows + 2 * kLanes<T>;
   const int64_t source_elements = (panels + plan.input_parts - 1) / plan.input_parts * source_strip;
   const int64_t grad_elements = (tiles + plan.output_parts - 1) / plan.output_parts * grad_strip;
-  const Scratch<T> packed(max_threads() * (source_elements + grad_elements));
+  const Scratch<T> packed(pack ? max_threads() * (source_elements + grad_elements) : 0);
   const Scratch<PackedRuns> tables(max_threads() * taps);
-  const Scratch<T> partials(direct ? 0 : plan.chunks * elements);
+  const Scratch<T> partials(in_place ? 0 : plan.chunks * elements);
 
   const int64_t parts = plan.input_parts * plan.output_parts;
   parallel_tasks(plan.chunks * parts, [&](int64_t task, int thread) {
@@ -240,24 +262,49 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
     T* sources = packed + thread * (source_elements + grad_elements);
     T* grads = sources + source_elements;
     PackedRuns* runs = tables + thread * taps;
-    T* sums = direct ? grad_weight : partials + chunk * elements;
+    T* sums = in_place ? grad_weight : partials + chunk * elements;
 
     const int64_t first_unit = plan.units * chunk / plan.chunks, end_unit = plan.units * (chunk + 1) / plan.chunks;
     for (int64_t index = first_unit; index < end_unit; ++index) {
       const PackedUnit unit = packed_unit(s, plan, index);
-      const PackedSpan rows = source_pixels(plan.vertical, unit.row, unit.rows);
-      const PackedSpan columns = source_pixels(plan.horizontal, 0, s.out_width);
-      const int64_t source_row = columns.count * kTileColumns<T>;
-      for (int64_t i = 0; i < unit.images * rows.count; ++i) {
-        const int64_t row = (unit.image + i / rows.count) * s.in_height + rows.first + i % rows.count * rows.step;
-        pack_strips<T, kTileColumns<T>>(
-            columns.count, source + (row * s.in_width + columns.first) * s.in_channels + first_input,
-            columns.step * s.in_channels, end_input - first_input, sources + i * source_row, source_strip);
+      // The first panel and the first tile, and how far it is to the next ones.
+      const T* unit_source = source + unit.image * s.in_height * s.in_width * s.in_channels + first_input;
+      const T* unit_grad = grad + unit.image * s.out_height * s.out_width * grad_pixel + first_output;
+      int64_t next_panel = kTileColumns<T>, next_tile = kTileRows;
+      PackedLayout source_layout{{0, 1, s.in_height},
+                                 {0, 1, s.in_width},
+                                 s.in_height * s.in_width * s.in_channels,
+                                 s.in_width * s.in_channels,
+                                 s.in_channels};
+      PackedLayout grad_layout{{0, 1, s.out_height},
+                               {0, 1, s.out_width},
+                               s.out_height * s.out_width * grad_pixel,
+                               s.out_width * grad_pixel,
+                               grad_pixel};
+      if (pack) {
+        const PackedSpan rows = source_pixels(plan.vertical, unit.row, unit.rows);
+        const PackedSpan columns = source_pixels(plan.horizontal, 0, s.out_width);
+        const int64_t row_elements = columns.count * kTileColumns<T>;
+        for (int64_t i = 0; i < unit.images * rows.count; ++i) {
+          const int64_t row = i / rows.count * s.in_height + rows.first + i % rows.count * rows.step;
+          pack_strips<T, kTileColumns<T>>(columns.count,
+                                          unit_source + (row * s.in_width + columns.first) * s.in_channels,
+                                          columns.step * s.in_channels, end_input - first_input,
+                                          sources + i * row_elements, source_strip);
+        }
+        pack_strips<T, kTileRows>(unit.images * unit.rows * s.out_width,
+                                  unit_grad + unit.row * s.out_width * grad_pixel, grad_pixel,
+                                  end_output - first_output, grads, grad_strip);
+        unit_source = sources, next_panel = source_strip;
+        unit_grad = grads, next_tile = grad_strip;
+        source_layout = {rows, columns, rows.count * row_elements, row_elements, kTileColumns<T>};
+        grad_layout = {{unit.row, 1, unit.rows},
+                       {0, 1, s.out_width},
+                       unit.rows * s.out_width * kTileRows,
+                       s.out_width * kTileRows,
+                       kTileRows};
       }
-      pack_strips<T, kTileRows>(unit.images * unit.rows * s.out_width,
-                                grad + (unit.image * s.out_height + unit.row) * s.out_width * grad_pixel + first_output,
-                                grad_pixel, end_output - first_output, grads, grad_strip);
-      packed_runs<T>(s, plan, unit, rows, columns, runs);
+      packed_runs(s, plan, unit, source_layout, grad_layout, runs);
       NextUnit<T> next{};
       if (parts == 1 && index + 1 < end_unit) {
         const PackedUnit after = packed_unit(s, plan, index + 1);
@@ -270,11 +317,11 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
         const int64_t column = panel * kTileColumns<T>;
         const int64_t width = inputs - column < kTileColumns<T> ? inputs - column : kTileColumns<T>;
-        const T* panel_source = sources + (panel - first_panel) * source_strip;
+        const T* panel_source = unit_source + (panel - first_panel) * next_panel;
         for (int64_t tile = first_tile; tile < end_tile; ++tile) {
           const int64_t output = tile * kTileRows;
           next.fetch((panel - first_panel) * tiles + tile, (end_panel - first_panel) * tiles);
-          const T* tile_grad = grads + (tile - first_tile) * grad_strip;
+          const T* tile_grad = unit_grad + (tile - first_tile) * next_tile;
           with_rows(outputs - output < kTileRows ? outputs - output : kTileRows, [&](auto constant) {
             constexpr int count = decltype(constant)::value;
             for (int64_t tap = 0; tap < taps; ++tap) {
@@ -291,7 +338,7 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
       }
     }
   });
-  if (direct) return;
+  if (in_place) return;
   add_partials<T>(plan.chunks, elements, partials);
   write_ohwi_gradient<T>(s, outputs, partials, grad_weight);
 }

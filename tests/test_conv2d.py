@@ -164,6 +164,27 @@ def test_same_bits_for_every_thread_count(case: Conv2dCase, isa: str) -> None:
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("name", ["1x1", "3x3", "3x3_stride2", "depthwise", "depthwise_stride2"])
+def test_a_batch_that_exceeds_the_caches_has_the_bits_of_its_images(name: str, isa: str, dtype: torch.dtype) -> None:
+    """From 16 MiB on, outputs are stored past the caches and inputs fetched ahead; a single image has 2 or 4 MiB."""
+    size = 1 if name == "1x1" else 3
+    stride, groups = 2 if "stride2" in name else 1, 32 if "depthwise" in name else 1
+    rng = generator("exceeds the caches", name)
+    x = random((8, 32, 128, 128), dtype, rng).contiguous(memory_format=torch.channels_last)
+    w = random((32, 32 // groups, size, size), dtype, rng)
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.detach().requires_grad_()
+        y = functional.conv2d(images, w, stride=stride, padding=size // 2, groups=groups)
+        return y.detach(), torch.autograd.grad(y.square().sum() / 2, images)[0]
+
+    with ran_kernels("conv2d_forward", "conv2d_grad_input", dtype=dtype):
+        y, grad = run(x)
+    images = [run(x[i : i + 1]) for i in range(8)]
+    assert_identical(y, torch.cat([output for output, _ in images]), "output")
+    assert_identical(grad, torch.cat([gradient for _, gradient in images]), "gradient")
+
+
 @pytest.mark.parametrize("max_pool", [2, (2, 2, 0), ((2, 2), (2, 2), (0, 0)), [2, 2, 0]], ids=str)
 def test_forms_of_max_pool(max_pool: object) -> None:
     x, w = torch.arange(64.0).reshape(1, 1, 8, 8), torch.ones(1, 1, 3, 3)

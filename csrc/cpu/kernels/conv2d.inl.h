@@ -82,6 +82,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       .out_image_stride = stored_height * stored_width * s.out_channels,
       .out_row_stride = stored_width * s.out_channels,
       .out_pixel_stride = s.out_channels,
+      .stream = !s.pool && worth_streaming(t.output, s.batch * s.out_height * s.out_width * s.out_channels, outputs),
       .winner = s.pool ? t.winner : nullptr,
   };
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
@@ -207,6 +208,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .out_image_stride = s.in_height * s.in_width * s.in_channels,
           .out_row_stride = s.stride_height * s.in_width * s.in_channels,
           .out_pixel_stride = s.stride_width * s.in_channels,
+          .stream = worth_streaming(grad_input, s.batch * s.in_height * s.in_width * s.in_channels, inputs),
           .winner = nullptr,
       };
       for (int64_t group = 0; group < s.groups; ++group) {

@@ -22,6 +22,7 @@
 #include "cpu/kernels/tile.inl.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/simd/streaming.h"
 #include "ops/conv2d.h"
 
 namespace fastnn::cpu {
@@ -40,6 +41,8 @@ struct DepthwiseRow {
   int64_t source_row, source_step;  // the source row of offset 0; source pixels from one output pixel to the next
   int64_t pixels;
   int64_t channels;
+  bool stream;  // stores of the output go past the caches
+  FetchAhead<T> next_source, next_grad;
 };
 
 // The taps [first, end) of an axis that lie inside the image: 0 <= at + offset < size.
@@ -134,6 +137,8 @@ void depthwise_pixels(const DepthwiseRow<T>& row, const T* weight, int64_t kerne
       const auto run = [&](auto inside) {
         for (int64_t i = 0; i < vectors_of<T>(row.channels); ++i) {
           const int64_t c = vector_start<T>(i, row.channels);
+          row.next_source.fetch(tile * vectors_of<T>(row.channels) + i,
+                                tiles_of(row.pixels) * vectors_of<T>(row.channels));
           Vec<T> acc[pixels];
           const Vec<T> start = bias ? load_upto(bias + c, left) : Vec<T>{};
           FASTNN_UNROLL
@@ -146,9 +151,14 @@ void depthwise_pixels(const DepthwiseRow<T>& row, const T* weight, int64_t kerne
             depthwise_row<T, pixels, width, step, decltype(inside)::value>(row, from, column, w, weight_stride, left,
                                                                            acc);
           }
-          FASTNN_UNROLL
-          for (int p = 0; p < pixels; ++p)
-            store_upto(out + (place.first + p) * out_stride + c, with_relu ? relu(acc[p]) : acc[p], left);
+          T* to = out + place.first * out_stride + c;
+          if (row.stream) {
+            FASTNN_UNROLL
+            for (int p = 0; p < pixels; ++p) store_streamed(to + p * out_stride, with_relu ? relu(acc[p]) : acc[p]);
+          } else {
+            FASTNN_UNROLL
+            for (int p = 0; p < pixels; ++p) store_upto(to + p * out_stride, with_relu ? relu(acc[p]) : acc[p], left);
+          }
         }
       };
       if (is_inside)
@@ -181,10 +191,28 @@ FASTNN_INLINE void with_taps(const DepthwiseRow<T>& row, const Body& body) {
   body(Constant<0>{}, Constant<0>{});
 }
 
+// The source rows that the output row `step` source rows on reads and this one does not.
+template <class T>
+FetchAhead<T> next_rows(const DepthwiseRow<T>& row, int64_t step) {
+  if (row.vertical.count == 0) return {};
+  const int64_t last = row.source_row + row.vertical.offset(row.vertical.count - 1);
+  int64_t first = last + 1, end = last + 1 + step;
+  if (first < 0) first = 0;
+  if (end > row.source.height) end = row.source.height;
+  if (end <= first) return {};
+  return {row.source.data + first * row.source.row_stride, (end - first) * row.source.row_stride};
+}
+
 // Rows of the output in one task: few enough that eight threads share the work evenly.
 inline int64_t depthwise_rows_per_task(int64_t images, int64_t height) {
   const int64_t rows = images * height / 32;
   return rows < 1 ? 1 : rows > height ? height : rows;
+}
+
+// Whether to stream an output of so many pixels an image. A tile stores one vector of a pixel's channels.
+template <class T>
+bool depthwise_streams(const Conv2dShape& s, const T* output, int64_t pixels) {
+  return kVectorBytes == kLineBytes && worth_streaming(output, s.batch * pixels * s.in_channels, s.in_channels);
 }
 
 // (c, tap) to [tap][c]
@@ -200,6 +228,8 @@ void depthwise_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
   pack_depthwise<T>(s.in_channels, kernel_taps(s), t.weight, weight);
   const TapAxis vertical = forward_taps(s.kernel_height, s.padding_height, s.dilation_height);
   const TapAxis horizontal = forward_taps(s.kernel_width, s.padding_width, s.dilation_width);
+  const bool stream = depthwise_streams(s, t.output, s.out_height * s.out_width);
+  const bool fetch = exceeds_caches<T>(s.batch * s.in_height * s.in_width * s.in_channels);
   const int64_t block = depthwise_rows_per_task(s.batch, s.out_height), blocks = (s.out_height + block - 1) / block;
   parallel_tasks(s.batch * blocks, [&](int64_t task, int) {
     const int64_t image = task / blocks, first = task % blocks * block;
@@ -212,15 +242,20 @@ void depthwise_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
         0,
         s.stride_width,
         s.out_width,
-        s.in_channels};
+        s.in_channels,
+        stream,
+        {},
+        {}};
     for (int64_t y = first; y < end; ++y) {
       row.source_row = y * s.stride_height;
+      if (fetch) row.next_source = next_rows(row, s.stride_height);
       with_taps(row, [&](auto width, auto step) {
         depthwise_pixels<T, decltype(width)::value, decltype(step)::value>(
             row, weight, s.kernel_width, t.bias, s.relu, t.output + (image * s.out_height + y) * out_row,
             s.in_channels);
       });
     }
+    if (stream) finish_streaming();
   });
 }
 
@@ -231,6 +266,8 @@ void depthwise_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stri
   if (s.in_width == 0) return;
   const Scratch<T> weight(weight_elements(s));
   pack_depthwise<T>(s.in_channels, kernel_taps(s), weight_as_given, weight);
+  const bool stream = depthwise_streams(s, grad_input, s.in_height * s.in_width);
+  const bool fetch = exceeds_caches<T>(s.batch * s.out_height * s.out_width * s.in_channels);
   const int64_t block = depthwise_rows_per_task(s.batch, s.in_height), blocks = (s.in_height + block - 1) / block;
   parallel_tasks(s.batch * blocks, [&](int64_t task, int) {
     const int64_t image = task / blocks, first = task % blocks * block;
@@ -242,19 +279,24 @@ void depthwise_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stri
           phase_taps(s.kernel_height, s.stride_height, s.padding_height, s.dilation_height, y % s.stride_height);
       T* out = grad_input + (image * s.in_height + y) * s.in_width * s.in_channels;
       for (int64_t phase = 0; phase < s.stride_width && phase < s.in_width; ++phase) {
-        const DepthwiseRow<T> row{source,
-                                  vertical,
-                                  phase_taps(s.kernel_width, s.stride_width, s.padding_width, s.dilation_width, phase),
-                                  y / s.stride_height,
-                                  1,
-                                  (s.in_width - phase + s.stride_width - 1) / s.stride_width,
-                                  s.in_channels};
+        DepthwiseRow<T> row{source,
+                            vertical,
+                            phase_taps(s.kernel_width, s.stride_width, s.padding_width, s.dilation_width, phase),
+                            y / s.stride_height,
+                            1,
+                            (s.in_width - phase + s.stride_width - 1) / s.stride_width,
+                            s.in_channels,
+                            stream,
+                            {},
+                            {}};
+        if (fetch && phase == 0 && y % s.stride_height == 0) row.next_source = next_rows(row, 1);
         with_taps(row, [&](auto width, auto step) {
           depthwise_pixels<T, decltype(width)::value, decltype(step)::value>(
               row, weight, s.kernel_width, nullptr, false, out + phase * s.in_channels, s.stride_width * s.in_channels);
         });
       }
     }
+    if (stream) finish_streaming();
   });
 }
 
@@ -302,6 +344,10 @@ void depthwise_outer(const DepthwiseRow<T>& row, const T* grad, int64_t grad_str
       const auto run = [&](auto inside) {
         for (int64_t i = 0; i < vectors_of<T>(row.channels); ++i) {
           const int64_t c = vector_start<T>(i, row.channels);
+          const int64_t share = tile * vectors_of<T>(row.channels) + i;
+          const int64_t shares = tiles_of(row.pixels) * vectors_of<T>(row.channels);
+          row.next_source.fetch(share, shares);
+          row.next_grad.fetch(share, shares);
           Vec<T> g[pixels];
           FASTNN_UNROLL
           for (int p = 0; p < pixels; ++p) g[p] = load_upto(grad + (place.first + p) * grad_stride + c, left);
@@ -328,6 +374,7 @@ void depthwise_grad_weight(const Conv2dShape& s, const T* input, const T* grad, 
   const int64_t taps = kernel_taps(s), rows = s.batch * s.out_height;
   const int64_t chunks = rows < kTasks ? rows : kTasks;
   const int64_t vectors = vectors_of<T>(s.in_channels), elements = vectors * taps * kLanes<T>;
+  const bool fetch = exceeds_caches<T>(s.batch * s.in_height * s.in_width * s.in_channels);
   const Scratch<T> partials(chunks * elements);
   const TapAxis vertical = forward_taps(s.kernel_height, s.padding_height, s.dilation_height);
   const TapAxis horizontal = forward_taps(s.kernel_width, s.padding_width, s.dilation_width);
@@ -336,14 +383,21 @@ void depthwise_grad_weight(const Conv2dShape& s, const T* input, const T* grad, 
     zero_run(elements, sums);
     const int64_t source_row = s.in_width * s.in_channels;
     for (int64_t i = rows * chunk / chunks; i < rows * (chunk + 1) / chunks; ++i) {
-      const DepthwiseRow<T> row{
+      DepthwiseRow<T> row{
           {input + i / s.out_height * s.in_height * source_row, s.in_height, s.in_width, source_row, s.in_channels},
           vertical,
           horizontal,
           i % s.out_height * s.stride_height,
           s.stride_width,
           s.out_width,
-          s.in_channels};
+          s.in_channels,
+          false,
+          {},
+          {}};
+      if (fetch) {
+        row.next_source = next_rows(row, s.stride_height);
+        if (i + 1 < rows) row.next_grad = {grad + (i + 1) * s.out_width * grad_stride, s.out_width * grad_stride};
+      }
       with_taps(row, [&](auto width, auto step) {
         depthwise_outer<T, decltype(width)::value, decltype(step)::value>(row, grad + i * s.out_width * grad_stride,
                                                                           grad_stride, taps, sums);

@@ -20,6 +20,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/lanes.h"
+#include "cpu/simd/streaming.h"
 #include "ops/conv2d.h"
 
 namespace fastnn::cpu {
@@ -48,6 +49,7 @@ struct GatherConv {
 
   T* out;
   int64_t out_image_stride, out_row_stride, out_pixel_stride;
+  bool stream;      // stores of `out` go past the caches
   uint8_t* winner;  // with 2x2 pooling: the out_* sizes above are those before pooling, the strides those of the pooled
 };
 
@@ -202,15 +204,21 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs
           for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
         }
         gather_accumulate<T, rows, vectors, depth>(runs, pixels, panel, acc);
-        FASTNN_UNROLL
-        for (int r = 0; r < rows; ++r) {
+        const auto store_all = [&](auto store_vector) {
           FASTNN_UNROLL
-          for (int v = 0; v < vectors; ++v) {
-            const int64_t left = columns - v * kLanes<T>;
-            const Vec<T> value = conv.relu ? relu(acc[r][v]) : acc[r][v];
-            if (left > 0) store_upto(outs[r] + v * kLanes<T>, value, left < kLanes<T> ? left : kLanes<T>);
+          for (int r = 0; r < rows; ++r) {
+            FASTNN_UNROLL
+            for (int v = 0; v < vectors; ++v) {
+              const int64_t left = columns - v * kLanes<T>;
+              const Vec<T> value = conv.relu ? relu(acc[r][v]) : acc[r][v];
+              if (left > 0) store_vector(outs[r] + v * kLanes<T>, value, left < kLanes<T> ? left : kLanes<T>);
+            }
           }
-        }
+        };
+        if (conv.stream)
+          store_all([](T* to, Vec<T> value, int64_t) { store_streamed(to, value); });
+        else
+          store_all([](T* to, Vec<T> value, int64_t count) { store_upto(to, value, count); });
       });
     }
   }
@@ -385,6 +393,9 @@ void gather_conv(const GatherConv<T>& conv) {
   const int64_t window_width = (conv.out_width - 1) * conv.step_x + range.x_max - range.x_min + 1;
   const int64_t window_rows = (plan.block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
   const int64_t window_elements = window_rows * window_width * conv.depth;
+  // Products of several taps hide the time of the memory.
+  const bool fetch = conv.taps.count == 1 && !conv.winner && plan.column_parts == 1 &&
+                     exceeds_caches<T>(conv.batch * conv.source_image_stride);
   const int threads = max_threads();
   const Scratch<T> windows(threads * window_elements);
   const Scratch<Run> tables(threads * conv.taps.count);
@@ -400,11 +411,18 @@ void gather_conv(const GatherConv<T>& conv) {
                                    (rows * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1, window_width};
     const Image<T> window = window_of(source, window_range, conv.depth, windows + thread * window_elements);
 
+    FetchAhead<T> next{};  // source rows of the next block
+    if (fetch) {
+      const int64_t first = (row + rows) * conv.step_y, end = first + rows * conv.step_y;
+      next = {source.data + first * source.row_stride,
+              ((end < source.height ? end : source.height) - first) * source.row_stride};
+    }
     const Runs runs = runs_of(conv, range, window, tables + thread * conv.taps.count);
     const int64_t place = image * conv.out_image_stride + row * conv.out_row_stride;
     for (int64_t i = panels * part / plan.column_parts; i < panels * (part + 1) / plan.column_parts; ++i) {
       const int64_t column = i * kTileColumns<T>;
       const T* panel = conv.panels + i * panel_elements;
+      next.fetch(i, panels);
       T* out = conv.out + place + column;
       if (is_grey(conv, runs)) {
         for (int v = 0; v < kTileVectors && column + v * kLanes<T> < conv.columns; v += kGreyVectors)
@@ -430,6 +448,7 @@ void gather_conv(const GatherConv<T>& conv) {
         }
       }
     }
+    if (conv.stream) finish_streaming();
   });
 }
 

@@ -18,12 +18,13 @@
 
 #include "cpu/kernels/conv2d_gather.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
+#include "cpu/simd/streaming.h"
 
 namespace fastnn::cpu {
 namespace {
 
-// Pixels of a unit: 128 pixels x 32 channels of source are 16 KiB, half of L1. Half as many where there is one tap: what
-// the next unit needs is fetched meanwhile, and rows that two units share are no reason for large ones.
+// Pixels of a unit: 128 pixels x 32 channels of source are 16 KiB, half of L1. Half as many where there is one tap:
+// what the next unit needs is fetched meanwhile, and rows that two units share are no reason for large ones.
 constexpr int64_t kPackedPixels = 128;
 constexpr int64_t kPackedPixelsOfOneTap = 64;
 // A chunk is worth its own sums, which have to be added to the others', from this many units on.
@@ -121,20 +122,6 @@ inline PackedUnit packed_unit(const Conv2dShape& s, const PackedPlan& plan, int6
   return {image, s.batch - image < plan.images ? s.batch - image : plan.images, row,
           s.out_height - row < plan.rows ? s.out_height - row : plan.rows};
 }
-
-// Memory that the next unit packs: fetched into L2 in equal shares, one with each row of products, while the present
-// unit computes.
-template <class T>
-struct NextUnit {
-  const T* data[2];
-  int64_t elements[2];
-  void fetch(int64_t share, int64_t shares) const {
-    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-    for (int i = 0; i < 2; ++i)
-      for (int64_t e = elements[i] * share / shares; e < elements[i] * (share + 1) / shares; e += line)
-        __builtin_prefetch(data[i] + e, 0, 2);
-  }
-};
 
 // How pixels of a factor lie: those of `rows` and `columns` of each image, so many elements apart.
 struct PackedLayout {
@@ -287,10 +274,9 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
         const int64_t row_elements = columns.count * kTileColumns<T>;
         for (int64_t i = 0; i < unit.images * rows.count; ++i) {
           const int64_t row = i / rows.count * s.in_height + rows.first + i % rows.count * rows.step;
-          pack_strips<T, kTileColumns<T>>(columns.count,
-                                          unit_source + (row * s.in_width + columns.first) * s.in_channels,
-                                          columns.step * s.in_channels, end_input - first_input,
-                                          sources + i * row_elements, source_strip);
+          pack_strips<T, kTileColumns<T>>(
+              columns.count, unit_source + (row * s.in_width + columns.first) * s.in_channels,
+              columns.step * s.in_channels, end_input - first_input, sources + i * row_elements, source_strip);
         }
         pack_strips<T, kTileRows>(unit.images * unit.rows * s.out_width,
                                   unit_grad + unit.row * s.out_width * grad_pixel, grad_pixel,
@@ -305,14 +291,15 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
                        kTileRows};
       }
       packed_runs(s, plan, unit, source_layout, grad_layout, runs);
-      NextUnit<T> next{};
+      FetchAhead<T> next_source{}, next_grad{};  // what the next unit reads
       if (parts == 1 && index + 1 < end_unit) {
         const PackedUnit after = packed_unit(s, plan, index + 1);
         const PackedSpan after_rows = source_pixels(plan.vertical, after.row, after.rows);
         const int64_t image_rows = (after.images - 1) * s.in_height + (after_rows.count - 1) * after_rows.step + 1;
-        next = {{source + (after.image * s.in_height + after_rows.first) * s.in_width * s.in_channels,
-                 grad + (after.image * s.out_height + after.row) * s.out_width * grad_pixel},
-                {image_rows * s.in_width * s.in_channels, after.images * after.rows * s.out_width * grad_pixel}};
+        next_source = {source + (after.image * s.in_height + after_rows.first) * s.in_width * s.in_channels,
+                       image_rows * s.in_width * s.in_channels};
+        next_grad = {grad + (after.image * s.out_height + after.row) * s.out_width * grad_pixel,
+                     after.images * after.rows * s.out_width * grad_pixel};
       }
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
         const int64_t column = panel * kTileColumns<T>;
@@ -320,7 +307,9 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
         const T* panel_source = unit_source + (panel - first_panel) * next_panel;
         for (int64_t tile = first_tile; tile < end_tile; ++tile) {
           const int64_t output = tile * kTileRows;
-          next.fetch((panel - first_panel) * tiles + tile, (end_panel - first_panel) * tiles);
+          const int64_t share = (panel - first_panel) * tiles + tile, shares = (end_panel - first_panel) * tiles;
+          next_source.fetch(share, shares);
+          next_grad.fetch(share, shares);
           const T* tile_grad = unit_grad + (tile - first_tile) * next_tile;
           with_rows(outputs - output < kTileRows ? outputs - output : kTileRows, [&](auto constant) {
             constexpr int count = decltype(constant)::value;

@@ -185,6 +185,7 @@ void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
   const int64_t v_elements = 16 * block * padded, m_elements = 16 * block * width, patch_elements = 16 * depth;
   const Scratch<Element> inputs(threads * v_elements);
   const Scratch<T> scratch(threads * (m_elements + patch_elements));
+  const bool stream = conv.stream && kVectorBytes == kLineBytes;  // vectors of a pixel are stored far apart in time
 
   parallel_tasks(plan.blocks * plan.column_parts, [&](int64_t task, int thread) {
     const int64_t first_tile = task / plan.column_parts * block, part = task % plan.column_parts;
@@ -232,13 +233,18 @@ void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
           FASTNN_UNROLL
           for (int i = 0; i < 4; ++i) {
             const int64_t row = 2 * y + i / 2, pixel = 2 * x + i % 2;
-            if (row < conv.out_height && pixel < conv.out_width)
-              store_upto(to + row * conv.out_row_stride + pixel * conv.out_pixel_stride,
-                         conv.relu ? relu(out[i]) : out[i], left);
+            if (row >= conv.out_height || pixel >= conv.out_width) continue;
+            T* place = to + row * conv.out_row_stride + pixel * conv.out_pixel_stride;
+            const Vec<T> value = conv.relu ? relu(out[i]) : out[i];
+            if (stream)
+              store_streamed(place, value);
+            else
+              store_upto(place, value, left);
           }
         }
       }
     }
+    if (stream) finish_streaming();
   });
 }
 

@@ -22,8 +22,10 @@ namespace {
 
 // Below 16 channels the transforms outweigh the multiplications saved.
 constexpr int64_t kWinogradChannels = 16;
-// Fewer pixels do not repay the transformation of the weights.
+// Fewer pixels do not repay the transformation of the weights; twice as many do where its 16/9 of the weights' memory
+// exceeds L2 by far.
 constexpr int64_t kWinogradPixels = 128;
+constexpr int64_t kWinogradWeightBytes = 8 << 20;
 // V of a block is 16 * channels * tiles elements; M as much again where the channels are few. Both stay in L2.
 // Blocks of fewer tiles would read U, which may be megabytes, faster than L3 gives it.
 constexpr int64_t kWinogradBlockBytes = 80 << 10;
@@ -156,11 +158,12 @@ FASTNN_INLINE void winograd_output(const T* m, int64_t stride, Vec<T> bias, Vec<
 // Whether the gather is one that Winograd serves: all nine taps of an undilated 3x3 kernel, step 1, enough channels.
 template <class T>
 bool winograd_serves(const GatherConv<T>& conv) {
+  const bool large = 16 * conv.depth * conv.columns * static_cast<int64_t>(sizeof(T)) > kWinogradWeightBytes;
   return sizeof(T) == 4 && conv.taps.count == 9 && conv.step_y == 1 && conv.step_x == 1 &&
          conv.taps.y[8] - conv.taps.y[0] == 2 && conv.taps.x[8] - conv.taps.x[0] == 2 &&
          conv.taps.y[1] == conv.taps.y[0] && conv.taps.x[1] == conv.taps.x[0] + 1 && conv.depth >= kWinogradChannels &&
          conv.columns >= kLanes<T> && conv.out_height >= 2 && conv.out_width >= 2 &&
-         conv.batch * conv.out_height * conv.out_width >= kWinogradPixels;
+         conv.batch * conv.out_height * conv.out_width >= (large ? 2 : 1) * kWinogradPixels;
 }
 
 // As gather_conv; `transformed` are winograd_weights() of conv.panels.

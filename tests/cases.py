@@ -217,6 +217,12 @@ CONV2D_CASES = (
         (64, 32, 3, 3),
         kwargs={"activation": "relu", "max_pool": 2},
     ),
+    Conv2dCase(
+        "relu_pool2_rgb",
+        (3, 3, 10, 9),
+        (37, 3, 3, 3),
+        kwargs={"activation": "relu", "max_pool": 2, "padding": 1},
+    ),
     Conv2dCase("pool2_without_relu", (2, 3, 8, 7), (5, 3, 3, 3), kwargs={"max_pool": 2}),
     Conv2dCase(
         "relu_pool3_stride2_pad1",

@@ -164,6 +164,17 @@ def test_same_bits_for_every_thread_count(case: Conv2dCase, isa: str) -> None:
             assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_weight_gradients_of_first_layers_look_winners_up(channels: int, isa: str) -> None:
+    """What a window reads of a source row, 4 pixels, has to fit a vector."""
+    lanes = {"avx2": 8, "avx512": 16}.get(isa, 4)
+    x, w = torch.rand(2, channels, 10, 9), torch.rand(20, channels, 3, 3, requires_grad=True)
+    with ran_kernels("conv2d_grad_weight") as records:
+        functional.conv2d(x, w, activation="relu", max_pool=2).sum().backward()
+    expected = "lookup" if 4 * channels <= lanes else "sparse"
+    assert [record.kernel for record in records if record.operator == "conv2d_grad_weight"] == [expected]
+
+
 @pytest.mark.parametrize("name", ["1x1", "3x3", "3x3_stride2", "depthwise", "depthwise_stride2"])
 def test_a_batch_that_exceeds_the_caches_has_the_bits_of_its_images(name: str, isa: str, dtype: torch.dtype) -> None:
     """From 16 MiB on, outputs are stored past the caches and inputs fetched ahead; a single image has 2 or 4 MiB."""

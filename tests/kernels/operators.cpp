@@ -53,6 +53,7 @@ const Conv2dCase kConv2dCases[] = {
     {2, 16, 12, 11, 33, 3, 3, 1, 1, 1, 1, true, false},  // winograd
     {3, 32, 13, 10, 32, 3, 3, 1, 0, 1, 1, true, true},   // winograd, pooled; sparse gradients
     {2, 1, 14, 13, 20, 3, 3, 1, 0, 1, 1, true, true},    // first layer: lookup
+    {2, 3, 14, 13, 20, 3, 3, 1, 1, 1, 1, true, true},    // the same on three colours, with AVX-512
     {2, 8, 11, 9, 12, 5, 5, 1, 2, 1, 1, false, true},    // gather, pooled; sparse grad_weight
     {2, 3, 9, 8, 4, 3, 3, 2, 1, 1, 1, true, true},       // pooled with a stride: dense kernels
     {2, 21, 6, 5, 21, 3, 3, 1, 1, 1, 21, true, false},   // depthwise

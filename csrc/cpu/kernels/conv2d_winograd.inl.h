@@ -92,10 +92,9 @@ void winograd_weights(int64_t panels, int64_t depth, const T* packed, typename P
   });
 }
 
-// V of one tile: to + place * stride for the 16 places.
-template <class T, class Products>
-FASTNN_INLINE void winograd_input(const Image<T>& patch, int64_t depth, typename Products::Element* to,
-                                  int64_t stride) {
+// V of one tile: to + place * stride for the 16 places. pixel(y, x) is the address of the patch's.
+template <class T, class Products, class Pixel>
+FASTNN_INLINE void winograd_input(const Pixel& pixel, int64_t depth, typename Products::Element* to, int64_t stride) {
   for (int64_t c = 0; c < depth; c += kLanes<T>) {
     const int64_t left = depth - c < kLanes<T> ? depth - c : kLanes<T>;
     Vec<T> d[4][4];
@@ -103,8 +102,7 @@ FASTNN_INLINE void winograd_input(const Image<T>& patch, int64_t depth, typename
     for (int x = 0; x < 4; ++x) {
       Vec<T> row[4];
       FASTNN_UNROLL
-      for (int y = 0; y < 4; ++y)
-        row[y] = load_upto(patch.data + y * patch.row_stride + x * patch.pixel_stride + c, left);
+      for (int y = 0; y < 4; ++y) row[y] = load_upto(pixel(y, x) + c, left);
       d[0][x] = row[0] - row[2], d[1][x] = row[1] + row[2], d[2][x] = row[2] - row[1], d[3][x] = row[1] - row[3];
     }
     FASTNN_UNROLL
@@ -185,17 +183,19 @@ void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
   const int64_t block = plan.block;
 
   const int64_t groups = winograd_groups<Products>(depth), padded = groups * Products::kGroup;
-  const int64_t v_elements = 16 * block * padded, m_elements = 16 * block * width, patch_elements = 16 * depth;
+  // M is no whole number of pages: each thread's V and M then begin in other sets of L1.
+  const int64_t v_elements = 16 * block * padded, m_elements = 16 * block * width + 2 * kLanes<T>;
   const Scratch<Element> inputs(threads * v_elements);
-  const Scratch<T> scratch(threads * (m_elements + patch_elements));
+  const Scratch<T> scratch(threads * m_elements);
+  const Scratch<T> zeros(depth);  // a pixel outside the image
+  zero_run<T>(depth, zeros);
   const bool stream = conv.stream && kVectorBytes == kLineBytes;  // vectors of a pixel are stored far apart in time
 
   parallel_tasks(plan.blocks * plan.column_parts, [&](int64_t task, int thread) {
     const int64_t first_tile = task / plan.column_parts * block, part = task % plan.column_parts;
     const int64_t count = tiles - first_tile < block ? tiles - first_tile : block;
     Element* v = inputs + thread * v_elements;
-    T* m = scratch + thread * (m_elements + patch_elements);
-    T* patch_buffer = m + m_elements;
+    T* m = scratch + thread * m_elements;
     if (padded > depth) zero_run(v_elements, v);
 
     for (int64_t tile = 0; tile < count; ++tile) {
@@ -203,8 +203,21 @@ void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
       const int64_t y = index / tile_columns % tile_rows * 2, x = index % tile_columns * 2;
       const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
                             conv.source_row_stride, conv.source_pixel_stride};
-      const Image<T> patch = window_of(source, {y + conv.taps.y[0], x + conv.taps.x[0], 4, 4}, depth, patch_buffer);
-      winograd_input<T, Products>(patch, depth, v + tile * padded, block * padded);
+      const WindowRange patch{y + conv.taps.y[0], x + conv.taps.x[0], 4, 4};
+      const T* first = source.data + patch.top * source.row_stride + patch.left * source.pixel_stride;
+      const auto inside = [&](int64_t py, int64_t px) {
+        return first + py * source.row_stride + px * source.pixel_stride;
+      };
+      if (lies_inside(source, patch)) {
+        winograd_input<T, Products>(inside, depth, v + tile * padded, block * padded);
+        continue;
+      }
+      const T* pixels[4][4];
+      for (int64_t py = 0; py < 4; ++py)
+        for (int64_t px = 0; px < 4; ++px)
+          pixels[py][px] = lies_inside(source, {patch.top + py, patch.left + px, 1, 1}) ? inside(py, px) : zeros;
+      winograd_input<T, Products>([&](int64_t py, int64_t px) { return pixels[py][px]; }, depth, v + tile * padded,
+                                  block * padded);
     }
     for (int64_t panel = panels * part / plan.column_parts; panel < panels * (part + 1) / plan.column_parts; ++panel) {
       const int64_t column = panel * width, columns = conv.columns - column < width ? conv.columns - column : width;

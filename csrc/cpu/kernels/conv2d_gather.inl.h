@@ -82,17 +82,21 @@ inline int64_t tap_run(const Taps& taps, int64_t t) {
 template <class T>
 FASTNN_INLINE void pool_window(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, Vec<T>* best, Mask<T>* place) {
   const Mask<T> zero{};
-  Vec<T> max = a;
-  Mask<T> at = zero;
-  // Written so that NaN wins: it is neither <= the maximum nor equal to itself.
-  const auto consider = [&](Vec<T> v, int k) {
-    const Mask<T> wins = (v > max) | (v != v);
-    max = wins ? v : max;
-    at = wins ? zero + k : at;
-  };
-  consider(b, 1);
-  consider(c, 2);
-  consider(d, 3);
+  Vec<T> max = larger<T>(larger<T>(d, c), larger<T>(b, a));  // of equal ones the first
+  Mask<T> at = a == max ? zero : b == max ? zero + 1 : c == max ? zero + 2 : zero + 3;
+  const Vec<T> sum = (a + b) + (c + d);
+  if (__builtin_expect(any_lane<T>(sum != sum), false)) {  // NaN, which wins, or infinities of both signs
+    max = a;
+    at = zero;
+    const auto consider = [&](Vec<T> v, int k) {
+      const Mask<T> wins = (v > max) | (v != v);
+      max = wins ? v : max;
+      at = wins ? zero + k : at;
+    };
+    consider(b, 1);
+    consider(c, 2);
+    consider(d, 3);
+  }
   if (with_relu) {
     const Mask<T> dead = max <= Vec<T>{};
     max = dead ? Vec<T>{} : max;

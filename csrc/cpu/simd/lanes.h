@@ -39,6 +39,38 @@ FASTNN_INLINE Mask<T> lane_numbers() {
   return numbers<T>(LaneIndices<T>{});
 }
 
+// a > b ? a : b in one instruction: b where they are equal or one is NaN.
+template <class T>
+FASTNN_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+  else
+    return (Vec<T>)_mm512_maskz_max_pd(0xFF, (__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  else
+    return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Whether any lane of a comparison's mask is set.
+template <class T>
+FASTNN_INLINE bool any_lane(Mask<T> mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  LaneType<T> any = 0;
+  for (int i = 0; i < kLanes<T>; ++i) any |= mask[i];
+  return any != 0;
+#endif
+}
+
 template <class T>
 FASTNN_INLINE Mask<T> load_lanes(const LaneType<T>* p) {
   typedef LaneType<T> Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));

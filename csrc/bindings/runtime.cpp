@@ -3,7 +3,6 @@
 #include "bindings/run.h"
 #include "common/trace.h"
 #include "cpu/parallel.h"
-#include "cpu/scratch.h"
 #ifdef FASTNN_CUDA_EMULATOR
 #include "cuda/emulator/emulator.h"
 #endif
@@ -114,7 +113,6 @@ void bind_runtime(py::module_& module) {
     return cpu::max_threads();
   });
   module.def("set_own_threads", &cpu::set_own_threads, py::arg("own"));
-  module.def("scratch_bytes", &cpu::scratch_thread_bytes);
   module.def("trace_start", &trace_start);
   module.def("trace_stop", &take_trace);
 #ifdef FASTNN_CUDA_EMULATOR

@@ -51,10 +51,4 @@ void scratch_pop() {
   }
 }
 
-size_t scratch_thread_bytes() {
-  size_t total = 0;
-  for (const Block& block : stack.blocks) total += block.bytes;
-  return total;
-}
-
 }  // namespace fastnn::cpu

@@ -11,7 +11,6 @@ namespace fastnn::cpu {
 
 void* scratch_push(size_t bytes);  // throws std::bad_alloc
 void scratch_pop();
-size_t scratch_thread_bytes();  // held by the calling thread
 
 namespace {
 

@@ -41,8 +41,8 @@ struct DepthwiseRow {
   int64_t source_row, source_step;  // the source row of offset 0; source pixels from one output pixel to the next
   int64_t pixels;
   int64_t channels;
-  bool stream;  // stores of the output go past the caches
-  FetchAhead<T> next_source, next_grad;
+  bool stream = false;  // stores of the output go past the caches
+  FetchAhead<T> next_source{}, next_grad{};
 };
 
 // The taps [first, end) of an axis that lie inside the image: 0 <= at + offset < size.
@@ -195,12 +195,8 @@ FASTNN_INLINE void with_taps(const DepthwiseRow<T>& row, const Body& body) {
 template <class T>
 FetchAhead<T> next_rows(const DepthwiseRow<T>& row, int64_t step) {
   if (row.vertical.count == 0) return {};
-  const int64_t last = row.source_row + row.vertical.offset(row.vertical.count - 1);
-  int64_t first = last + 1, end = last + 1 + step;
-  if (first < 0) first = 0;
-  if (end > row.source.height) end = row.source.height;
-  if (end <= first) return {};
-  return {row.source.data + first * row.source.row_stride, (end - first) * row.source.row_stride};
+  const int64_t next = row.source_row + row.vertical.offset(row.vertical.count - 1) + 1;
+  return rows_ahead(row.source, next, next + step);
 }
 
 // Rows of the output in one task: few enough that eight threads share the work evenly.
@@ -243,9 +239,7 @@ void depthwise_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
         s.stride_width,
         s.out_width,
         s.in_channels,
-        stream,
-        {},
-        {}};
+        stream};
     for (int64_t y = first; y < end; ++y) {
       row.source_row = y * s.stride_height;
       if (fetch) row.next_source = next_rows(row, s.stride_height);
@@ -286,9 +280,7 @@ void depthwise_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stri
                             1,
                             (s.in_width - phase + s.stride_width - 1) / s.stride_width,
                             s.in_channels,
-                            stream,
-                            {},
-                            {}};
+                            stream};
         if (fetch && phase == 0 && y % s.stride_height == 0) row.next_source = next_rows(row, 1);
         with_taps(row, [&](auto width, auto step) {
           depthwise_pixels<T, decltype(width)::value, decltype(step)::value>(
@@ -390,10 +382,7 @@ void depthwise_grad_weight(const Conv2dShape& s, const T* input, const T* grad, 
           i % s.out_height * s.stride_height,
           s.stride_width,
           s.out_width,
-          s.in_channels,
-          false,
-          {},
-          {}};
+          s.in_channels};
       if (fetch) {
         row.next_source = next_rows(row, s.stride_height);
         if (i + 1 < rows) row.next_grad = {grad + (i + 1) * s.out_width * grad_stride, s.out_width * grad_stride};

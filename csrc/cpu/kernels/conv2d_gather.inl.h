@@ -416,11 +416,7 @@ void gather_conv(const GatherConv<T>& conv) {
     const Image<T> window = window_of(source, window_range, conv.depth, windows + thread * window_elements);
 
     FetchAhead<T> next{};  // source rows of the next block
-    if (fetch) {
-      const int64_t first = (row + rows) * conv.step_y, end = first + rows * conv.step_y;
-      next = {source.data + first * source.row_stride,
-              ((end < source.height ? end : source.height) - first) * source.row_stride};
-    }
+    if (fetch) next = rows_ahead(source, (row + rows) * conv.step_y, (row + 2 * rows) * conv.step_y);
     const Runs runs = runs_of(conv, range, window, tables + thread * conv.taps.count);
     const int64_t place = image * conv.out_image_stride + row * conv.out_row_stride;
     for (int64_t i = panels * part / plan.column_parts; i < panels * (part + 1) / plan.column_parts; ++i) {

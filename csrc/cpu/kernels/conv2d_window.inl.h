@@ -12,6 +12,7 @@
 
 #include <cstddef>
 
+#include "cpu/simd/streaming.h"
 #include "cpu/simd/vector.h"
 
 namespace fastnn::cpu {
@@ -33,6 +34,15 @@ template <class T>
 inline bool lies_inside(const Image<T>& image, const WindowRange& range) {
   return range.top >= 0 && range.left >= 0 && range.top + range.height <= image.height &&
          range.left + range.width <= image.width;
+}
+
+// Rows [first, end) of an image, as far as it has them, to be fetched ahead.
+template <class T>
+inline FetchAhead<T> rows_ahead(const Image<T>& image, int64_t first, int64_t end) {
+  if (first < 0) first = 0;
+  if (end > image.height) end = image.height;
+  if (end <= first) return {};
+  return {image.data + first * image.row_stride, (end - first) * image.row_stride};
 }
 
 template <class T>

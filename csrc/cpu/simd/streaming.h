@@ -51,7 +51,7 @@ struct FetchAhead {
   int64_t elements;
   FASTNN_INLINE void fetch(int64_t share, int64_t shares) const {
     constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
-    if (elements <= 0) return;  // before two divisions
+    if (elements == 0) return;  // before two divisions
     for (int64_t e = elements * share / shares; e < elements * (share + 1) / shares; e += line)
       __builtin_prefetch(data + e, 0, 2);
   }

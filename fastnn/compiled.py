@@ -29,7 +29,7 @@ from fastnn.autograd.common import allows_tf32
 from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.cross_entropy import REDUCTIONS, empty_statistics
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
-from fastnn.runtime import kernel_dtypes, runs_on_cuda
+from fastnn.runtime import kernel_dtypes
 from fastnn.tracing import has_hooks
 
 __all__ = ["CompiledForward", "CompiledStep", "NotCompilable"]
@@ -111,15 +111,10 @@ class _Recording:
     def new_like(self, tensor: Tensor) -> Tensor:
         return self.new(tuple(tensor.shape), tensor.dtype, channels_last=tensor.dim() == 4)
 
-    def rows(self, index: Tensor, images: int) -> Tensor:
-        """`index`, which numbers so many images, where a replay reads it."""
+    def rows(self, index: Tensor) -> Tensor:
+        """`index` where a replay reads it."""
         if index.dtype is not torch.int64 or index.dim() != 1:
             raise TypeError(f"index: expected int64 of one dimension, got {index.dtype} of shape {tuple(index.shape)}")
-        if not runs_on_cuda(self.images):  # there the kernel checks
-            low, high = (int(bound) for bound in index.aminmax())
-            if low < 0 or high >= images:
-                wrong = low if low < 0 else high
-                raise ValueError(f"index: expected numbers from 0 to {images - 1}, got {wrong}")
         if "rows" not in self.results:
             self.results["rows"] = index.new_empty(STEPS_PER_REPLAY * len(self.images))
         return self.results["rows"][: len(index)].copy_(index)
@@ -150,6 +145,11 @@ def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
         a is b or (isinstance(a, (int, float, str)) and isinstance(b, (int, float, str)) and a == b)
         for a, b in zip(first, second, strict=True)
     )
+
+
+def _data(tensor: Tensor) -> tuple[Any, ...]:
+    """What tells whether a tensor is the same data in the same place."""
+    return (tensor, tensor.data_ptr(), len(tensor))
 
 
 def unscheduled() -> None:
@@ -451,7 +451,7 @@ class CompiledForward(_Compiled):
     def on_rows(self, images: Tensor, index: Tensor) -> Tensor:
         """The output for ``images[index]`` (contiguous, uint8 scaled to 0..1); the next call overwrites it."""
         recording = self._recording((len(index), *images.shape[1:]))
-        rows = recording.rows(index, len(images))
+        rows = recording.rows(index)
 
         def launch() -> bool:
             self._gather(recording, images, rows)
@@ -459,7 +459,7 @@ class CompiledForward(_Compiled):
             return True
 
         with _own_threads():
-            recording.launch("rows", (images, images.data_ptr(), len(images)), [launch])
+            recording.launch("rows", _data(images), [launch])
         return recording.results["output"]
 
     def _record_programs(self, recording: _Recording) -> None:
@@ -656,13 +656,12 @@ class CompiledStep(_Compiled):
         """Steps on `count` batches of equally many rows."""
         batch_size = len(index) // count
         recording = self._recording((batch_size, *images.shape[1:]))
-        rows = recording.rows(index, len(images)).split(batch_size)
+        rows = recording.rows(index).split(batch_size)
 
         def gather(step: int) -> None:
             self._gather(recording, images, rows[step], targets)
 
-        depends = (images, images.data_ptr(), len(images), targets, targets.data_ptr(), len(targets))
-        self._run(recording, f"{count} of rows", depends, gather, count, schedule)
+        self._run(recording, f"{count} of rows", (*_data(images), *_data(targets)), gather, count, schedule)
         return recording
 
     def _run(

@@ -46,14 +46,15 @@ void gather_images(const Tensor& output, const Tensor& input, const Tensor& inde
   const GatherImagesShape shape{
       input.size(0), index.size(0), input.size(1), input.size(2) * input.size(3), input.dtype() == DType::uint8,
       divisor};
-  for (int64_t b = 0; b < shape.batch && !input.runs_on_cuda(); ++b) {  // there the kernel checks
-    const int64_t i = index.data<int64_t>()[b];
-    if (i < 0 || i >= shape.images)
-      fail_value("index", "numbers from 0 to " + std::to_string(shape.images - 1), std::to_string(i));
-  }
+  const bool check = !input.runs_on_cuda();  // there the kernel does
   dispatch("output", output, [&](auto zero) {
     using T = decltype(zero);
     run_kernel<T>(input, [=](const auto& kernels) {
+      for (int64_t b = 0; b < shape.batch && check; ++b) {  // in the call: a program's rows change from run to run
+        const int64_t i = index.data<int64_t>()[b];
+        if (i < 0 || i >= shape.images)
+          fail_value("index", "numbers from 0 to " + std::to_string(shape.images - 1), std::to_string(i));
+      }
       kernels.gather_images(shape, {output.data<T>(), input.data<void>(), index.data<int64_t>(),
                                     data_or_null<int64_t>(target_output), data_or_null<int64_t>(target)});
     });

@@ -185,6 +185,8 @@ CONV2D_CASES = (
     Conv2dCase("zero_batch", (0, 3, 7, 6), (4, 3, 3, 3), kwargs={"padding": 1}),
     Conv2dCase("large_3x3", (2, 16, 14, 13), (20, 16, 3, 3), kwargs={"padding": 1}),
     Conv2dCase("large_3x3_64", (2, 64, 11, 12), (64, 64, 3, 3)),
+    Conv2dCase("large_3x3_14", (2, 17, 14, 14), (35, 17, 3, 3), kwargs={"padding": 1}),
+    Conv2dCase("small_3x3_16", (1, 16, 10, 9), (16, 16, 3, 3), kwargs={"padding": 1}),
     Conv2dCase("large_3x3_odd_groups", (3, 34, 9, 7), (66, 17, 3, 3), kwargs={"padding": 2, "groups": 2}),
     Conv2dCase("pointwise_odd", (3, 37, 7, 5), (41, 37, 1, 1)),
     Conv2dCase("5x5_outside", (3, 19, 7, 7), (21, 19, 5, 5), kwargs={"padding": (4, 2), "stride": (1, 2)}),

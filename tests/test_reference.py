@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import generator, random
-from tolerance import assert_close_bound, rounding_bound, winograd_bound
+from tolerance import assert_close_bound, rounding_bound, winograd, winograd_bound
 from torch import Tensor
 
 from fastnn import functional, reference
@@ -112,28 +112,20 @@ def test_bound_accepts_float32_and_refuses_bfloat16() -> None:
         assert_close_bound(F.linear(x, w).index_fill(0, torch.tensor([3]), float("nan")), exact, bound)
 
 
-def winograd(x: Tensor, w: Tensor) -> Tensor:
-    """F(2x2,3x3) in the dtype of its inputs, for even output sizes."""
-    g = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=x.dtype)
-    b = torch.tensor([[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]], dtype=x.dtype)
-    a = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=x.dtype)
-    tiles = x.unfold(2, 4, 2).unfold(3, 4, 2)
-    filters = g @ w @ g.T
-    products = torch.einsum("ncyxij,ocij->noyxij", b @ tiles @ b.T, filters)
-    outputs = a @ products @ a.T
-    batch, channels, rows, columns = outputs.shape[:4]
-    return outputs.permute(0, 1, 2, 4, 3, 5).reshape(batch, channels, 2 * rows, 2 * columns)
-
-
 @pytest.mark.parametrize("channels", [1, 16, 64])
 @pytest.mark.parametrize("offset", [0.0, 10.0], ids=["", "far_from_zero"])
-def test_winograd_bound_holds_for_winograd_in_float32(channels: int, offset: float) -> None:
+@pytest.mark.parametrize("kernel", ["winograd_2x2", "winograd_4x4"])
+@pytest.mark.parametrize("size", [(14, 12), (13, 9), (3, 4)], ids=str)
+def test_winograd_bound_holds_for_winograd_in_float32(
+    channels: int, offset: float, kernel: str, size: tuple[int, int]
+) -> None:
     rng = generator("winograd", channels)
-    x = random((2, channels, 14, 12), torch.float32, rng) + offset
+    x = random((2, channels, *size), torch.float32, rng) + offset
     w = random((8, channels, 3, 3), torch.float32, rng)
+    largest = 4 if kernel == "winograd_4x4" else 2
     exact = F.conv2d(x.double(), w.double())
-    assert_close_bound(winograd(x.double(), w.double()), exact, 1e-9)
-    bound = winograd_bound(x, w, torch.float32)
-    assert_close_bound(winograd(x, w), exact, bound)
+    assert_close_bound(winograd(x.double(), w.double(), largest), exact, 1e-9)
+    bound = winograd_bound(x, w, torch.float32, [kernel])
+    assert_close_bound(winograd(x, w, largest), exact, bound)
     # Tight enough to find a wrong kernel: well below the values themselves.
     assert (bound / F.conv2d(x.double().abs(), w.double().abs())).max() < 1e-3

@@ -8,7 +8,6 @@ pooled the same way, is one on their output. Every function here returns a float
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,14 +19,11 @@ from torch import Tensor
 EXP_ULPS = 4
 LOG_ULPS = 4
 
-# Winograd F(2x2,3x3) computes Y = A^T [(G g G^T) * (B^T d B)] A. Along one axis, with |d| <= D and |g| <= H,
-# the three products behind one output are at most 2D * H, 2D * 3H/2 and 2D * 3H/2: 8 D H, where the direct
-# sum has 3 D H. Two axes: 64 D H. D is the largest |input| that the output sees and H the largest |weight| of
-# the 3x3 filter.
-WINOGRAD_AMPLIFICATION = 64
-# Additions on the way of one product besides the sum over channels: 2 in B^T d B, 4 in G g G^T (its halvings
-# are exact), the product itself, and 4 in A^T m A.
-WINOGRAD_TRANSFORM_ROUNDINGS = 11
+# Roundings on the way of one product of Winograd's algorithm besides the sum over channels, where no instruction fuses
+# a multiplication with an addition. Along one axis at most 5 in B^T d (two of its additions scaled, one constant
+# rounded), 3 in G g (one addition, one scaled by a rounded constant, and that product) and 5 in A^T m (three
+# additions, one of them scaled by a rounded constant); twice that for two axes, and the product itself.
+WINOGRAD_TRANSFORM_ROUNDINGS = 27
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -73,25 +69,92 @@ def product_bound(roundings: int, dtype: torch.dtype, magnitude: Tensor, kernels
     return rounding_bound(6 * roundings, dtype, magnitude) + 3 * 2.0**-22 * magnitude.double()
 
 
-def _taps(channels: int, weight: Tensor) -> Iterator[Tensor]:
-    """Depthwise filters that pick one tap of the kernel each."""
-    height, width = weight.shape[2:]
-    for tap in range(height * width):
-        picked = torch.zeros(channels, 1, height * width, dtype=torch.float64)
-        picked[:, :, tap] = 1
-        yield picked.view(channels, 1, height, width)
+def _winograd_tile(outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A^T, G and B^T of a tile of 2 or 4 outputs; the points are 0, +-1/sqrt(2), +-sqrt(2) and infinity."""
+    root = 0.5**0.5
+    points = [0, root, -root, 2 * root, -2 * root][: outputs + 1]
+    powers = [[point**k for k in range(3)] for point in points]
+    if outputs == 2:
+        scales = [1, 1, 1]
+        source = [[1, 0, -2, 0], [0, root, 1, 0], [0, -root, 1, 0], [0, -0.5, 0, 1]]
+    else:
+        scales = [1, -2 / 3, -2 / 3, 1 / 6, 1 / 6]
+        source = [[1, 0, -2.5, 0, 1, 0]]
+        source += [[0, -point * (2.5 - point**2), -(2.5 - point**2), point, 1, 0] for point in points[1:]]
+        source += [[0, 1, 0, -2.5, 0, 1]]
+    output = [
+        [scale * point**k for point, scale in zip(points, scales, strict=True)] + [float(k == outputs - 1)]
+        for k in range(outputs)
+    ]
+    matrices = (output, [*powers, [0, 0, 1]], source)
+    return tuple(torch.tensor(m, dtype=torch.float64) for m in matrices)  # type: ignore[return-value]
 
 
-def winograd_bound(input: Tensor, weight: Tensor, dtype: torch.dtype, **convolution: Any) -> Tensor:
-    """Bound of F(2x2,3x3) for a convolution, whatever the place of its tiles."""
-    values, channels = input.double().abs(), input.shape[-3]
-    geometry = {**convolution, "groups": channels}
-    seen = [F.conv2d(values, tap, **geometry) for tap in _taps(channels, weight)]
-    largest_input = torch.stack(seen).amax(0)
-    largest_weight = weight.double().abs().amax((2, 3), keepdim=True)
-    sums = F.conv2d(largest_input, largest_weight, groups=convolution.get("groups", 1))
+def _winograd_axis(length: int, largest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a whole axis of so many outputs, cut into tiles of up to `largest`."""
+    tiles: list[int] = []
+    while sum(tiles) < length:
+        tiles.append(4 if largest == 4 and length - sum(tiles) > 2 else 2)
+    parts = [_winograd_tile(tile) for tile in tiles]
+    points, reach = sum(tile + 2 for tile in tiles), sum(tiles)
+    output, source = torch.zeros(reach, points).double(), torch.zeros(points, reach + 2).double()
+    point = pixel = 0
+    for tile, (of_output, _, of_source) in zip(tiles, parts, strict=True):
+        output[pixel : pixel + tile, point : point + tile + 2] = of_output
+        source[point : point + tile + 2, pixel : pixel + tile + 2] = of_source
+        point, pixel = point + tile + 2, pixel + tile
+    return output[:length], torch.cat([g for _, g, _ in parts]), source[:, : length + 2]
+
+
+def winograd(input: Tensor, weight: Tensor, largest: int, groups: int = 1, absolute: bool = False) -> Tensor:
+    """Winograd's 3x3 convolution of a batch without padding, in the dtype of its inputs.
+
+    ``absolute`` takes the absolute value of every number on the way: what its rounding errors are proportional to.
+    """
+    prepare = torch.abs if absolute else torch.Tensor.clone
+    (a_y, g_y, b_y), (a_x, g_x, b_x) = (
+        [prepare(m).to(input.dtype) for m in _winograd_axis(size - 2, largest)] for size in input.shape[2:]
+    )
+    v = b_y @ prepare(input).unflatten(1, (groups, -1)) @ b_x.T
+    u = g_y @ prepare(weight).unflatten(0, (groups, -1)) @ g_x.T
+    m = torch.einsum("ngcyx,gocyx->ngoyx", v, u)
+    return (a_y @ m @ a_x.T).flatten(1, 2)
+
+
+def _winograd_magnitude(values: Tensor, weight: Tensor, largest: int, groups: int) -> Tensor:
+    """Of a batch; with pooling the cut is that of whole windows: the larger of both."""
+    magnitude = winograd(values, weight, largest, groups, absolute=True)
+    height, width = (size // 2 * 2 for size in magnitude.shape[2:])
+    if not height or not width:
+        return magnitude
+    even = winograd(values[:, :, : height + 2, : width + 2], weight, largest, groups, absolute=True)
+    magnitude[:, :, :height, :width] = torch.maximum(magnitude[:, :, :height, :width], even)
+    return magnitude
+
+
+def _largest_tile(kernels: list[str]) -> int:
+    return 4 if "winograd_4x4" in kernels else 2
+
+
+def winograd_bound(
+    input: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    kernels: list[str],
+    *,
+    padding: Any = 0,
+    groups: int = 1,
+    **_: Any,
+) -> Tensor:
+    """Bound of a convolution by one of these kernels."""
+    padding = {"same": 1, "valid": 0}[padding] if isinstance(padding, str) else padding
+    vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
+    batch = input.double().reshape(-1, *input.shape[-3:])
+    padded = F.pad(batch, (horizontal, horizontal, vertical, vertical))
+    magnitude = _winograd_magnitude(padded, weight.double(), _largest_tile(kernels), groups)
     roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS
-    return rounding_bound(roundings, dtype, WINOGRAD_AMPLIFICATION * sums)
+    bound = rounding_bound(roundings, dtype, magnitude)
+    return bound.reshape(*input.shape[:-3], *bound.shape[1:])
 
 
 def winograd_bf16_bound(input: Tensor, weight: Tensor, **convolution: Any) -> Tensor:
@@ -100,7 +163,7 @@ def winograd_bf16_bound(input: Tensor, weight: Tensor, **convolution: Any) -> Te
     ``(1 + 2^-9)^2 - 1 = 2^-8 + 2^-18`` of each product, and float32's roundings of the sums of the rounded ones.
     Factors below the smallest normal number count as zero.
     """
-    exact = winograd_bound(input, weight, torch.float32, **convolution)
+    exact = winograd_bound(input, weight, torch.float32, ["winograd_bf16"], **convolution)
     roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS
     factors = 2**-8 + 2**-18
     tiny = torch.finfo(torch.float32).tiny
@@ -110,25 +173,48 @@ def winograd_bf16_bound(input: Tensor, weight: Tensor, **convolution: Any) -> Te
 
 
 def winograd_grad_input_bound(
-    input: Tensor, grad_output: Tensor, weight: Tensor, dtype: torch.dtype, **convolution: Any
+    input: Tensor,
+    grad_output: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    kernels: list[str],
+    *,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    **_: Any,
 ) -> Tensor:
     """The same for the input gradient, which is a convolution of ``grad_output`` by the turned filters.
 
     With a stride it is one convolution per phase of the input pixels, and a phase may have 3x3 taps too.
     """
-    values, channels = grad_output.double().abs(), grad_output.shape[-3]
-    geometry = {**convolution, "groups": channels}
-    shape = (*input.shape[:-3], channels, *input.shape[-2:])
-    largest_grad = torch.zeros(shape, dtype=torch.float64)
-    for tap in _taps(channels, weight):
-        image = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
-        (reached,) = torch.autograd.grad(F.conv2d(image, tap, **geometry), image, values)
-        largest_grad = torch.maximum(largest_grad, reached)
-    largest_weight = weight.double().abs().amax((2, 3), keepdim=True)
-    groups = convolution.get("groups", 1)
-    sums = F.conv_transpose2d(largest_grad, largest_weight, groups=groups)
-    roundings = channels // groups + WINOGRAD_TRANSFORM_ROUNDINGS
-    return rounding_bound(roundings, dtype, WINOGRAD_AMPLIFICATION * sums)
+    padding = {"same": 1, "valid": 0}[padding] if isinstance(padding, str) else padding
+    strides, paddings, dilations = ((v, v) if isinstance(v, int) else v for v in (stride, padding, dilation))
+    grad = grad_output.double().reshape(-1, *grad_output.shape[-3:])
+    turned = weight.double().unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    magnitude = torch.zeros(len(grad), *input.shape[-3:], dtype=torch.float64)
+
+    def taps(axis: int, phase: int) -> tuple[list[int], list[int]]:
+        """Kernel indices of a phase and the gradient's pixels that they read, from the last one down."""
+        numerators = {k: phase + paddings[axis] - k * dilations[axis] for k in range(weight.shape[2 + axis])}
+        places = [k for k in reversed(numerators) if numerators[k] % strides[axis] == 0]
+        return places, [numerators[k] // strides[axis] for k in places]
+
+    for phase_y in range(strides[0]):
+        for phase_x in range(strides[1]):
+            (rows, above), (columns, beside) = taps(0, phase_y), taps(1, phase_x)
+            of_phase = magnitude[:, :, phase_y :: strides[0], phase_x :: strides[1]]
+            if any(offsets != [offsets[0] + i for i in range(3)] for offsets in (above, beside) if offsets) or not (
+                len(above) == len(beside) == 3
+            ):
+                continue
+            height, width = of_phase.shape[2:]
+            pads = (-beside[0], beside[0] + width + 2 - grad.shape[3], -above[0], above[0] + height + 2 - grad.shape[2])
+            filters = turned[:, :, rows][:, :, :, columns]
+            of_phase += _winograd_magnitude(F.pad(grad, pads), filters, _largest_tile(kernels), groups)
+    roundings = weight.shape[0] // groups + WINOGRAD_TRANSFORM_ROUNDINGS
+    return rounding_bound(roundings, dtype, magnitude).reshape(input.shape)
 
 
 def softmax_relative_error(input: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

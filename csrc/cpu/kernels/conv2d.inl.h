@@ -28,20 +28,32 @@ inline bool is_depthwise(const Conv2dShape& s) {
 
 inline int64_t multiply_adds(const Conv2dShape& s) { return s.batch * s.out_height * s.out_width * weight_elements(s); }
 
+// Transforms the weights in conv.panels and convolves.
+template <class T, class Products, int largest>
+const char* run_winograd(const GatherConv<T>& conv) {
+  const int64_t panels = panels_of<T>(conv.columns);
+  const int64_t padded = winograd_groups<Products>(conv.depth) * Products::kGroup;
+  const Scratch<typename Products::Element> transformed(
+      panels * winograd_places(largest) * winograd_step<typename Products::Element>(padded * kTileColumns<T>));
+  winograd_weights<T, Products, largest>(panels, conv.depth, conv.panels, transformed);
+  winograd_conv<T, Products, largest>(conv, transformed);
+  return Products::name(largest);
+}
+
 // Runs one group's gather with the kernel that suits it; `panels` are packed for the direct kernel.
 template <class T, class Products = FullProducts<T>>
 const char* run_gather(GatherConv<T> conv, const T* panels) {
   conv.panels = panels;
-  if (!winograd_serves(conv)) {
+  const int largest = winograd_tile<T, Products>(conv);
+  if (largest == 0) {
     gather_conv(conv);
     return "gather";
   }
-  const int64_t count = panels_of<T>(conv.columns);
-  const int64_t padded = winograd_groups<Products>(conv.depth) * Products::kGroup;
-  const Scratch<typename Products::Element> transformed(count * 16 * padded * kTileColumns<T>);
-  winograd_weights<T, Products>(count, conv.depth, panels, transformed);
-  winograd_conv<T, Products>(conv, transformed);
-  return Products::kName;
+  if constexpr (Products::kLargestTile == 4) {
+    const int64_t elements = conv.batch * conv.source_image_stride - conv.source_pixel_stride + conv.depth;
+    if (largest == 4 && all_finite(elements, conv.source)) return run_winograd<T, Products, 4>(conv);
+  }
+  return run_winograd<T, Products, 2>(conv);
 }
 
 template <class T, class Products = FullProducts<T>>

@@ -1,42 +1,127 @@
-// Winograd's F(2x2, 3x3): 2x2 outputs of a 3x3 convolution from 16 multiplications instead of 36 (Lavin and Gray,
-// "Fast Algorithms for Convolutional Neural Networks", 2015). The 2x2 outputs of a tile are also a pooling window.
+// Winograd's F(4x4, 3x3) and F(2x2, 3x3): m x m outputs of a 3x3 convolution from (m + 2)^2 multiplications instead of
+// 9 m^2 (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2015).
 //
-//   V = B' d B     of each 4x4 source patch d, per channel          B' = | 1  0 -1  0 |     G = |  1    0    0  |
-//   U = G g G'     of each 3x3 kernel g                                  | 0  1  1  0 |         | 1/2  1/2  1/2 |
-//   M = sum over channels of U * V: 16 matrix products                   | 0 -1  1  0 |         | 1/2 -1/2  1/2 |
-//   out = A' M A                                                         | 0  1  0 -1 |         |  0    0    1  |
+//   V = B' d B     of each source patch d of (m + 2)^2 pixels, per channel
+//   U = G g G'     of each 3x3 kernel g
+//   M = sum over channels of U * V: one matrix product for each of the (m + 2)^2 places
+//   out = A' M A
 //
-//   A' = | 1  1  1  0 |     V: [16][tile][channel]     U: [panel][16][channel][kTileColumns]
-//        | 0  1 -1 -1 |     M: [16][tile][kTileColumns], one panel at a time
+//   V: [place][tile][channel]   U: [panel][place][channel][kTileColumns]   M: [place][tile][kTileColumns], a panel at a
+//   time
 //
-// Its sums round differently from a direct convolution's: see docs/performance.md for the bound. Each output still
-// depends on its own nine pixels alone (the outer rows and columns of V reach one output row or column), so NaN does
-// not spread.
+// A place is a pair of points at which the polynomials behind the algorithm are multiplied. Along an axis they are
+//
+//   0, 1/s, -1/s, s, -s, infinity, with s = sqrt(2): 4 outputs
+//   0, 1/s, -1/s,        infinity:                   2 outputs
+//
+// The square roots lose half as many digits as the usual 1 and 2 (compare Barabasz et al., "Error Analysis and
+// Improving the Accuracy of Winograd Convolution", 2020). The fewer points are among the others, so one U serves tiles
+// of both sizes: an axis is cut into tiles of 4 and, where 1 or 2 outputs are left, one of 2.
+//
+// Its sums round differently from a direct convolution's: see docs/performance.md for the bound. In a tile of 4 an
+// output depends on pixels that a direct convolution would not show it, but for their rounding; a NaN or infinity there
+// would spread, so sources that are not finite take tiles of 2, in which it does not: the first and last row of V
+// reach one output row alone.
 #pragma once
 
 #include "cpu/kernels/conv2d_gather.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
+#include "cpu/kernels/finite.inl.h"
 
 namespace fastnn::cpu {
 namespace {
 
 // Below 16 channels the transforms outweigh the multiplications saved.
 constexpr int64_t kWinogradChannels = 16;
-// Fewer pixels do not repay the transformation of the weights; twice as many do where its 16/9 of the weights' memory
-// exceeds L2 by far.
-constexpr int64_t kWinogradPixels = 128;
-constexpr int64_t kWinogradWeightBytes = 8 << 20;
-// V of a block is 16 * channels * tiles elements; M as much again where the channels are few. Both stay in L2.
+// What a weight costs at each place - to transform, to write and to read it -, in multiplications: where U is not much
+// larger than L2, where it is, and where it needs new pages on each call, being larger than the scratch memory kept.
+constexpr int64_t winograd_weight_cost(int64_t bytes) { return bytes <= 12 << 20 ? 16 : bytes <= 32 << 20 ? 64 : 256; }
+// V of a block is places * channels * tiles elements; M as much again where the channels are few. Both stay in L2.
 // Blocks of fewer tiles would read U, which may be megabytes, faster than L3 gives it.
-constexpr int64_t kWinogradBlockBytes = 80 << 10;
+constexpr int64_t kWinogradBlockBytes = 120 << 10;
 constexpr int64_t kWinogradTiles = 24;
+
+constexpr int winograd_places(int tile) { return (tile + 2) * (tile + 2); }
+
+// From one place of U, V or M to the next: a line more than the elements of a place, which are a power of two as a
+// rule, so that the places of a tile lie in different sets of L1.
+template <class Element>
+constexpr int64_t winograd_step(int64_t elements) {
+  return elements + kLineBytes / static_cast<int64_t>(sizeof(Element));
+}
+
+// The transforms of one axis of a tile with so many outputs.
+template <int outputs>
+struct WinogradAxis;
+
+template <>
+struct WinogradAxis<2> {
+  template <class T>
+  static FASTNN_INLINE void input(const Vec<T> (&d)[4], Vec<T> (&v)[4]) {
+    const Vec<T> odd = d[1] * T(kHalfRoot);
+    v[0] = d[0] - T(2) * d[2];
+    v[1] = d[2] + odd;
+    v[2] = d[2] - odd;
+    v[3] = d[3] - T(0.5) * d[1];
+  }
+  template <class T>
+  static FASTNN_INLINE void weight(const Vec<T> (&g)[3], Vec<T> (&u)[4]) {
+    const Vec<T> even = g[0] + T(0.5) * g[2], odd = g[1] * T(kHalfRoot);
+    u[0] = g[0], u[1] = even + odd, u[2] = even - odd, u[3] = g[2];
+  }
+  template <class T>
+  static FASTNN_INLINE void output(const Vec<T> (&m)[4], Vec<T> (&y)[2]) {
+    y[0] = m[0] + (m[1] + m[2]);
+    y[1] = m[3] + T(kHalfRoot) * (m[1] - m[2]);
+  }
+  static constexpr double kHalfRoot = 0.70710678118654752440;  // 1 / sqrt(2)
+};
+
+template <>
+struct WinogradAxis<4> {
+  template <class T>
+  static FASTNN_INLINE void input(const Vec<T> (&d)[6], Vec<T> (&v)[6]) {
+    const Vec<T> even = d[4] - T(2) * d[2], odd = d[3] - T(2) * d[1];
+    const Vec<T> far_even = d[4] - T(0.5) * d[2], far_odd = d[3] - T(0.5) * d[1];
+    v[0] = (d[0] + d[4]) - T(2.5) * d[2];
+    v[1] = even + T(kHalfRoot) * odd;
+    v[2] = even - T(kHalfRoot) * odd;
+    v[3] = far_even + T(kRoot) * far_odd;
+    v[4] = far_even - T(kRoot) * far_odd;
+    v[5] = (d[1] + d[5]) - T(2.5) * d[3];
+  }
+  template <class T>
+  static FASTNN_INLINE void weight(const Vec<T> (&g)[3], Vec<T> (&u)[6]) {
+    const Vec<T> even = g[0] + T(0.5) * g[2], far_even = g[0] + T(2) * g[2];
+    u[0] = g[0];
+    u[1] = even + T(kHalfRoot) * g[1];
+    u[2] = even - T(kHalfRoot) * g[1];
+    u[3] = far_even + T(kRoot) * g[1];
+    u[4] = far_even - T(kRoot) * g[1];
+    u[5] = g[2];
+  }
+  template <class T>
+  static FASTNN_INLINE void output(const Vec<T> (&m)[6], Vec<T> (&y)[4]) {
+    const Vec<T> sum = m[1] + m[2], difference = m[1] - m[2], far_sum = m[3] + m[4], far_difference = m[3] - m[4];
+    y[0] = m[0] - T(2. / 3) * sum + T(1. / 6) * far_sum;
+    y[1] = T(kRoot / 6) * far_difference - T(2 * kHalfRoot / 3) * difference;
+    y[2] = T(1. / 3) * far_sum - T(1. / 3) * sum;
+    y[3] = m[5] - T(kHalfRoot / 3) * difference + T(kRoot / 3) * far_difference;
+  }
+  static constexpr double kHalfRoot = WinogradAxis<2>::kHalfRoot, kRoot = 2 * kHalfRoot;
+};
+
+// Where U of tiles up to `largest` has point i of a tile of `tile` outputs.
+constexpr int winograd_point(int tile, int largest, int i) { return tile < largest && i == 3 ? 5 : i; }
 
 // How the sums over channels are formed: in T throughout. conv2d_winograd_bf16.inl.h has another.
 template <class T>
 struct FullProducts {
-  static constexpr const char* kName = "winograd";
-  using Element = T;                    // of V and U
-  static constexpr int64_t kGroup = 1;  // channels that one product takes: U is [16][group][kTileColumns][kGroup]
+  using Element = T;  // of V and U
+  static constexpr int kLargestTile = 4;
+  static constexpr int64_t kGroup = 1;  // channels that one product takes: U is [place][group][kTileColumns][kGroup]
+
+  static const char* name(int largest) { return largest == 4 ? "winograd_4x4" : "winograd_2x2"; }
 
   static FASTNN_INLINE void store_input(Element* to, Vec<T> value, int64_t count) { store_upto(to, value, count); }
   // One vector of columns of channel `member` of a group. Members come in order.
@@ -56,35 +141,38 @@ int64_t winograd_groups(int64_t depth) {
 
 // packed: [panel][9][channel][columns] as pack_*_panels makes them. Where a last group has channels too few, the
 // missing ones are zeros.
-template <class T, class Products>
+template <class T, class Products, int largest>
 void winograd_weights(int64_t panels, int64_t depth, const T* packed, typename Products::Element* transformed) {
+  constexpr int points = largest + 2;
   constexpr int64_t width = kTileColumns<T>;
   const int64_t groups = winograd_groups<Products>(depth), from_step = depth * width;
-  const int64_t to_step = groups * width * Products::kGroup;
+  const int64_t to_step = winograd_step<typename Products::Element>(groups * Products::kGroup * width);
   parallel_ranges(panels * groups, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       typename Products::Element* group =
-          transformed + i / groups * 16 * to_step + i % groups * width * Products::kGroup;
+          transformed + i / groups * points * points * to_step + i % groups * width * Products::kGroup;
       for (int64_t member = 0; member < Products::kGroup; ++member) {
         const int64_t channel = i % groups * Products::kGroup + member;
         if (channel >= depth) break;
         const T* from = packed + i / groups * 9 * from_step + channel * width;
         for (int64_t v = 0; v < width; v += kLanes<T>) {
-          Vec<T> g[4][3];
+          Vec<T> columns[points][3];
           FASTNN_UNROLL
           for (int x = 0; x < 3; ++x) {
-            const Vec<T> g0 = load(from + x * from_step + v), g1 = load(from + (3 + x) * from_step + v);
-            const Vec<T> g2 = load(from + (6 + x) * from_step + v);
-            const Vec<T> sum = (g0 + g2) * T(0.5), half = g1 * T(0.5);
-            g[0][x] = g0, g[1][x] = sum + half, g[2][x] = sum - half, g[3][x] = g2;
+            Vec<T> taps[3], u[points];
+            FASTNN_UNROLL
+            for (int y = 0; y < 3; ++y) taps[y] = load(from + (3 * y + x) * from_step + v);
+            WinogradAxis<largest>::template weight<T>(taps, u);
+            FASTNN_UNROLL
+            for (int y = 0; y < points; ++y) columns[y][x] = u[y];
           }
           FASTNN_UNROLL
-          for (int y = 0; y < 4; ++y) {
-            const Vec<T> sum = (g[y][0] + g[y][2]) * T(0.5), half = g[y][1] * T(0.5);
-            const Vec<T> row[4] = {g[y][0], sum + half, sum - half, g[y][2]};
+          for (int y = 0; y < points; ++y) {
+            Vec<T> u[points];
+            WinogradAxis<largest>::template weight<T>(columns[y], u);
             FASTNN_UNROLL
-            for (int x = 0; x < 4; ++x)
-              Products::store_weight(group + (4 * y + x) * to_step + v * Products::kGroup, row[x], member);
+            for (int x = 0; x < points; ++x)
+              Products::store_weight(group + (points * y + x) * to_step + v * Products::kGroup, u[x], member);
           }
         }
       }
@@ -92,25 +180,27 @@ void winograd_weights(int64_t panels, int64_t depth, const T* packed, typename P
   });
 }
 
-// V of one tile: to + place * stride for the 16 places. pixel(y, x) is the address of the patch's.
-template <class T, class Products, class Pixel>
+// V of one tile: to + place * stride. pixel(y, x) is the address of the patch's.
+template <class T, class Products, int height, int width, class Pixel>
 FASTNN_INLINE void winograd_input(const Pixel& pixel, int64_t depth, typename Products::Element* to, int64_t stride) {
   for (int64_t c = 0; c < depth; c += kLanes<T>) {
     const int64_t left = depth - c < kLanes<T> ? depth - c : kLanes<T>;
-    Vec<T> d[4][4];
+    Vec<T> rows[height + 2][width + 2];
     FASTNN_UNROLL
-    for (int x = 0; x < 4; ++x) {
-      Vec<T> row[4];
+    for (int x = 0; x < width + 2; ++x) {
+      Vec<T> d[height + 2], v[height + 2];
       FASTNN_UNROLL
-      for (int y = 0; y < 4; ++y) row[y] = load_upto(pixel(y, x) + c, left);
-      d[0][x] = row[0] - row[2], d[1][x] = row[1] + row[2], d[2][x] = row[2] - row[1], d[3][x] = row[1] - row[3];
+      for (int y = 0; y < height + 2; ++y) d[y] = load_upto(pixel(y, x) + c, left);
+      WinogradAxis<height>::template input<T>(d, v);
+      FASTNN_UNROLL
+      for (int y = 0; y < height + 2; ++y) rows[y][x] = v[y];
     }
     FASTNN_UNROLL
-    for (int y = 0; y < 4; ++y) {
-      Products::store_input(to + (4 * y) * stride + c, d[y][0] - d[y][2], left);
-      Products::store_input(to + (4 * y + 1) * stride + c, d[y][1] + d[y][2], left);
-      Products::store_input(to + (4 * y + 2) * stride + c, d[y][2] - d[y][1], left);
-      Products::store_input(to + (4 * y + 3) * stride + c, d[y][1] - d[y][3], left);
+    for (int y = 0; y < height + 2; ++y) {
+      Vec<T> v[width + 2];
+      WinogradAxis<width>::template input<T>(rows[y], v);
+      FASTNN_UNROLL
+      for (int x = 0; x < width + 2; ++x) Products::store_input(to + ((width + 2) * y + x) * stride + c, v[x], left);
     }
   }
 }
@@ -136,131 +226,232 @@ FASTNN_INLINE void winograd_multiply(int64_t tiles, int64_t groups, const typena
   }
 }
 
-// The 2x2 outputs of one tile, row by row, before bias; m of place 0, `stride` apart.
-template <class T>
-FASTNN_INLINE void winograd_output(const T* m, int64_t stride, Vec<T> bias, Vec<T> (&out)[4]) {
-  Vec<T> s[2][4];
+// The outputs of one tile, before bias; m of place 0, `stride` apart.
+template <class T, int height, int width>
+FASTNN_INLINE void winograd_output(const T* m, int64_t stride, Vec<T> bias, Vec<T> (&out)[height][width]) {
+  Vec<T> rows[height][width + 2];
   FASTNN_UNROLL
-  for (int x = 0; x < 4; ++x) {
-    const Vec<T> m0 = load(m + x * stride), m1 = load(m + (4 + x) * stride);
-    const Vec<T> m2 = load(m + (8 + x) * stride), m3 = load(m + (12 + x) * stride);
-    s[0][x] = m0 + (m1 + m2), s[1][x] = (m1 - m2) - m3;
+  for (int x = 0; x < width + 2; ++x) {
+    Vec<T> column[height + 2], y[height];
+    FASTNN_UNROLL
+    for (int i = 0; i < height + 2; ++i) column[i] = load(m + (i * (width + 2) + x) * stride);
+    WinogradAxis<height>::template output<T>(column, y);
+    FASTNN_UNROLL
+    for (int i = 0; i < height; ++i) rows[i][x] = y[i];
   }
   FASTNN_UNROLL
-  for (int y = 0; y < 2; ++y) {
-    out[2 * y] = s[y][0] + (s[y][1] + s[y][2]) + bias;
-    out[2 * y + 1] = (s[y][1] - s[y][2]) - s[y][3] + bias;
+  for (int y = 0; y < height; ++y) {
+    WinogradAxis<width>::template output<T>(rows[y], out[y]);
+    FASTNN_UNROLL
+    for (int x = 0; x < width; ++x) out[y][x] += bias;
   }
 }
 
-// Whether the gather is one that Winograd serves: all nine taps of an undilated 3x3 kernel, step 1, enough channels.
-template <class T>
-bool winograd_serves(const GatherConv<T>& conv) {
-  const bool large = 16 * conv.depth * conv.columns * static_cast<int64_t>(sizeof(T)) > kWinogradWeightBytes;
-  return sizeof(T) == 4 && conv.taps.count == 9 && conv.step_y == 1 && conv.step_x == 1 &&
-         conv.taps.y[8] - conv.taps.y[0] == 2 && conv.taps.x[8] - conv.taps.x[0] == 2 &&
-         conv.taps.y[1] == conv.taps.y[0] && conv.taps.x[1] == conv.taps.x[0] + 1 && conv.depth >= kWinogradChannels &&
-         conv.columns >= kLanes<T> && conv.out_height >= 2 && conv.out_width >= 2 &&
-         conv.batch * conv.out_height * conv.out_width >= (large ? 2 : 1) * kWinogradPixels;
+// How an axis of `length` outputs is cut: `fours` tiles of 4 from the first on, then `twos` of 2. The last one may
+// reach beyond the end.
+struct WinogradCut {
+  int64_t fours, twos;
+  int64_t tiles(int tile) const { return tile == 4 ? fours : twos; }
+  int64_t first(int tile) const { return tile == 4 ? 0 : 4 * fours; }
+  int64_t points() const { return 6 * fours + 4 * twos; }
+};
+
+inline WinogradCut winograd_cut(int64_t length, int largest) {
+  if (largest == 2) return {0, (length + 1) / 2};
+  return length % 4 == 3 ? WinogradCut{length / 4 + 1, 0} : WinogradCut{length / 4, (length % 4 + 1) / 2};
 }
 
-// As gather_conv; `transformed` are winograd_weights() of conv.panels.
+// The largest tile with which Winograd takes the fewest multiplications, transforming the weights counted in; 0 if the
+// gather takes fewer or Winograd does not serve: it wants all nine taps of an undilated 3x3 kernel, step 1, and
+// channels enough.
 template <class T, class Products>
-void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* transformed) {
+int winograd_tile(const GatherConv<T>& conv) {
+  const bool serves = sizeof(T) == 4 && conv.taps.count == 9 && conv.step_y == 1 && conv.step_x == 1 &&
+                      conv.taps.y[8] - conv.taps.y[0] == 2 && conv.taps.x[8] - conv.taps.x[0] == 2 &&
+                      conv.taps.y[1] == conv.taps.y[0] && conv.taps.x[1] == conv.taps.x[0] + 1 &&
+                      conv.depth >= kWinogradChannels && conv.columns >= kLanes<T> && conv.out_height >= 2 &&
+                      conv.out_width >= 2;
+  if (!serves) return 0;
+  int best = 0;
+  int64_t least = 9 * conv.batch * conv.out_height * conv.out_width;
+  for (int largest = 2; largest <= Products::kLargestTile; largest += 2) {
+    const int64_t places = winograd_places(largest);
+    const int64_t bytes = places * conv.depth * conv.columns * static_cast<int64_t>(sizeof(typename Products::Element));
+    const int64_t products =
+        conv.batch * winograd_cut(conv.out_height, largest).points() * winograd_cut(conv.out_width, largest).points();
+    const int64_t cost = products + places * winograd_weight_cost(bytes);
+    if (cost < least) least = cost, best = largest;
+  }
+  return best;
+}
+
+// All tiles of one size, in blocks of `block`.
+struct WinogradTiles {
+  int64_t rows, columns;     // of tiles in an image
+  int64_t first_y, first_x;  // output of the first
+  int64_t block, first_block;
+};
+
+// One block of tiles, for some panels of columns.
+template <class T, class Products, int largest, int height, int width>
+void winograd_block(const GatherConv<T>& conv, const typename Products::Element* transformed,
+                    const WinogradTiles& tiles, int64_t first_tile, int64_t first_panel, int64_t end_panel,
+                    const T* zeros, bool stream, typename Products::Element* v, T* m) {
   using Element = typename Products::Element;
-  constexpr int64_t width = kTileColumns<T>;
-  // Pooling reads whole windows alone; else a last odd row or column is half a tile.
-  const int64_t tile_rows = conv.winner ? conv.out_height / 2 : (conv.out_height + 1) / 2;
-  const int64_t tile_columns = conv.winner ? conv.out_width / 2 : (conv.out_width + 1) / 2;
-  const int64_t depth = conv.depth, tiles = conv.batch * tile_rows * tile_columns;
-  if (tiles == 0) return;
-  const int threads = max_threads();
+  constexpr int64_t panel_width = kTileColumns<T>;
+  constexpr int places = (height + 2) * (width + 2);
+  const int64_t depth = conv.depth, groups = winograd_groups<Products>(depth), padded = groups * Products::kGroup;
+  const int64_t of_image = tiles.rows * tiles.columns, end = conv.batch * of_image;
+  const int64_t count = end - first_tile < tiles.block ? end - first_tile : tiles.block;
+  const int64_t u_step = winograd_step<Element>(padded * panel_width);
+  const int64_t v_step = winograd_step<Element>(tiles.block * padded);
+  const int64_t m_step = winograd_step<T>(tiles.block * panel_width);
+  if (padded > depth) zero_run(places * v_step, v);
 
-  int64_t most = kWinogradBlockBytes / (16 * depth * static_cast<int64_t>(sizeof(T)));
-  if (most < kWinogradTiles) most = kWinogradTiles;
-  const int64_t panels = panels_of<T>(conv.columns);
-  const TaskPlan plan = plan_tasks(1, tiles, most, kTileRows, panels);
-  const int64_t block = plan.block;
-
-  const int64_t groups = winograd_groups<Products>(depth), padded = groups * Products::kGroup;
-  // M is no whole number of pages: each thread's V and M then begin in other sets of L1.
-  const int64_t v_elements = 16 * block * padded, m_elements = 16 * block * width + 2 * kLanes<T>;
-  const Scratch<Element> inputs(threads * v_elements);
-  const Scratch<T> scratch(threads * m_elements);
-  const Scratch<T> zeros(depth);  // a pixel outside the image
-  zero_run<T>(depth, zeros);
-  const bool stream = conv.stream && kVectorBytes == kLineBytes;  // vectors of a pixel are stored far apart in time
-
-  parallel_tasks(plan.blocks * plan.column_parts, [&](int64_t task, int thread) {
-    const int64_t first_tile = task / plan.column_parts * block, part = task % plan.column_parts;
-    const int64_t count = tiles - first_tile < block ? tiles - first_tile : block;
-    Element* v = inputs + thread * v_elements;
-    T* m = scratch + thread * m_elements;
-    if (padded > depth) zero_run(v_elements, v);
-
-    for (int64_t tile = 0; tile < count; ++tile) {
-      const int64_t index = first_tile + tile, image = index / (tile_rows * tile_columns);
-      const int64_t y = index / tile_columns % tile_rows * 2, x = index % tile_columns * 2;
-      const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
-                            conv.source_row_stride, conv.source_pixel_stride};
-      const WindowRange patch{y + conv.taps.y[0], x + conv.taps.x[0], 4, 4};
-      const T* first = source.data + patch.top * source.row_stride + patch.left * source.pixel_stride;
-      const auto inside = [&](int64_t py, int64_t px) {
-        return first + py * source.row_stride + px * source.pixel_stride;
-      };
-      if (lies_inside(source, patch)) {
-        winograd_input<T, Products>(inside, depth, v + tile * padded, block * padded);
-        continue;
-      }
-      const T* pixels[4][4];
-      for (int64_t py = 0; py < 4; ++py)
-        for (int64_t px = 0; px < 4; ++px)
-          pixels[py][px] = lies_inside(source, {patch.top + py, patch.left + px, 1, 1}) ? inside(py, px) : zeros;
-      winograd_input<T, Products>([&](int64_t py, int64_t px) { return pixels[py][px]; }, depth, v + tile * padded,
-                                  block * padded);
+  for (int64_t tile = 0; tile < count; ++tile) {
+    const int64_t index = first_tile + tile, image = index / of_image;
+    const int64_t y = tiles.first_y + index / tiles.columns % tiles.rows * height;
+    const int64_t x = tiles.first_x + index % tiles.columns * width;
+    const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
+                          conv.source_row_stride, conv.source_pixel_stride};
+    const WindowRange patch{y + conv.taps.y[0], x + conv.taps.x[0], height + 2, width + 2};
+    const T* first = source.data + patch.top * source.row_stride + patch.left * source.pixel_stride;
+    const auto inside = [&](int64_t py, int64_t px) {
+      return first + py * source.row_stride + px * source.pixel_stride;
+    };
+    if (lies_inside(source, patch)) {
+      winograd_input<T, Products, height, width>(inside, depth, v + tile * padded, v_step);
+      continue;
     }
-    for (int64_t panel = panels * part / plan.column_parts; panel < panels * (part + 1) / plan.column_parts; ++panel) {
-      const int64_t column = panel * width, columns = conv.columns - column < width ? conv.columns - column : width;
-      const Element* u = transformed + panel * 16 * padded * width;
-      const bool narrow = columns <= kLanes<T>;
-      for (int place = 0; place < 16; ++place) {
-        const Element* v_place = v + place * block * padded;
-        const Element* u_place = u + place * padded * width;
-        if (narrow)
-          winograd_multiply<T, Products, 1>(count, groups, v_place, u_place, m + place * block * width);
-        else
-          winograd_multiply<T, Products, 2>(count, groups, v_place, u_place, m + place * block * width);
-      }
-      for (int64_t c = 0; c < columns; c += kLanes<T>) {
-        const int64_t left = columns - c < kLanes<T> ? columns - c : kLanes<T>;
-        const Vec<T> bias = conv.bias ? load_upto(conv.bias + column + c, left) : Vec<T>{};
-        for (int64_t tile = 0; tile < count; ++tile) {
-          const int64_t index = first_tile + tile, image = index / (tile_rows * tile_columns);
-          const int64_t y = index / tile_columns % tile_rows, x = index % tile_columns;
-          Vec<T> out[4];
-          winograd_output(m + tile * width + c, block * width, bias, out);
-          T* to = conv.out + image * conv.out_image_stride + column + c;
-          if (conv.winner) {
-            const int64_t place = y * conv.out_row_stride + x * conv.out_pixel_stride;
-            store_pooled<T>(out[0], out[1], out[2], out[3], conv.relu, left, to + place,
-                            conv.winner + image * conv.out_image_stride + column + c + place);
-            continue;
-          }
+    const T* pixels[height + 2][width + 2];
+    for (int64_t py = 0; py < height + 2; ++py)
+      for (int64_t px = 0; px < width + 2; ++px)
+        pixels[py][px] = lies_inside(source, {patch.top + py, patch.left + px, 1, 1}) ? inside(py, px) : zeros;
+    winograd_input<T, Products, height, width>([&](int64_t py, int64_t px) { return pixels[py][px]; }, depth,
+                                               v + tile * padded, v_step);
+  }
+  for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+    const int64_t column = panel * panel_width;
+    const int64_t columns = conv.columns - column < panel_width ? conv.columns - column : panel_width;
+    const Element* u = transformed + panel * winograd_places(largest) * u_step;
+    const bool narrow = columns <= kLanes<T>;
+    for (int place = 0; place < places; ++place) {
+      const int u_place = winograd_point(height, largest, place / (width + 2)) * (largest + 2) +
+                          winograd_point(width, largest, place % (width + 2));
+      const Element* v_at = v + place * v_step;
+      const Element* u_at = u + u_place * u_step;
+      T* m_at = m + place * m_step;
+      if (narrow)
+        winograd_multiply<T, Products, 1>(count, groups, v_at, u_at, m_at);
+      else
+        winograd_multiply<T, Products, 2>(count, groups, v_at, u_at, m_at);
+    }
+    for (int64_t c = 0; c < columns; c += kLanes<T>) {
+      const int64_t left = columns - c < kLanes<T> ? columns - c : kLanes<T>;
+      const Vec<T> bias = conv.bias ? load_upto(conv.bias + column + c, left) : Vec<T>{};
+      for (int64_t tile = 0; tile < count; ++tile) {
+        const int64_t index = first_tile + tile, image = index / of_image;
+        const int64_t y = tiles.first_y + index / tiles.columns % tiles.rows * height;
+        const int64_t x = tiles.first_x + index % tiles.columns * width;
+        Vec<T> out[height][width];
+        winograd_output<T, height, width>(m + tile * panel_width + c, m_step, bias, out);
+        T* to = conv.out + image * conv.out_image_stride + column + c;
+        if (conv.winner) {  // the cut is that of whole windows
+          uint8_t* winner = conv.winner + image * conv.out_image_stride + column + c;
           FASTNN_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const int64_t row = 2 * y + i / 2, pixel = 2 * x + i % 2;
-            if (row >= conv.out_height || pixel >= conv.out_width) continue;
-            T* place = to + row * conv.out_row_stride + pixel * conv.out_pixel_stride;
-            const Vec<T> value = conv.relu ? relu(out[i]) : out[i];
-            if (stream)
-              store_streamed(place, value);
-            else
-              store_upto(place, value, left);
+          for (int i = 0; i < height * width / 4; ++i) {
+            constexpr int windows = width / 2;
+            const int dy = i / windows * 2, dx = i % windows * 2;
+            const int64_t row = (y + dy) / 2, pixel = (x + dx) / 2;
+            if (row >= conv.out_height / 2 || pixel >= conv.out_width / 2) continue;
+            const int64_t at = row * conv.out_row_stride + pixel * conv.out_pixel_stride;
+            store_pooled<T>(out[dy][dx], out[dy][dx + 1], out[dy + 1][dx], out[dy + 1][dx + 1], conv.relu, left,
+                            to + at, winner + at);
           }
+          continue;
+        }
+        FASTNN_UNROLL
+        for (int i = 0; i < height * width; ++i) {
+          const int64_t row = y + i / width, pixel = x + i % width;
+          if (row >= conv.out_height || pixel >= conv.out_width) continue;
+          T* at = to + row * conv.out_row_stride + pixel * conv.out_pixel_stride;
+          const Vec<T> value = conv.relu ? relu(out[i / width][i % width]) : out[i / width][i % width];
+          if (stream)
+            store_streamed(at, value);
+          else
+            store_upto(at, value, left);
         }
       }
     }
-    if (stream) finish_streaming();
+  }
+  if (stream) finish_streaming();
+}
+
+// As gather_conv; `transformed` are winograd_weights<largest>() of conv.panels.
+template <class T, class Products, int largest>
+void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* transformed) {
+  using Element = typename Products::Element;
+  // Pooling reads whole windows alone.
+  const WinogradCut vertical = winograd_cut(conv.winner ? conv.out_height / 2 * 2 : conv.out_height, largest);
+  const WinogradCut horizontal = winograd_cut(conv.winner ? conv.out_width / 2 * 2 : conv.out_width, largest);
+  const int64_t panels = panels_of<T>(conv.columns);
+  const int64_t padded = winograd_groups<Products>(conv.depth) * Products::kGroup;
+
+  constexpr int kSizes[4][2] = {{4, 4}, {4, 2}, {2, 4}, {2, 2}};
+  WinogradTiles kinds[4];
+  for (int i = 0; i < 4; ++i) {
+    const auto [height, width] = kSizes[i];
+    kinds[i] = {vertical.tiles(height), horizontal.tiles(width), vertical.first(height), horizontal.first(width), 0, 0};
+  }
+  // Blocks for eight threads at least. Each reads all weights of its columns anew, so columns are shared before blocks
+  // get smaller.
+  int64_t most = kWinogradBlockBytes / (winograd_places(largest) * padded * static_cast<int64_t>(sizeof(Element)));
+  if (most < kWinogradTiles) most = kWinogradTiles;
+  int64_t blocks, column_parts = 1, block = 0;
+  for (;;) {
+    blocks = 0, block = 0;
+    for (WinogradTiles& kind : kinds) {
+      const int64_t count = conv.batch * kind.rows * kind.columns, of_kind = (count + most - 1) / most;
+      kind.first_block = blocks;
+      if (of_kind == 0) continue;
+      kind.block = ((count + of_kind - 1) / of_kind + kTileRows - 1) / kTileRows * kTileRows;
+      blocks += (count + kind.block - 1) / kind.block;
+      if (kind.block > block) block = kind.block;
+    }
+    if (blocks == 0) return;
+    if (blocks * column_parts >= kTasks) break;
+    if (2 * column_parts <= panels)
+      column_parts *= 2;
+    else if (most > kTileRows)
+      most = (most + 1) / 2;
+    else
+      break;
+  }
+
+  const int threads = max_threads();
+  const int64_t v_elements = winograd_places(largest) * winograd_step<Element>(block * padded);
+  const int64_t m_elements = winograd_places(largest) * winograd_step<T>(block * kTileColumns<T>);
+  const Scratch<Element> inputs(threads * v_elements);
+  const Scratch<T> scratch(threads * m_elements);
+  const Scratch<T> zeros(conv.depth);  // a pixel outside the image
+  zero_run<T>(conv.depth, zeros);
+  const bool stream = conv.stream && kVectorBytes == kLineBytes;  // vectors of a pixel are stored far apart in time
+
+  parallel_tasks(blocks * column_parts, [&](int64_t task, int thread) {
+    const int64_t index = task / column_parts, part = task % column_parts;
+    const auto run = [&](auto kind, auto height, auto width) {
+      const WinogradTiles& tiles = kinds[decltype(kind)::value];
+      winograd_block<T, Products, largest, decltype(height)::value, decltype(width)::value>(
+          conv, transformed, tiles, (index - tiles.first_block) * tiles.block, panels * part / column_parts,
+          panels * (part + 1) / column_parts, zeros, stream, inputs + thread * v_elements,
+          scratch + thread * m_elements);
+    };
+    if constexpr (largest == 4) {
+      if (index < kinds[1].first_block) return run(Constant<0>{}, Constant<4>{}, Constant<4>{});
+      if (index < kinds[2].first_block) return run(Constant<1>{}, Constant<4>{}, Constant<2>{});
+      if (index < kinds[3].first_block) return run(Constant<2>{}, Constant<2>{}, Constant<4>{});
+    }
+    run(Constant<3>{}, Constant<2>{}, Constant<2>{});
   });
 }
 

@@ -8,8 +8,8 @@
 namespace fastnn::cpu {
 namespace {
 
-// Elements per task: below this a thread costs more than it saves.
-constexpr int64_t kBatchGrain = 1 << 14;
+// Elements of a task: about a microsecond.
+constexpr int64_t kBatchGrain = 1 << 12;
 
 template <class T>
 void transpose_batch(const TransposeShape& s, const TransposeBuffers<T>& t) {

@@ -9,8 +9,7 @@
 // for each winner (o, y, x) of gradient g; the bias gradient is summed on the way. Three kernels:
 //
 //   sparse_grad_weight    one output channel at a time: its part of the gradient stays in registers while the winners
-//   of a
-//                         bit mask pass by
+//                         of a bit mask pass by
 //   sparse_grad_input     one output row at a time: registers hold the input pixels that a window reaches, and slide
 //   lookup_grad_weight    one input channel, or three (the first layer of a network on pictures): runs would be too
 //                         short, so vectors run along output channels and each lane looks its winner's pixels up
@@ -56,48 +55,67 @@ constexpr int kSparseVectors = 12;
 constexpr int kSparseRows = 1;
 #endif
 
-// Winners of one output channel among up to 32 windows.
+// Winners of up to 32 output channels among up to 32 windows.
 template <class T>
-struct WinnerList {
-  uint32_t mask;          // bit q: window q has a winner
-  const T* grad;          // of window 0; windows are `channels` apart
-  const uint8_t* winner;  // likewise
-  int64_t channels;
-  const int64_t* windows;  // source offset of each window's first pixel
-  const int64_t* places;   // and of each place in it
+struct WinnerTable {
+  int64_t width;             // channels
+  uint32_t masks[32];        // of a channel, bit q: window q has a winner
+  LaneType<T> from[32][32];  // source offset of the winner's first tap: [window][channel]
+  const T* grad;             // of window 0 and the first channel; windows are grad_step apart
+  int64_t grad_step;
 };
 
-template <class T, int rows, int vectors>
-void sparse_accumulate(const WinnerList<T>& list, const T* source, int64_t source_row, T* partial, int64_t partial_row,
-                       int64_t last_count) {
-  Vec<T> acc[rows][vectors];
-  FASTNN_UNROLL
-  for (int r = 0; r < rows; ++r) {
-    FASTNN_UNROLL
-    for (int v = 0; v < vectors; ++v)
-      acc[r][v] = load_upto(partial + r * partial_row + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last_count);
+// `corners`: source offsets of the windows' first pixels. A place adds x_step, y_step or both.
+template <class T>
+FASTNN_INLINE void fill_winners(const uint8_t* winner, int64_t step, int64_t windows, const int64_t* corners,
+                                int64_t x_step, int64_t y_step, WinnerTable<T>& table) {
+  const Mask<T> zero{}, beside = broadcast_lane<T>(x_step), below = broadcast_lane<T>(y_step);
+  for (int64_t q = 0; q < windows; ++q, winner += step) {
+    table.masks[q] = ~equal_mask_upto(winner, table.width, kNoWinner);
+    for (int64_t c = 0; c < table.width; c += kLanes<T>) {
+      const Mask<T> place = load_bytes<T>(winner + c, table.width - c < kLanes<T> ? table.width - c : kLanes<T>);
+      const Mask<T> from =
+          broadcast_lane<T>(corners[q]) + ((place & 1) != zero ? beside : zero) + ((place & 2) != zero ? below : zero);
+      store_lanes<T>(table.from[q] + c, from);
+    }
   }
-  for (uint32_t mask = list.mask; mask != 0; mask &= mask - 1) {
-    const int q = __builtin_ctz(mask);
-    const int64_t at = q * list.channels;
-    const T* from = source + list.windows[q] + list.places[list.winner[at]];
-    const Vec<T> g = broadcast(list.grad[at]);
+  for (int64_t q = windows; q < 32; ++q) table.masks[q] = 0;
+  transpose_bits32(table.masks);
+}
+
+// partial: of the first channel; the next one's is partial_channel further on.
+template <class T, int rows, int vectors>
+void sparse_accumulate(const WinnerTable<T>& winners, const T* source, int64_t source_row, T* partial,
+                       int64_t partial_row, int64_t partial_channel, int64_t last_count) {
+  for (int64_t c = 0; c < winners.width; ++c, partial += partial_channel) {
+    Vec<T> acc[rows][vectors];
     FASTNN_UNROLL
     for (int r = 0; r < rows; ++r) {
       FASTNN_UNROLL
-      for (int v = 0; v < vectors; ++v) acc[r][v] += g * load(from + r * source_row + v * kLanes<T>);
+      for (int v = 0; v < vectors; ++v)
+        acc[r][v] = load_upto(partial + r * partial_row + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last_count);
     }
-  }
-  FASTNN_UNROLL
-  for (int r = 0; r < rows; ++r) {
+    for (uint32_t mask = winners.masks[c]; mask != 0; mask &= mask - 1) {
+      const int q = __builtin_ctz(mask);
+      const T* from = source + winners.from[q][c];
+      const Vec<T> g = broadcast(winners.grad[q * winners.grad_step + c]);
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        FASTNN_UNROLL
+        for (int v = 0; v < vectors; ++v) acc[r][v] += g * load(from + r * source_row + v * kLanes<T>);
+      }
+    }
     FASTNN_UNROLL
-    for (int v = 0; v < vectors; ++v)
-      store_upto(partial + r * partial_row + v * kLanes<T>, acc[r][v], v + 1 < vectors ? kLanes<T> : last_count);
+    for (int r = 0; r < rows; ++r) {
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v)
+        store_upto(partial + r * partial_row + v * kLanes<T>, acc[r][v], v + 1 < vectors ? kLanes<T> : last_count);
+    }
   }
 }
 
 template <class T>
-using SparseAccumulate = void (*)(const WinnerList<T>&, const T*, int64_t, T*, int64_t, int64_t);
+using SparseAccumulate = void (*)(const WinnerTable<T>&, const T*, int64_t, T*, int64_t, int64_t, int64_t);
 
 template <class T, int rows, int... index>
 constexpr SparseAccumulate<T> sparse_kernel(int64_t vectors, Indices<index...>) {
@@ -107,7 +125,9 @@ constexpr SparseAccumulate<T> sparse_kernel(int64_t vectors, Indices<index...>) 
 
 template <class T>
 inline bool sparse_serves_grad_weight(const Conv2dShape& s) {
-  return s.groups == 1 && s.dilation_width == 1 && s.kernel_width * s.in_channels >= kLanes<T> / 2;
+  const WindowRange range = pooled_range(s);
+  return s.groups == 1 && s.dilation_width == 1 && s.kernel_width * s.in_channels >= kLanes<T> / 2 &&
+         range.height * range.width * s.in_channels <= INT32_MAX;  // WinnerTable's offsets
 }
 
 // sums[o] += grad of the windows that have a winner, for one window's channels.
@@ -144,36 +164,32 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
     for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
       const Image<T> source = window_of(image_of(s, t.input, image), range, s.in_channels, buffer, copy);
       const int64_t y_step = s.stride_height * source.row_stride, x_step = s.stride_width * source.pixel_stride;
-      const int64_t places[] = {0, x_step, y_step, y_step + x_step, 0};
       for (int64_t first = 0; first < windows; first += 32) {
         const int64_t count = windows - first < 32 ? windows - first : 32;
         const T* grad = t.grad_output + (image * windows + first) * channels;
         const uint8_t* winner = t.winner + (image * windows + first) * channels;
-        int64_t offsets[32];
+        int64_t corners[32];
         for (int64_t q = 0; q < count; ++q) {
-          offsets[q] = (first + q) / pooled_width * 2 * y_step + (first + q) % pooled_width * 2 * x_step;
+          corners[q] = (first + q) / pooled_width * 2 * y_step + (first + q) % pooled_width * 2 * x_step;
           add_winners(grad + q * channels, winner + q * channels, channels, partial + channels * elements);
         }
         for (int64_t o = 0; o < channels; o += 32) {
-          const int64_t width = channels - o < 32 ? channels - o : 32;
-          uint32_t masks[32] = {};
-          for (int64_t q = 0; q < count; ++q) masks[q] = ~equal_mask_upto(winner + q * channels + o, width, kNoWinner);
-          transpose_bits32(masks);
-          for (int64_t i = 0; i < width; ++i) {
-            const WinnerList<T> list{masks[i], grad + o + i, winner + o + i, channels, offsets, places};
-            T* to = partial + (o + i) * elements;
-            for (int64_t ky = 0; ky < s.kernel_height;) {
-              const bool three = kSparseRows == 3 && s.kernel_height - ky >= 3;
-              for (int64_t group = 0; group < groups; ++group) {
-                const int64_t begin = vectors * group / groups, end = vectors * (group + 1) / groups;
-                const int64_t last = (end == vectors ? run : end * kLanes<T>)-(end - 1) * kLanes<T>;
-                const auto kernel = three ? sparse_kernel<T, kSparseRows>(end - begin, Vectors{})
-                                          : sparse_kernel<T, 1>(end - begin, Vectors{});
-                kernel(list, source.data + ky * s.dilation_height * source.row_stride + begin * kLanes<T>,
-                       s.dilation_height * source.row_stride, to + ky * run + begin * kLanes<T>, run, last);
-              }
-              ky += three ? 3 : 1;
+          WinnerTable<T> winners;
+          winners.width = channels - o < 32 ? channels - o : 32;
+          winners.grad = grad + o, winners.grad_step = channels;
+          fill_winners<T>(winner + o, channels, count, corners, x_step, y_step, winners);
+          T* to = partial + o * elements;
+          for (int64_t ky = 0; ky < s.kernel_height;) {
+            const bool three = kSparseRows == 3 && s.kernel_height - ky >= 3;
+            for (int64_t group = 0; group < groups; ++group) {
+              const int64_t begin = vectors * group / groups, end = vectors * (group + 1) / groups;
+              const int64_t last = (end == vectors ? run : end * kLanes<T>)-(end - 1) * kLanes<T>;
+              const auto kernel = three ? sparse_kernel<T, kSparseRows>(end - begin, Vectors{})
+                                        : sparse_kernel<T, 1>(end - begin, Vectors{});
+              kernel(winners, source.data + ky * s.dilation_height * source.row_stride + begin * kLanes<T>,
+                     s.dilation_height * source.row_stride, to + ky * run + begin * kLanes<T>, run, elements, last);
             }
+            ky += three ? 3 : 1;
           }
         }
       }

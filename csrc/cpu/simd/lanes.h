@@ -77,6 +77,12 @@ FASTNN_INLINE Mask<T> load_lanes(const LaneType<T>* p) {
   return *reinterpret_cast<const Unaligned*>(p);
 }
 
+template <class T>
+FASTNN_INLINE void store_lanes(LaneType<T>* p, Mask<T> lanes) {
+  typedef LaneType<T> Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  *reinterpret_cast<Unaligned*>(p) = lanes;
+}
+
 // The low byte of every lane.
 template <class T>
 FASTNN_INLINE void store_bytes(uint8_t* p, Mask<T> lanes) {

@@ -22,7 +22,8 @@ LOG_ULPS = 4
 # Roundings on the way of one product of Winograd's algorithm besides the sum over channels, where no instruction fuses
 # a multiplication with an addition. Along one axis at most 5 in B^T d (two of its additions scaled, one constant
 # rounded), 3 in G g (one addition, one scaled by a rounded constant, and that product) and 5 in A^T m (three
-# additions, one of them scaled by a rounded constant); twice that for two axes, and the product itself.
+# additions, one of them scaled by a rounded constant); twice that for two axes, and the product itself. The weight's
+# gradient has no more: 5, 4 in A dy and 4 in G^T u.
 WINOGRAD_TRANSFORM_ROUNDINGS = 27
 
 
@@ -90,11 +91,16 @@ def _winograd_tile(outputs: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.tensor(m, dtype=torch.float64) for m in matrices)  # type: ignore[return-value]
 
 
-def _winograd_axis(length: int, largest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for a whole axis of so many outputs, cut into tiles of up to `largest`."""
+def _winograd_cut(length: int, largest: int) -> list[int]:
+    """Tiles of an axis of so many outputs, of up to `largest`."""
     tiles: list[int] = []
     while sum(tiles) < length:
         tiles.append(4 if largest == 4 and length - sum(tiles) > 2 else 2)
+    return tiles
+
+
+def _winograd_axis(length: int, tiles: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a whole axis of so many outputs."""
     parts = [_winograd_tile(tile) for tile in tiles]
     points, reach = sum(tile + 2 for tile in tiles), sum(tiles)
     output, source = torch.zeros(reach, points).double(), torch.zeros(points, reach + 2).double()
@@ -113,7 +119,8 @@ def winograd(input: Tensor, weight: Tensor, largest: int, groups: int = 1, absol
     """
     prepare = torch.abs if absolute else torch.Tensor.clone
     (a_y, g_y, b_y), (a_x, g_x, b_x) = (
-        [prepare(m).to(input.dtype) for m in _winograd_axis(size - 2, largest)] for size in input.shape[2:]
+        [prepare(m).to(input.dtype) for m in _winograd_axis(size - 2, _winograd_cut(size - 2, largest))]
+        for size in input.shape[2:]
     )
     v = b_y @ prepare(input).unflatten(1, (groups, -1)) @ b_x.T
     u = g_y @ prepare(weight).unflatten(0, (groups, -1)) @ g_x.T
@@ -155,6 +162,33 @@ def winograd_bound(
     roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS
     bound = rounding_bound(roundings, dtype, magnitude)
     return bound.reshape(*input.shape[:-3], *bound.shape[1:])
+
+
+def winograd_grad_weight_bound(
+    input: Tensor,
+    grad_output: Tensor,
+    dtype: torch.dtype,
+    *,
+    padding: Any = 0,
+    groups: int = 1,
+    **_: Any,
+) -> Tensor:
+    """Bound of the weight gradient, whose tiles are all 4x4."""
+    padding = {"same": 1, "valid": 0}[padding] if isinstance(padding, str) else padding
+    vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
+    values = F.pad(input.double().abs().reshape(-1, *input.shape[-3:]), (horizontal, horizontal, vertical, vertical))
+    grad = grad_output.double().abs().reshape(-1, *grad_output.shape[-3:])
+    counts = [-(-size // 4) for size in grad.shape[2:]]
+    (a_y, g_y, b_y), (a_x, g_x, b_x) = (
+        [m.abs() for m in _winograd_axis(size, [4] * count)]
+        for size, count in zip(grad.shape[2:], counts, strict=True)
+    )
+    v = b_y @ values.unflatten(1, (groups, -1)) @ b_x.T
+    d = a_y.T @ grad.unflatten(1, (groups, -1)) @ a_x
+    du = torch.einsum("ngcyx,ngoyx->gocyx", v, d)
+    magnitude = (g_y.T @ du @ g_x).flatten(0, 1)
+    tiles = len(grad) * counts[0] * counts[1]
+    return rounding_bound(tiles + WINOGRAD_TRANSFORM_ROUNDINGS, dtype, magnitude)
 
 
 def winograd_bf16_bound(input: Tensor, weight: Tensor, **convolution: Any) -> Tensor:

@@ -2,8 +2,8 @@
 //
 //   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, depthwise, else the gather
 //   grad_input            scatter where a weight is not finite
-//   grad_weight           packed for a vector of input channels and more - direct where packing would not pay -,
-//                         depthwise, else outer products
+//   grad_weight           winograd for 3x3 of stride 1 with channels enough, packed for a vector of input channels and
+//                         more - direct where packing would not pay -, depthwise, else outer products
 //
 // The input gradient of stride s is s * s gathers, one per phase: input pixel (s * q + phase) receives
 // grad[q + (phase + padding - ky * dilation) / s] through each tap ky for which that division is exact.
@@ -13,6 +13,7 @@
 #include "cpu/kernels/conv2d_gather.inl.h"
 #include "cpu/kernels/conv2d_grad_weight.inl.h"
 #include "cpu/kernels/conv2d_grad_weight_packed.inl.h"
+#include "cpu/kernels/conv2d_grad_weight_winograd.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
 #include "cpu/kernels/conv2d_scatter.inl.h"
 #include "cpu/kernels/conv2d_sparse.inl.h"
@@ -28,16 +29,15 @@ inline bool is_depthwise(const Conv2dShape& s) {
 
 inline int64_t multiply_adds(const Conv2dShape& s) { return s.batch * s.out_height * s.out_width * weight_elements(s); }
 
-// Transforms the weights in conv.panels and convolves.
+// Transforms the weights in conv.panels and convolves. Returns whether all outputs were finite before activation.
 template <class T, class Products, int largest>
-const char* run_winograd(const GatherConv<T>& conv) {
+bool run_winograd(const GatherConv<T>& conv) {
   const int64_t panels = panels_of<T>(conv.columns);
   const int64_t padded = winograd_groups<Products>(conv.depth) * Products::kGroup;
   const Scratch<typename Products::Element> transformed(
       panels * winograd_places(largest) * winograd_step<typename Products::Element>(padded * kTileColumns<T>));
   winograd_weights<T, Products, largest>(panels, conv.depth, conv.panels, transformed);
-  winograd_conv<T, Products, largest>(conv, transformed);
-  return Products::name(largest);
+  return winograd_conv<T, Products, largest>(conv, transformed);
 }
 
 // Runs one group's gather with the kernel that suits it; `panels` are packed for the direct kernel.
@@ -50,10 +50,10 @@ const char* run_gather(GatherConv<T> conv, const T* panels) {
     return "gather";
   }
   if constexpr (Products::kLargestTile == 4) {
-    const int64_t elements = conv.batch * conv.source_image_stride - conv.source_pixel_stride + conv.depth;
-    if (largest == 4 && all_finite(elements, conv.source)) return run_winograd<T, Products, 4>(conv);
+    if (largest == 4 && run_winograd<T, Products, 4>(conv)) return Products::name(4);
   }
-  return run_winograd<T, Products, 2>(conv);
+  run_winograd<T, Products, 2>(conv);
+  return Products::name(2);
 }
 
 template <class T, class Products = FullProducts<T>>
@@ -245,17 +245,26 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
     return depthwise_grad_weight<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
   }
   const bool packed = packed_serves_grad_weight<T>(s);
-  trace<T>("conv2d_grad_weight", !packed ? "outer" : packs_grad_weight<T>(s) ? "packed" : "direct");
+  const char* variant = !packed ? "outer" : packs_grad_weight<T>(s) ? "packed" : "direct";
   const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
   for (int64_t group = 0; group < s.groups; ++group) {
     const T* source = input + group * group_inputs(s);
     const T* gradient = grad.data + group * group_outputs(s);
     T* to = grad_weight + group * group_weights;
+    if (winograd_serves_grad_weight<T>(s)) {
+      winograd_grad_weight<T>(s, source, gradient, grad.pixel_stride, to);
+      // A NaN or infinity reaches all taps, also those that see the border alone there: made anew below.
+      if (all_finite(group_weights, to)) {
+        variant = "winograd_4x4";
+        continue;
+      }
+    }
     if (packed)
       packed_grad_weight<T>(s, source, gradient, grad.pixel_stride, to);
     else
       grad_weight_outer<T>(s, source, gradient, grad.pixel_stride, to);
   }
+  trace<T>("conv2d_grad_weight", variant);
 }
 
 template <class T>

@@ -20,13 +20,12 @@
 //
 // Its sums round differently from a direct convolution's: see docs/performance.md for the bound. In a tile of 4 an
 // output depends on pixels that a direct convolution would not show it, but for their rounding; a NaN or infinity there
-// would spread, so sources that are not finite take tiles of 2, in which it does not: the first and last row of V
-// reach one output row alone.
+// spreads. So where outputs are not finite, all are made anew with tiles of 2, in which it does not: the first and last
+// row of V reach one output row alone.
 #pragma once
 
 #include "cpu/kernels/conv2d_gather.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
-#include "cpu/kernels/finite.inl.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -35,7 +34,7 @@ namespace {
 constexpr int64_t kWinogradChannels = 16;
 // What a weight costs at each place - to transform, to write and to read it -, in multiplications: where U is not much
 // larger than L2, where it is, and where it needs new pages on each call, being larger than the scratch memory kept.
-constexpr int64_t winograd_weight_cost(int64_t bytes) { return bytes <= 12 << 20 ? 16 : bytes <= 32 << 20 ? 64 : 256; }
+constexpr int64_t winograd_weight_cost(int64_t bytes) { return bytes <= 12 << 20 ? 16 : bytes <= 32 << 20 ? 64 : 320; }
 // V of a block is places * channels * tiles elements; M as much again where the channels are few. Both stay in L2.
 // Blocks of fewer tiles would read U, which may be megabytes, faster than L3 gives it.
 constexpr int64_t kWinogradBlockBytes = 120 << 10;
@@ -107,6 +106,23 @@ struct WinogradAxis<4> {
     y[1] = T(kRoot / 6) * far_difference - T(2 * kHalfRoot / 3) * difference;
     y[2] = T(1. / 3) * far_sum - T(1. / 3) * sum;
     y[3] = m[5] - T(kHalfRoot / 3) * difference + T(kRoot / 3) * far_difference;
+  }
+  // The transposes of output() and weight(), for gradients.
+  template <class T>
+  static FASTNN_INLINE void output_transposed(const Vec<T> (&y)[4], Vec<T> (&m)[6]) {
+    const Vec<T> even = T(-2. / 3) * y[0] - T(1. / 3) * y[2];
+    const Vec<T> odd = T(2 * kHalfRoot / 3) * y[1] + T(kHalfRoot / 3) * y[3];
+    const Vec<T> far_even = T(1. / 6) * y[0] + T(1. / 3) * y[2];
+    const Vec<T> far_odd = T(kRoot / 6) * y[1] + T(kRoot / 3) * y[3];
+    m[0] = y[0], m[1] = even - odd, m[2] = even + odd, m[3] = far_even + far_odd, m[4] = far_even - far_odd,
+    m[5] = y[3];
+  }
+  template <class T>
+  static FASTNN_INLINE void weight_transposed(const Vec<T> (&u)[6], Vec<T> (&g)[3]) {
+    const Vec<T> sum = u[1] + u[2], difference = u[1] - u[2], far_sum = u[3] + u[4], far_difference = u[3] - u[4];
+    g[0] = u[0] + (sum + far_sum);
+    g[1] = T(kHalfRoot) * difference + T(kRoot) * far_difference;
+    g[2] = u[5] + T(0.5) * sum + T(2) * far_sum;
   }
   static constexpr double kHalfRoot = WinogradAxis<2>::kHalfRoot, kRoot = 2 * kHalfRoot;
 };
@@ -180,7 +196,21 @@ void winograd_weights(int64_t panels, int64_t depth, const T* packed, typename P
   });
 }
 
-// V of one tile: to + place * stride. pixel(y, x) is the address of the patch's.
+// body(pixel) for a patch of an image, where pixel(y, x) is the address of the patch's pixel; outside the image,
+// `zeros`.
+template <int height, int width, class T, class Body>
+FASTNN_INLINE void with_patch(const Image<T>& image, int64_t top, int64_t left, const T* zeros, const Body& body) {
+  const T* first = image.data + top * image.row_stride + left * image.pixel_stride;
+  const auto inside = [&](int64_t y, int64_t x) { return first + y * image.row_stride + x * image.pixel_stride; };
+  if (lies_inside(image, {top, left, height, width})) return body(inside);
+  const T* pixels[height][width];
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x)
+      pixels[y][x] = lies_inside(image, {top + y, left + x, 1, 1}) ? inside(y, x) : zeros;
+  body([&](int64_t y, int64_t x) { return pixels[y][x]; });
+}
+
+// V of one tile: to + place * stride.
 template <class T, class Products, int height, int width, class Pixel>
 FASTNN_INLINE void winograd_input(const Pixel& pixel, int64_t depth, typename Products::Element* to, int64_t stride) {
   for (int64_t c = 0; c < depth; c += kLanes<T>) {
@@ -292,9 +322,9 @@ struct WinogradTiles {
   int64_t block, first_block;
 };
 
-// One block of tiles, for some panels of columns.
+// One block of tiles, for some panels of columns. Returns whether all outputs were finite before activation.
 template <class T, class Products, int largest, int height, int width>
-void winograd_block(const GatherConv<T>& conv, const typename Products::Element* transformed,
+bool winograd_block(const GatherConv<T>& conv, const typename Products::Element* transformed,
                     const WinogradTiles& tiles, int64_t first_tile, int64_t first_panel, int64_t end_panel,
                     const T* zeros, bool stream, typename Products::Element* v, T* m) {
   using Element = typename Products::Element;
@@ -306,6 +336,7 @@ void winograd_block(const GatherConv<T>& conv, const typename Products::Element*
   const int64_t u_step = winograd_step<Element>(padded * panel_width);
   const int64_t v_step = winograd_step<Element>(tiles.block * padded);
   const int64_t m_step = winograd_step<T>(tiles.block * panel_width);
+  Vec<T> zero_or_nan{};
   if (padded > depth) zero_run(places * v_step, v);
 
   for (int64_t tile = 0; tile < count; ++tile) {
@@ -314,21 +345,9 @@ void winograd_block(const GatherConv<T>& conv, const typename Products::Element*
     const int64_t x = tiles.first_x + index % tiles.columns * width;
     const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
                           conv.source_row_stride, conv.source_pixel_stride};
-    const WindowRange patch{y + conv.taps.y[0], x + conv.taps.x[0], height + 2, width + 2};
-    const T* first = source.data + patch.top * source.row_stride + patch.left * source.pixel_stride;
-    const auto inside = [&](int64_t py, int64_t px) {
-      return first + py * source.row_stride + px * source.pixel_stride;
-    };
-    if (lies_inside(source, patch)) {
-      winograd_input<T, Products, height, width>(inside, depth, v + tile * padded, v_step);
-      continue;
-    }
-    const T* pixels[height + 2][width + 2];
-    for (int64_t py = 0; py < height + 2; ++py)
-      for (int64_t px = 0; px < width + 2; ++px)
-        pixels[py][px] = lies_inside(source, {patch.top + py, patch.left + px, 1, 1}) ? inside(py, px) : zeros;
-    winograd_input<T, Products, height, width>([&](int64_t py, int64_t px) { return pixels[py][px]; }, depth,
-                                               v + tile * padded, v_step);
+    with_patch<height + 2, width + 2>(source, y + conv.taps.y[0], x + conv.taps.x[0], zeros, [&](const auto& pixel) {
+      winograd_input<T, Products, height, width>(pixel, depth, v + tile * padded, v_step);
+    });
   }
   for (int64_t panel = first_panel; panel < end_panel; ++panel) {
     const int64_t column = panel * panel_width;
@@ -355,6 +374,8 @@ void winograd_block(const GatherConv<T>& conv, const typename Products::Element*
         const int64_t x = tiles.first_x + index % tiles.columns * width;
         Vec<T> out[height][width];
         winograd_output<T, height, width>(m + tile * panel_width + c, m_step, bias, out);
+        FASTNN_UNROLL
+        for (int i = 0; i < height * width; ++i) zero_or_nan += out[i / width][i % width] * T(0);
         T* to = conv.out + image * conv.out_image_stride + column + c;
         if (conv.winner) {  // the cut is that of whole windows
           uint8_t* winner = conv.winner + image * conv.out_image_stride + column + c;
@@ -385,11 +406,13 @@ void winograd_block(const GatherConv<T>& conv, const typename Products::Element*
     }
   }
   if (stream) finish_streaming();
+  return !any_lane<T>(zero_or_nan != zero_or_nan);
 }
 
-// As gather_conv; `transformed` are winograd_weights<largest>() of conv.panels.
+// As gather_conv; `transformed` are winograd_weights<largest>() of conv.panels. Returns whether all outputs were finite
+// before activation.
 template <class T, class Products, int largest>
-void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* transformed) {
+bool winograd_conv(const GatherConv<T>& conv, const typename Products::Element* transformed) {
   using Element = typename Products::Element;
   // Pooling reads whole windows alone.
   const WinogradCut vertical = winograd_cut(conv.winner ? conv.out_height / 2 * 2 : conv.out_height, largest);
@@ -418,7 +441,7 @@ void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
       blocks += (count + kind.block - 1) / kind.block;
       if (kind.block > block) block = kind.block;
     }
-    if (blocks == 0) return;
+    if (blocks == 0) return true;
     if (blocks * column_parts >= kTasks) break;
     if (2 * column_parts <= panels)
       column_parts *= 2;
@@ -437,14 +460,16 @@ void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
   zero_run<T>(conv.depth, zeros);
   const bool stream = conv.stream && kVectorBytes == kLineBytes;  // vectors of a pixel are stored far apart in time
 
+  bool finite = true;
   parallel_tasks(blocks * column_parts, [&](int64_t task, int thread) {
     const int64_t index = task / column_parts, part = task % column_parts;
     const auto run = [&](auto kind, auto height, auto width) {
       const WinogradTiles& tiles = kinds[decltype(kind)::value];
-      winograd_block<T, Products, largest, decltype(height)::value, decltype(width)::value>(
+      const bool block_finite = winograd_block<T, Products, largest, decltype(height)::value, decltype(width)::value>(
           conv, transformed, tiles, (index - tiles.first_block) * tiles.block, panels * part / column_parts,
           panels * (part + 1) / column_parts, zeros, stream, inputs + thread * v_elements,
           scratch + thread * m_elements);
+      if (!block_finite) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     };
     if constexpr (largest == 4) {
       if (index < kinds[1].first_block) return run(Constant<0>{}, Constant<4>{}, Constant<4>{});
@@ -453,6 +478,7 @@ void winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
     }
     run(Constant<3>{}, Constant<2>{}, Constant<2>{});
   });
+  return finite;
 }
 
 }  // namespace

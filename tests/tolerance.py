@@ -180,8 +180,7 @@ def winograd_grad_weight_bound(
     grad = grad_output.double().abs().reshape(-1, *grad_output.shape[-3:])
     counts = [-(-size // 4) for size in grad.shape[2:]]
     (a_y, g_y, b_y), (a_x, g_x, b_x) = (
-        [m.abs() for m in _winograd_axis(size, [4] * count)]
-        for size, count in zip(grad.shape[2:], counts, strict=True)
+        [m.abs() for m in _winograd_axis(size, [4] * count)] for size, count in zip(grad.shape[2:], counts, strict=True)
     )
     v = b_y @ values.unflatten(1, (groups, -1)) @ b_x.T
     d = a_y.T @ grad.unflatten(1, (groups, -1)) @ a_x

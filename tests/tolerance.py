@@ -139,6 +139,12 @@ def _winograd_magnitude(values: Tensor, weight: Tensor, largest: int, groups: in
     return magnitude
 
 
+def _padding(padding: Any) -> tuple[int, int]:
+    """Of a 3x3 kernel, from a number, a pair or a word."""
+    padding = {"same": 1, "valid": 0}[padding] if isinstance(padding, str) else padding
+    return (padding, padding) if isinstance(padding, int) else padding
+
+
 def _largest_tile(kernels: list[str]) -> int:
     return 4 if "winograd_4x4" in kernels else 2
 
@@ -154,8 +160,7 @@ def winograd_bound(
     **_: Any,
 ) -> Tensor:
     """Bound of a convolution by one of these kernels."""
-    padding = {"same": 1, "valid": 0}[padding] if isinstance(padding, str) else padding
-    vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
+    vertical, horizontal = _padding(padding)
     batch = input.double().reshape(-1, *input.shape[-3:])
     padded = F.pad(batch, (horizontal, horizontal, vertical, vertical))
     magnitude = _winograd_magnitude(padded, weight.double(), _largest_tile(kernels), groups)
@@ -174,8 +179,7 @@ def winograd_grad_weight_bound(
     **_: Any,
 ) -> Tensor:
     """Bound of the weight gradient, whose tiles are all 4x4."""
-    padding = {"same": 1, "valid": 0}[padding] if isinstance(padding, str) else padding
-    vertical, horizontal = (padding, padding) if isinstance(padding, int) else padding
+    vertical, horizontal = _padding(padding)
     values = F.pad(input.double().abs().reshape(-1, *input.shape[-3:]), (horizontal, horizontal, vertical, vertical))
     grad = grad_output.double().abs().reshape(-1, *grad_output.shape[-3:])
     counts = [-(-size // 4) for size in grad.shape[2:]]
@@ -222,8 +226,8 @@ def winograd_grad_input_bound(
 
     With a stride it is one convolution per phase of the input pixels, and a phase may have 3x3 taps too.
     """
-    padding = {"same": 1, "valid": 0}[padding] if isinstance(padding, str) else padding
-    strides, paddings, dilations = ((v, v) if isinstance(v, int) else v for v in (stride, padding, dilation))
+    strides, dilations = ((v, v) if isinstance(v, int) else v for v in (stride, dilation))
+    paddings = _padding(padding)
     grad = grad_output.double().reshape(-1, *grad_output.shape[-3:])
     turned = weight.double().unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     magnitude = torch.zeros(len(grad), *input.shape[-3:], dtype=torch.float64)
@@ -238,9 +242,7 @@ def winograd_grad_input_bound(
         for phase_x in range(strides[1]):
             (rows, above), (columns, beside) = taps(0, phase_y), taps(1, phase_x)
             of_phase = magnitude[:, :, phase_y :: strides[0], phase_x :: strides[1]]
-            if any(offsets != [offsets[0] + i for i in range(3)] for offsets in (above, beside) if offsets) or not (
-                len(above) == len(beside) == 3
-            ):
+            if not all(len(o) == 3 and o == list(range(o[0], o[0] + 3)) for o in (above, beside)):
                 continue
             height, width = of_phase.shape[2:]
             pads = (-beside[0], beside[0] + width + 2 - grad.shape[3], -above[0], above[0] + height + 2 - grad.shape[2])

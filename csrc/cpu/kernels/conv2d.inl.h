@@ -244,27 +244,20 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
     trace<T>("conv2d_grad_weight", "depthwise");
     return depthwise_grad_weight<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
   }
-  const bool packed = packed_serves_grad_weight<T>(s);
-  const char* variant = !packed ? "outer" : packs_grad_weight<T>(s) ? "packed" : "direct";
   const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
-  for (int64_t group = 0; group < s.groups; ++group) {
-    const T* source = input + group * group_inputs(s);
-    const T* gradient = grad.data + group * group_outputs(s);
-    T* to = grad_weight + group * group_weights;
-    if (winograd_serves_grad_weight<T>(s)) {
-      winograd_grad_weight<T>(s, source, gradient, grad.pixel_stride, to);
-      // A NaN or infinity reaches all taps, also those that see the border alone there: made anew below.
-      if (all_finite(group_weights, to)) {
-        variant = "winograd_4x4";
-        continue;
-      }
-    }
-    if (packed)
-      packed_grad_weight<T>(s, source, gradient, grad.pixel_stride, to);
-    else
-      grad_weight_outer<T>(s, source, gradient, grad.pixel_stride, to);
+  const auto each_group = [&](const auto& kernel) {
+    for (int64_t group = 0; group < s.groups; ++group)
+      kernel(s, input + group * group_inputs(s), grad.data + group * group_outputs(s), grad.pixel_stride,
+             grad_weight + group * group_weights);
+  };
+  if (winograd_serves_grad_weight<T>(s)) {
+    each_group(winograd_grad_weight<T>);
+    // A NaN or infinity reaches all taps, also those that see the border alone there: made anew below.
+    if (all_finite(weight_elements(s), grad_weight)) return trace<T>("conv2d_grad_weight", "winograd_4x4");
   }
-  trace<T>("conv2d_grad_weight", variant);
+  const bool packed = packed_serves_grad_weight<T>(s);
+  trace<T>("conv2d_grad_weight", !packed ? "outer" : packs_grad_weight<T>(s) ? "packed" : "direct");
+  each_group(packed ? packed_grad_weight<T> : grad_weight_outer<T>);
 }
 
 template <class T>

@@ -26,23 +26,10 @@ template <class T, class Pixel>
 FASTNN_INLINE void winograd_gradient(const Pixel& pixel, int64_t channels, T* to, int64_t stride) {
   for (int64_t o = 0; o < channels; o += kLanes<T>) {
     const int64_t left = channels - o < kLanes<T> ? channels - o : kLanes<T>;
-    Vec<T> rows[6][4];
-    FASTNN_UNROLL
-    for (int x = 0; x < 4; ++x) {
-      Vec<T> dy[4], m[6];
-      FASTNN_UNROLL
-      for (int y = 0; y < 4; ++y) dy[y] = load_upto(pixel(y, x) + o, left);
-      WinogradAxis<4>::template output_transposed<T>(dy, m);
-      FASTNN_UNROLL
-      for (int y = 0; y < 6; ++y) rows[y][x] = m[y];
-    }
-    FASTNN_UNROLL
-    for (int y = 0; y < 6; ++y) {
-      Vec<T> m[6];
-      WinogradAxis<4>::template output_transposed<T>(rows[y], m);
-      FASTNN_UNROLL
-      for (int x = 0; x < 6; ++x) store_upto(to + (6 * y + x) * stride + o, m[x], left);
-    }
+    const auto axis = [](const auto& dy, auto& m) { WinogradAxis<4>::template output_transposed<T>(dy, m); };
+    winograd_transform<T, 4, 4, 6, 6>(
+        [&](int y, int x) { return load_upto(pixel(y, x) + o, left); }, axis, axis,
+        [&](int y, int x, Vec<T> m) { store_upto(to + (6 * y + x) * stride + o, m, left); });
   }
 }
 
@@ -141,23 +128,10 @@ void winograd_grad_weight(const Conv2dShape& s, const T* source, const T* grad, 
   parallel_for(outputs, [&](int64_t o) {
     for (int64_t c = 0; c < inputs; c += kLanes<T>) {
       const int64_t left = inputs - c < kLanes<T> ? inputs - c : kLanes<T>;
-      Vec<T> taps[3][6];
-      FASTNN_UNROLL
-      for (int x = 0; x < 6; ++x) {
-        Vec<T> u[6], g[3];
-        FASTNN_UNROLL
-        for (int y = 0; y < 6; ++y) u[y] = load(du + (6 * y + x) * du_step + o * du_row + c);
-        WinogradAxis<4>::template weight_transposed<T>(u, g);
-        FASTNN_UNROLL
-        for (int y = 0; y < 3; ++y) taps[y][x] = g[y];
-      }
-      FASTNN_UNROLL
-      for (int y = 0; y < 3; ++y) {
-        Vec<T> g[3];
-        WinogradAxis<4>::template weight_transposed<T>(taps[y], g);
-        FASTNN_UNROLL
-        for (int x = 0; x < 3; ++x) store_upto(ohwi + (o * 9 + 3 * y + x) * inputs + c, g[x], left);
-      }
+      const auto axis = [](const auto& u, auto& g) { WinogradAxis<4>::template weight_transposed<T>(u, g); };
+      winograd_transform<T, 6, 6, 3, 3>(
+          [&](int y, int x) { return load(du + (6 * y + x) * du_step + o * du_row + c); }, axis, axis,
+          [&](int y, int x, Vec<T> g) { store_upto(ohwi + (o * 9 + 3 * y + x) * inputs + c, g, left); });
     }
   });
   if (ohwi != grad_weight) write_ohwi_gradient<T>(s, outputs, sums, grad_weight);

@@ -127,6 +127,30 @@ struct WinogradAxis<4> {
   static constexpr double kHalfRoot = WinogradAxis<2>::kHalfRoot, kRoot = 2 * kHalfRoot;
 };
 
+// Transforms both axes: `down` along y, then `along` along x, each from an array of vectors to another. from(y, x)
+// loads, to(y, x, value) stores.
+template <class T, int from_height, int from_width, int height, int width, class From, class Down, class Along,
+          class To>
+FASTNN_INLINE void winograd_transform(const From& from, const Down& down, const Along& along, const To& to) {
+  Vec<T> rows[height][from_width];
+  FASTNN_UNROLL
+  for (int x = 0; x < from_width; ++x) {
+    Vec<T> column[from_height], result[height];
+    FASTNN_UNROLL
+    for (int y = 0; y < from_height; ++y) column[y] = from(y, x);
+    down(column, result);
+    FASTNN_UNROLL
+    for (int y = 0; y < height; ++y) rows[y][x] = result[y];
+  }
+  FASTNN_UNROLL
+  for (int y = 0; y < height; ++y) {
+    Vec<T> result[width];
+    along(rows[y], result);
+    FASTNN_UNROLL
+    for (int x = 0; x < width; ++x) to(y, x, result[x]);
+  }
+}
+
 // Where U of tiles up to `largest` has point i of a tile of `tile` outputs.
 constexpr int winograd_point(int tile, int largest, int i) { return tile < largest && i == 3 ? 5 : i; }
 
@@ -172,24 +196,12 @@ void winograd_weights(int64_t panels, int64_t depth, const T* packed, typename P
         if (channel >= depth) break;
         const T* from = packed + i / groups * 9 * from_step + channel * width;
         for (int64_t v = 0; v < width; v += kLanes<T>) {
-          Vec<T> columns[points][3];
-          FASTNN_UNROLL
-          for (int x = 0; x < 3; ++x) {
-            Vec<T> taps[3], u[points];
-            FASTNN_UNROLL
-            for (int y = 0; y < 3; ++y) taps[y] = load(from + (3 * y + x) * from_step + v);
-            WinogradAxis<largest>::template weight<T>(taps, u);
-            FASTNN_UNROLL
-            for (int y = 0; y < points; ++y) columns[y][x] = u[y];
-          }
-          FASTNN_UNROLL
-          for (int y = 0; y < points; ++y) {
-            Vec<T> u[points];
-            WinogradAxis<largest>::template weight<T>(columns[y], u);
-            FASTNN_UNROLL
-            for (int x = 0; x < points; ++x)
-              Products::store_weight(group + (points * y + x) * to_step + v * Products::kGroup, u[x], member);
-          }
+          const auto axis = [](const auto& taps, auto& u) { WinogradAxis<largest>::template weight<T>(taps, u); };
+          winograd_transform<T, 3, 3, points, points>(
+              [&](int y, int x) { return load(from + (3 * y + x) * from_step + v); }, axis, axis,
+              [&](int y, int x, Vec<T> u) {
+                Products::store_weight(group + (points * y + x) * to_step + v * Products::kGroup, u, member);
+              });
         }
       }
     }
@@ -215,23 +227,11 @@ template <class T, class Products, int height, int width, class Pixel>
 FASTNN_INLINE void winograd_input(const Pixel& pixel, int64_t depth, typename Products::Element* to, int64_t stride) {
   for (int64_t c = 0; c < depth; c += kLanes<T>) {
     const int64_t left = depth - c < kLanes<T> ? depth - c : kLanes<T>;
-    Vec<T> rows[height + 2][width + 2];
-    FASTNN_UNROLL
-    for (int x = 0; x < width + 2; ++x) {
-      Vec<T> d[height + 2], v[height + 2];
-      FASTNN_UNROLL
-      for (int y = 0; y < height + 2; ++y) d[y] = load_upto(pixel(y, x) + c, left);
-      WinogradAxis<height>::template input<T>(d, v);
-      FASTNN_UNROLL
-      for (int y = 0; y < height + 2; ++y) rows[y][x] = v[y];
-    }
-    FASTNN_UNROLL
-    for (int y = 0; y < height + 2; ++y) {
-      Vec<T> v[width + 2];
-      WinogradAxis<width>::template input<T>(rows[y], v);
-      FASTNN_UNROLL
-      for (int x = 0; x < width + 2; ++x) Products::store_input(to + ((width + 2) * y + x) * stride + c, v[x], left);
-    }
+    winograd_transform<T, height + 2, width + 2, height + 2, width + 2>(
+        [&](int y, int x) { return load_upto(pixel(y, x) + c, left); },
+        [](const auto& d, auto& v) { WinogradAxis<height>::template input<T>(d, v); },
+        [](const auto& d, auto& v) { WinogradAxis<width>::template input<T>(d, v); },
+        [&](int y, int x, Vec<T> v) { Products::store_input(to + ((width + 2) * y + x) * stride + c, v, left); });
   }
 }
 
@@ -259,22 +259,11 @@ FASTNN_INLINE void winograd_multiply(int64_t tiles, int64_t groups, const typena
 // The outputs of one tile, before bias; m of place 0, `stride` apart.
 template <class T, int height, int width>
 FASTNN_INLINE void winograd_output(const T* m, int64_t stride, Vec<T> bias, Vec<T> (&out)[height][width]) {
-  Vec<T> rows[height][width + 2];
-  FASTNN_UNROLL
-  for (int x = 0; x < width + 2; ++x) {
-    Vec<T> column[height + 2], y[height];
-    FASTNN_UNROLL
-    for (int i = 0; i < height + 2; ++i) column[i] = load(m + (i * (width + 2) + x) * stride);
-    WinogradAxis<height>::template output<T>(column, y);
-    FASTNN_UNROLL
-    for (int i = 0; i < height; ++i) rows[i][x] = y[i];
-  }
-  FASTNN_UNROLL
-  for (int y = 0; y < height; ++y) {
-    WinogradAxis<width>::template output<T>(rows[y], out[y]);
-    FASTNN_UNROLL
-    for (int x = 0; x < width; ++x) out[y][x] += bias;
-  }
+  winograd_transform<T, height + 2, width + 2, height, width>(
+      [&](int y, int x) { return load(m + (y * (width + 2) + x) * stride); },
+      [](const auto& column, auto& y) { WinogradAxis<height>::template output<T>(column, y); },
+      [](const auto& row, auto& y) { WinogradAxis<width>::template output<T>(row, y); },
+      [&](int y, int x, Vec<T> value) { out[y][x] = value + bias; });
 }
 
 // How an axis of `length` outputs is cut: `fours` tiles of 4 from the first on, then `twos` of 2. The last one may
@@ -315,27 +304,28 @@ int winograd_tile(const GatherConv<T>& conv) {
   return best;
 }
 
-// All tiles of one size, in blocks of `block`.
+// All tiles of one size.
 struct WinogradTiles {
   int64_t rows, columns;     // of tiles in an image
   int64_t first_y, first_x;  // output of the first
-  int64_t block, first_block;
+  int64_t first_block;
 };
 
-// One block of tiles, for some panels of columns. Returns whether all outputs were finite before activation.
+// One block of tiles, for some panels of columns. Returns whether all outputs were finite before activation; where
+// `largest` is 2, nobody asks.
 template <class T, class Products, int largest, int height, int width>
 bool winograd_block(const GatherConv<T>& conv, const typename Products::Element* transformed,
-                    const WinogradTiles& tiles, int64_t first_tile, int64_t first_panel, int64_t end_panel,
-                    const T* zeros, bool stream, typename Products::Element* v, T* m) {
+                    const WinogradTiles& tiles, int64_t block, int64_t first_tile, int64_t first_panel,
+                    int64_t end_panel, const T* zeros, bool stream, typename Products::Element* v, T* m) {
   using Element = typename Products::Element;
   constexpr int64_t panel_width = kTileColumns<T>;
   constexpr int places = (height + 2) * (width + 2);
   const int64_t depth = conv.depth, groups = winograd_groups<Products>(depth), padded = groups * Products::kGroup;
   const int64_t of_image = tiles.rows * tiles.columns, end = conv.batch * of_image;
-  const int64_t count = end - first_tile < tiles.block ? end - first_tile : tiles.block;
+  const int64_t count = end - first_tile < block ? end - first_tile : block;
   const int64_t u_step = winograd_step<Element>(padded * panel_width);
-  const int64_t v_step = winograd_step<Element>(tiles.block * padded);
-  const int64_t m_step = winograd_step<T>(tiles.block * panel_width);
+  const int64_t v_step = winograd_step<Element>(block * padded);
+  const int64_t m_step = winograd_step<T>(block * panel_width);
   Vec<T> zero_or_nan{};
   if (padded > depth) zero_run(places * v_step, v);
 
@@ -375,7 +365,7 @@ bool winograd_block(const GatherConv<T>& conv, const typename Products::Element*
         Vec<T> out[height][width];
         winograd_output<T, height, width>(m + tile * panel_width + c, m_step, bias, out);
         FASTNN_UNROLL
-        for (int i = 0; i < height * width; ++i) zero_or_nan += out[i / width][i % width] * T(0);
+        for (int i = 0; largest == 4 && i < height * width; ++i) zero_or_nan += out[i / width][i % width] * T(0);
         T* to = conv.out + image * conv.out_image_stride + column + c;
         if (conv.winner) {  // the cut is that of whole windows
           uint8_t* winner = conv.winner + image * conv.out_image_stride + column + c;
@@ -424,31 +414,19 @@ bool winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
   WinogradTiles kinds[4];
   for (int i = 0; i < 4; ++i) {
     const auto [height, width] = kSizes[i];
-    kinds[i] = {vertical.tiles(height), horizontal.tiles(width), vertical.first(height), horizontal.first(width), 0, 0};
+    kinds[i] = {vertical.tiles(height), horizontal.tiles(width), vertical.first(height), horizontal.first(width), 0};
   }
-  // Blocks for eight threads at least. Each reads all weights of its columns anew, so columns are shared before blocks
-  // get smaller.
+  int64_t tiles = 0;
+  for (const WinogradTiles& kind : kinds) tiles += conv.batch * kind.rows * kind.columns;
+  if (tiles == 0) return true;
   int64_t most = kWinogradBlockBytes / (winograd_places(largest) * padded * static_cast<int64_t>(sizeof(Element)));
   if (most < kWinogradTiles) most = kWinogradTiles;
-  int64_t blocks, column_parts = 1, block = 0;
-  for (;;) {
-    blocks = 0, block = 0;
-    for (WinogradTiles& kind : kinds) {
-      const int64_t count = conv.batch * kind.rows * kind.columns, of_kind = (count + most - 1) / most;
-      kind.first_block = blocks;
-      if (of_kind == 0) continue;
-      kind.block = ((count + of_kind - 1) / of_kind + kTileRows - 1) / kTileRows * kTileRows;
-      blocks += (count + kind.block - 1) / kind.block;
-      if (kind.block > block) block = kind.block;
-    }
-    if (blocks == 0) return true;
-    if (blocks * column_parts >= kTasks) break;
-    if (2 * column_parts <= panels)
-      column_parts *= 2;
-    else if (most > kTileRows)
-      most = (most + 1) / 2;
-    else
-      break;
+  const TaskPlan plan = plan_tasks(1, tiles, most, kTileRows, panels);
+  const int64_t block = plan.block, column_parts = plan.column_parts;
+  int64_t blocks = 0;
+  for (WinogradTiles& kind : kinds) {
+    kind.first_block = blocks;
+    blocks += (conv.batch * kind.rows * kind.columns + block - 1) / block;
   }
 
   const int threads = max_threads();
@@ -464,9 +442,9 @@ bool winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
   parallel_tasks(blocks * column_parts, [&](int64_t task, int thread) {
     const int64_t index = task / column_parts, part = task % column_parts;
     const auto run = [&](auto kind, auto height, auto width) {
-      const WinogradTiles& tiles = kinds[decltype(kind)::value];
+      const WinogradTiles& of_kind = kinds[decltype(kind)::value];
       const bool block_finite = winograd_block<T, Products, largest, decltype(height)::value, decltype(width)::value>(
-          conv, transformed, tiles, (index - tiles.first_block) * tiles.block, panels * part / column_parts,
+          conv, transformed, of_kind, block, (index - of_kind.first_block) * block, panels * part / column_parts,
           panels * (part + 1) / column_parts, zeros, stream, inputs + thread * v_elements,
           scratch + thread * m_elements);
       if (!block_finite) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);

@@ -254,7 +254,7 @@ def graph_step(device: Device, images: Tensor, labels: Tensor, batch: int) -> St
                 state.zero_()
     torch.cuda.synchronize()
 
-    def replay(index: Tensor) -> Tensor:
+    def replay(index: Tensor, kept: Any = step) -> Tensor:  # the graph works in its memory
         rows.copy_(index)
         graph.replay()
         return loss
@@ -479,10 +479,13 @@ def measure_block(
     inputs = [input.detach().clone() for _ in range(count)]
     grads = [grad.clone() for _ in range(count)]
 
-    def turns(block: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
-        return device.captured(lambda: [call(block, x, g) for x, g in zip(inputs, grads, strict=True)])
+    def turns(side: str, block: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        try:
+            return device.captured(lambda: [call(block, x, g) for x, g in zip(inputs, grads, strict=True)])
+        except RuntimeError as error:
+            raise RuntimeError(f"{side}: {error}") from error
 
-    samples = device.measure({side: turns(block) for side, block in sides.items()})
+    samples = device.measure({side: turns(side, block) for side, block in sides.items()})
     samples = {side: [value / count for value in values] for side, values in samples.items()}
     flops = shape.flops(batch) * (1 if stage == "forward" else 1 + (shape.in_channels > 3))
     facts = {"precision": precision, "stage": stage, "flops": flops, "kernels": kernels, "rotated": count}

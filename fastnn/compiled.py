@@ -29,7 +29,7 @@ from fastnn.autograd.common import allows_tf32
 from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.cross_entropy import REDUCTIONS, empty_statistics
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
-from fastnn.runtime import kernel_dtypes
+from fastnn.runtime import capture_kernels, kernel_dtypes, note_kernels
 from fastnn.tracing import has_hooks
 
 __all__ = ["CompiledForward", "CompiledStep", "NotCompilable"]
@@ -54,10 +54,15 @@ class _Launch:
 
 def _captured_in_graph(steps: Iterable[Callable[[], object]]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capture_kernels() as kernels, torch.cuda.graph(graph):
         for step in steps:
             step()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+        note_kernels(kernels)
+
+    return replay
 
 
 def _captured_in_programs(steps: Iterable[Callable[[], object]]) -> Callable[[], object]:

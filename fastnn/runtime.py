@@ -105,6 +105,7 @@ class DispatchRecord:
 
 
 _log: list[DispatchRecord] | None = None
+_ran: list[DispatchRecord] = []  # kernels' records of the block that were taken out of the module before its end
 
 
 @contextmanager
@@ -128,7 +129,34 @@ def explain_dispatch() -> Iterator[list[DispatchRecord]]:
         yield records
     finally:
         _log = None
-        records.extend(DispatchRecord(*record, reason="") for record in map(_named_device, _C.trace_stop()))
+        records += _ran + _take_kernels()
+        _ran.clear()
+
+
+@contextmanager
+def capture_kernels() -> Iterator[list[DispatchRecord]]:
+    """Keeps apart the records of kernels that a CUDA graph captures in the block instead of running them."""
+    _ran.extend(_take_kernels())
+    captured: list[DispatchRecord] = []
+    _C.trace_start()
+    try:
+        yield captured
+    finally:
+        captured += _take_kernels()
+        if _log is not None:
+            _C.trace_start()
+
+
+def note_kernels(records: list[DispatchRecord]) -> None:
+    """Records that kernels ran without a call, as those of a CUDA graph do."""
+    if _log is not None:
+        _ran.extend(_take_kernels() + records)
+        _C.trace_start()
+
+
+def _take_kernels() -> list[DispatchRecord]:
+    """The kernels' records since tracing began, which ends it."""
+    return [DispatchRecord(*record, reason="") for record in map(_named_device, _C.trace_stop())]
 
 
 def _named_device(record: tuple[str, str, str, str, int]) -> tuple[str, str, str, str, str]:

@@ -11,9 +11,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
-from device import ON_CUDA, expected_isa
+from device import DEVICE, ON_CUDA, expected_isa
 
 import fastnn
+
+if DEVICE.type == "cuda":
+    # The bounds are float32's; what asks for tf32 allows it itself.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def pytest_report_header(config: pytest.Config) -> str:

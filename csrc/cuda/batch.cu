@@ -20,6 +20,7 @@ constexpr int kTransposeRows = kTransposeThreads / kSquare;  // at a time: 4 loa
 
 template <class T>
 __global__ void __launch_bounds__(kTransposeThreads) transpose_kernel(TransposeShape s, TransposeBuffers<T> b) {
+  begin_kernel();
   T* square = shared_memory<T>();  // (kSquare, kSquarePitch)
   const int lane = static_cast<int>(threadIdx.x) % kSquare, line = static_cast<int>(threadIdx.x) / kSquare;
   const int64_t column0 = int64_t{blockIdx.x} * kSquare;
@@ -45,6 +46,7 @@ __global__ void __launch_bounds__(kTransposeThreads) transpose_kernel(TransposeS
 template <class T>
 __global__ void __launch_bounds__(kLotThreads)
     transpose_copy_kernel(int64_t count, bool aligned, const T* input, T* output) {
+  begin_kernel();
   for (int64_t tile = blockIdx.x; tile * Lot<T>::kTile < count; tile += gridDim.x) {
     const Lot<T> lot(tile, count, aligned);
     lot.store(output, lot.load(input));
@@ -60,6 +62,7 @@ constexpr int kGatherThreads = 256;
 template <class T, class Source>
 __global__ void __launch_bounds__(kGatherThreads, 4)
     gather_images_kernel(GatherImagesShape s, GatherImagesBuffers<T> b) {
+  begin_kernel();
   using C = Compute<T>;
   const C divisor = static_cast<C>(s.divisor);
   for (int64_t sample = blockIdx.y; sample < s.batch; sample += gridDim.y) {
@@ -93,6 +96,7 @@ constexpr int64_t kClassesPerLane = 8;
 template <class T>
 __global__ void __launch_bounds__(kCountThreads)
     count_correct_kernel(CountCorrectShape s, int lanes, const T* logits, const int64_t* target, int64_t* counts) {
+  begin_kernel();
   using C = Compute<T>;
   const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
   const int rows = kCountThreads / lanes;  // at a time
@@ -120,6 +124,7 @@ __global__ void __launch_bounds__(kCountThreads)
 
 __global__ void __launch_bounds__(kCountThreads)
     add_counts_kernel(int64_t blocks, const int64_t* counts, int64_t* correct) {
+  begin_kernel();
   const int64_t total = Team(block_team(kCountThreads)).sum(threadIdx.x < blocks ? counts[threadIdx.x] : 0);
   if (threadIdx.x == 0) *correct = total;
 }

@@ -21,6 +21,7 @@ void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv
 // (out, in, taps) to (out, taps, in): the order that the readers take.
 template <class T>
 __global__ void pack_weight_kernel(int64_t count, int taps, int in, const T* weight, T* packed) {
+  begin_kernel();
   for (int64_t i = global_thread(); i < count; i += grid_threads()) {
     const int64_t row = i / in, out = row / taps;
     packed[i] = weight[(out * in + i % in) * taps + row % taps];
@@ -45,6 +46,11 @@ inline void check_sizes(const char* operation, const Conv2dShape& s) {
   const int64_t in = s.in_channels / s.groups, out = s.out_channels / s.groups;
   if (taps * in >= kMost || taps * out >= kMost || s.in_channels >= kMost || s.out_channels >= kMost)
     throw std::runtime_error(std::string(operation) + ": expected a kernel of less than 2^31 values a channel");
+  const int64_t in_pixels = s.in_height * s.in_width, out_pixels = s.out_height * s.out_width;
+  if (in_pixels >= kMost / 2 || out_pixels >= kMost / 2 || in_pixels * s.in_channels >= kMost ||
+      out_pixels * s.out_channels >= kMost)
+    throw std::runtime_error(std::string(operation) +
+                             ": expected images of less than 2^30 pixels and less than 2^31 values");
 }
 
 }  // namespace fastnn::cuda

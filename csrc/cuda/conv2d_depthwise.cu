@@ -6,60 +6,74 @@ namespace {
 
 constexpr int kDepthwiseThreads = 256;
 
+// Where a channel of an image begins.
 template <class T>
-__global__ void depthwise_forward_kernel(const GRID_CONSTANT InputSource<T> input, const T* weight, const T* bias,
+__device__ __forceinline__ const T* channel_of(const ImageSource<T>& source, const ImagePixels& pixels, int64_t image,
+                                               int channel) {
+  return source.image + image * pixels.count * source.s.in_channels + channel;
+}
+
+template <class T>
+__global__ void depthwise_forward_kernel(const GRID_CONSTANT ImageSource<T> input, const T* weight, const T* bias,
                                          bool relu, T* output) {
+  begin_kernel();
   const Geometry& s = input.s;
   for (int64_t i = global_thread(); i < s.out_pixels() * s.out_channels; i += grid_threads()) {
     const int channel = static_cast<int>(i % s.out_channels);
-    const PixelOrigin origin(i / s.out_channels, s.out);
-    const Pixel p = pixel_after(origin, 0, s.out_height, s.out_width, s.batch);
+    const Pixel p = out_pixel_after(s, PixelOrigin(i / s.out_channels, s.out), 0);
+    const T* image = channel_of(input, s.in, p.image, channel);
+    const int y = p.y * s.stride_y - s.padding_y, x = p.x * s.stride_x - s.padding_x;
     Compute<T> z = 0;
     for (int tap = 0; tap < s.taps; ++tap)
-      if (const T* x = input.at(p, {tap / s.kernel_width, tap % s.kernel_width, 0}, channel))
-        z += widen(*x) * widen(weight[int64_t{channel} * s.taps + tap]);
+      if (const auto place = input_at(s, image, y, x, tap_of(s, tap, s.by.group_in)); place.valid)
+        z += widen(*place.from) * widen(weight[int64_t{channel} * s.taps + tap]);
     if (bias) z += widen(bias[channel]);
     output[i] = narrow<T>(relu && z <= 0 ? 0 : z);
   }
 }
 
 template <class T>
-__global__ void depthwise_grad_input_kernel(const GRID_CONSTANT GradientSource<T> gradient, const T* weight,
+__global__ void depthwise_grad_input_kernel(const GRID_CONSTANT ImageSource<T> gradient, const T* weight,
                                             T* grad_input) {
+  begin_kernel();
   const Geometry& s = gradient.s;
   for (int64_t i = global_thread(); i < s.in_pixels() * s.in_channels; i += grid_threads()) {
     const int channel = static_cast<int>(i % s.in_channels);
     const PixelOrigin origin(i / s.in_channels, s.in);
-    const Pixel p = pixel_after(origin, 0, s.in_height, s.in_width, s.batch);
+    const Pixel p = pixel_after(origin, 0, s.by.in_height, s.by.in_width, s.batch);
+    const T* image = channel_of(gradient, s.out, p.image, channel);
     Compute<T> sum = 0;
-    for (int tap = 0; tap < s.taps; ++tap) {
-      const Pixel out = touched_output(s, p, {tap / s.kernel_width, tap % s.kernel_width, 0});
-      if (out.valid) sum += widen(gradient.value(out, 0, channel)) * widen(weight[int64_t{channel} * s.taps + tap]);
-    }
+    for (int tap = 0; tap < s.taps; ++tap)
+      if (const auto place = gradient_at(s, image, p.y + s.padding_y, p.x + s.padding_x, tap_of(s, tap, s.by.group_in));
+          place.valid)
+        sum += widen(*place.from) * widen(weight[int64_t{channel} * s.taps + tap]);
     grad_input[i] = narrow<T>(sum);
   }
 }
 
 // Blocks of x take 32 channels, of y a part of the output pixels, of z a tap.
 template <class T>
-__global__ void depthwise_grad_weight_kernel(const GRID_CONSTANT GradientSource<T> gradient,
-                                             const GRID_CONSTANT InputSource<T> input, int64_t pixels_per_block,
+__global__ void depthwise_grad_weight_kernel(const GRID_CONSTANT ImageSource<T> gradient,
+                                             const GRID_CONSTANT ImageSource<T> input, int64_t pixels_per_block,
                                              Compute<T>* partials) {
+  begin_kernel();
   const Geometry& s = gradient.s;
-  const int channel = blockIdx.x * 32 + threadIdx.x % 32, tap = blockIdx.z;
+  const int channel = blockIdx.x * 32 + threadIdx.x % 32;
   const int64_t first = blockIdx.y * pixels_per_block, end = first + pixels_per_block;
   const int64_t last = end < s.out_pixels() ? end : s.out_pixels();
   const PixelOrigin origin(first, s.out);
+  const Tap tap = tap_of(s, blockIdx.z, s.by.group_in);
   Compute<T> sum = 0;
   if (channel < s.out_channels)
     for (int64_t i = first + threadIdx.x / 32; i < last; i += kSumRows) {
-      const Pixel p = pixel_after(origin, static_cast<uint32_t>(i - first), s.out_height, s.out_width, s.batch);
-      if (const T* x = input.at(p, {tap / s.kernel_width, tap % s.kernel_width, 0}, channel))
-        sum += widen(*x) * widen(gradient.value(p, 0, channel));
+      const Pixel p = out_pixel_after(s, origin, static_cast<uint32_t>(i - first));
+      const T* image = channel_of(input, s.in, p.image, channel);
+      const auto place = input_at(s, image, p.y * s.stride_y - s.padding_y, p.x * s.stride_x - s.padding_x, tap);
+      if (place.valid) sum += widen(*place.from) * widen(gradient.image[i * s.out_channels + channel]);
     }
   sum = Team(column_teams()).sum(sum);
   if (threadIdx.x < 32 && channel < s.out_channels)
-    partials[(int64_t{blockIdx.y} * s.out_channels + channel) * s.taps + tap] = sum;
+    partials[(int64_t{blockIdx.y} * s.out_channels + channel) * s.taps + blockIdx.z] = sum;
 }
 
 }  // namespace
@@ -70,13 +84,14 @@ void depthwise_forward(const StageNames& names, const Queue& queue, const Conv2d
   const Geometry geometry(s);
   launch(names.forward, queue, depthwise_forward_kernel<T>,
          blocks_for(geometry.out_pixels() * s.out_channels, kDepthwiseThreads), kDepthwiseThreads, 0,
-         InputSource<T>(b.input, geometry), b.weight, b.bias, s.relu, b.output);
+         ImageSource<T>::input(b.input, geometry), b.weight, b.bias, s.relu, b.output);
 }
 
 template <class T>
-void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b) {
+void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b,
+                        const T* z) {
   const Geometry geometry(s);
-  const GradientSource<T> gradient(b, geometry, s.relu);
+  const auto gradient = ImageSource<T>::gradient(z, geometry);
   if (b.grad_input) {
     trace<T>(queue, names.grad_input, "depthwise");
     launch(names.grad_input, queue, depthwise_grad_input_kernel<T>,
@@ -89,7 +104,7 @@ void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2
     const int64_t parts = sum_parts(queue, pixels, column_blocks * geometry.taps);
     Compute<T>* partials = queue.workspace<Compute<T>>(parts * s.out_channels * geometry.taps);
     launch(names.grad_weight, queue, depthwise_grad_weight_kernel<T>, dim3(column_blocks, parts, geometry.taps),
-           kSumThreads, column_teams().shared_bytes<Compute<T>>(), gradient, InputSource<T>(b.input, geometry),
+           kSumThreads, column_teams().shared_bytes<Compute<T>>(), gradient, ImageSource<T>::input(b.input, geometry),
            (pixels + parts - 1) / parts, partials);
     const int64_t count = s.out_channels * geometry.taps;
     launch(names.grad_weight, queue, add_partials_kernel<T>, blocks_for(count, 256), 256, 0, parts, count, partials,
@@ -98,6 +113,13 @@ void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2
 }
 
 FASTNN_INSTANTIATE_OF(void, depthwise_forward, Conv2dForward)
-FASTNN_INSTANTIATE_OF(void, depthwise_backward, Conv2dBackward)
+
+#define FASTNN_INSTANTIATE_BACKWARD(T)                                                                            \
+  template void depthwise_backward(const StageNames&, const Queue&, const Conv2dShape&, const Conv2dBackward<T>&, \
+                                   const T*);
+FASTNN_INSTANTIATE_BACKWARD(float)
+FASTNN_INSTANTIATE_BACKWARD(double)
+FASTNN_INSTANTIATE_BACKWARD(bfloat16)
+FASTNN_INSTANTIATE_BACKWARD(float16)
 
 }  // namespace fastnn::cuda

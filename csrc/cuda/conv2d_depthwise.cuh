@@ -13,6 +13,7 @@ inline bool is_depthwise(const Conv2dShape& s) {
 template <class T>
 void depthwise_forward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dForward<T>& b);
 template <class T>
-void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b);
+void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2dShape& s, const Conv2dBackward<T>& b,
+                        const T* gradient_of_z);
 
 }  // namespace fastnn::cuda

@@ -10,7 +10,8 @@ template <class T>
 struct ForwardProblem {
   using ReaderA = InputRows<T>;
   using ReaderB = WeightRows<T>;
-  InputSource<T> a;
+  static constexpr bool kCanPool = true;
+  ImageSource<T> a;
   WeightSource<T> b;
   GemmSize size;
   Compute<T>* partials;
@@ -19,39 +20,39 @@ struct ForwardProblem {
   const T* bias;
   bool relu;
 
-  __device__ __forceinline__ Compute<T> finish(Compute<T> z, int channel) const {
+  __device__ __forceinline__ void store(int group, int64_t m, int64_t n, Compute<T> z) const {
+    const int channel = group * a.s.group_out + static_cast<int>(n);
     if (bias) z += widen(bias[channel]);
-    return relu && z <= 0 ? 0 : z;  // NaN stays
+    output[m * a.s.out_channels + channel] = narrow<T>(relu && z <= 0 ? 0 : z);  // NaN stays
   }
 
-  __device__ __forceinline__ void store_one(int group, int64_t m, int64_t n, Compute<T> z) const {
-    const Geometry& s = a.s;
-    const int channel = group * s.group_out + static_cast<int>(n);
-    output[m * s.out_channels + channel] = narrow<T>(finish(z, channel));
-  }
-
-  __device__ __forceinline__ void store(int group, int64_t m0, int64_t n0, Accumulators<Compute<T>>& c) const {
-    const Geometry& s = a.s;
-    if (!s.pool) return store_each(*this, group, m0, n0, c);
+  __device__ __forceinline__ bool pools() const { return a.s.pool; }
+  template <class Shape>
+  __device__ __forceinline__ void store_pooled(int group, int64_t m0, int64_t n0,
+                                               Accumulators<Compute<T>, Shape>& c) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const int64_t window = m0 / 32 * 8 + g;
-    if (window >= s.windows()) return;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int64_t n = n0 + 8 * (j / 2) + 2 * t + j % 2;
-      if (n < size.n) store_pooled(window, group * s.group_out + static_cast<int>(n), c, j);
+    for (int i = 0; i < c.kRows; i += 4) {
+      const int64_t window = m0 / 4 + 2 * i + g;
+      if (window >= a.s.windows()) return;
+#pragma unroll
+      for (int j = 0; j < c.kColumns; ++j) {
+        const int64_t n = n0 + 8 * (j / 2) + 2 * t + j % 2;
+        if (n >= size.n) continue;
+        const Compute<T> places[4] = {c.value(i, j), c.value(i + 1, j), c.value(i + 2, j), c.value(i + 3, j)};
+        store_largest(window, group * a.s.group_out + static_cast<int>(n), places);
+      }
     }
   }
 
-  // The maximum of a window, whose places are the four rows of column j: the first of equals, and NaN before all.
-  __device__ __forceinline__ void store_pooled(int64_t window, int channel, Accumulators<Compute<T>>& c, int j) const {
-    Compute<T> best = c.value(0, j);
+ private:
+  // The maximum of a window: the first of equals, and NaN before all.
+  __device__ __forceinline__ void store_largest(int64_t window, int channel, const Compute<T> (&places)[4]) const {
+    Compute<T> best = places[0];
     int place = 0;
 #pragma unroll
-    for (int i = 1; i < 4; ++i) {
-      const Compute<T> z = c.value(i, j);
-      if (z > best || (z != z && best == best)) best = z, place = i;
-    }
+    for (int i = 1; i < 4; ++i)
+      if (places[i] > best || (places[i] != places[i] && best == best)) best = places[i], place = i;
     if (bias) best += widen(bias[channel]);
     const bool cut = relu && best <= 0;
     const int64_t at = window * a.s.out_channels + channel;
@@ -71,7 +72,7 @@ void run_conv2d_forward(const StageNames& names, const Queue& queue, const Conv2
   const T* weight = packed_weight(names.forward, queue, s, b.weight);
   const int64_t m = s.pool ? (geometry.windows() + 7) / 8 * 32 : geometry.out_pixels();
   const ForwardProblem<T> problem{
-      InputSource<T>(b.input, geometry),
+      ImageSource<T>::input(b.input, geometry),
       WeightSource<T>(weight, geometry),
       {m, geometry.group_out, int64_t{geometry.taps} * geometry.group_in, static_cast<int>(s.groups), 1, 0},
       nullptr,

@@ -1,5 +1,5 @@
-// How a convolution's matrix products read its tensors: see gemm.cuh. A reader serves one chunk: 16 bytes that lie next
-// to each other along its inner index. What is outside - the image, the channels, the sum - reads as zero.
+// How a convolution's matrix products read their tensors: see gemm.cuh. A reader serves one chunk: 16 bytes that lie
+// next to each other along its inner index. What is outside - the image, the channels, the sum - reads as zero.
 //
 //   forward      C (pixels x out)     = A: input at the pixel's taps      B: weight (out x taps)
 //   grad_input   C (pixels x in)      = A: gradient of the taps' outputs  B: weight (taps x in)
@@ -9,18 +9,10 @@
 // memory not aligned to it, chunks are gathered value by value.
 #pragma once
 
+#include "cuda/divider.cuh"
 #include "cuda/gemm.cuh"
 
 namespace fastnn::cuda {
-
-struct Quotient {
-  int quotient, remainder;
-};
-
-__device__ __forceinline__ Quotient divide(uint32_t x, int by) {
-  const uint32_t quotient = x / static_cast<uint32_t>(by);
-  return {static_cast<int>(quotient), static_cast<int>(x - quotient * static_cast<uint32_t>(by))};
-}
 
 // How many pixels an image has, and the inverse of that: 64-bit division is a call of a hundred instructions.
 struct ImagePixels {
@@ -39,7 +31,11 @@ struct Geometry {
   int group_in, group_out;  // channels of a group
   int pooled_height, pooled_width;
   ImagePixels in, out, pooled;
-  bool pool;
+  bool pool, unit_stride;
+  struct Dividers {
+    Divider in_height, in_width, out_height, out_width, pooled_height, pooled_width;
+    Divider kernel_width, group_in, group_out, stride_y, stride_x;
+  } by;
 
   explicit Geometry(const Conv2dShape& s)
       : batch(s.batch),
@@ -64,11 +60,19 @@ struct Geometry {
         in(s.in_height * s.in_width),
         out(s.out_height * s.out_width),
         pooled((s.out_height / 2) * (s.out_width / 2)),
-        pool(s.pool) {}
+        pool(s.pool),
+        unit_stride(s.stride_height == 1 && s.stride_width == 1),
+        by{divider(in_height),     divider(in_width),     divider(out_height),   divider(out_width),
+           divider(pooled_height), divider(pooled_width), divider(kernel_width), divider(group_in),
+           divider(group_out),     divider(stride_y),     divider(stride_x)} {}
 
   __host__ __device__ int64_t windows() const { return batch * pooled.count; }
   __host__ __device__ int64_t out_pixels() const { return batch * out.count; }
   __host__ __device__ int64_t in_pixels() const { return batch * in.count; }
+
+ private:
+  // Nothing is divided by a size of 0: such a launch has no blocks.
+  static Divider divider(int by) { return Divider(std::max(by, 1)); }
 };
 
 struct Pixel {
@@ -92,50 +96,86 @@ struct PixelOrigin {
   }
 };
 
-// The pixel `offset` after the origin.
-__device__ __forceinline__ Pixel pixel_after(const PixelOrigin& origin, uint32_t offset, int height, int width,
-                                             int64_t batch) {
-  const Quotient row = divide(origin.rest + offset, width), image = divide(row.quotient, height);
-  const int64_t n = origin.image + image.quotient;
-  return {n, image.remainder, row.remainder, n < batch};
+// The pixel `offset` after the origin. Both are below 2^30 (check_sizes).
+__device__ __forceinline__ Pixel pixel_after(const PixelOrigin& origin, uint32_t offset, const Divider& height,
+                                             const Divider& width, int64_t batch) {
+  uint32_t x = origin.rest + offset, y = width.split(x);
+  const int64_t image = origin.image + height.split(y);
+  return {image, static_cast<int>(y), static_cast<int>(x), image < batch};
+}
+
+__device__ __forceinline__ Pixel out_pixel_after(const Geometry& s, const PixelOrigin& origin, uint32_t offset) {
+  return pixel_after(origin, offset, s.by.out_height, s.by.out_width, s.batch);
 }
 
 // Of each 32 rows of a pooled product, rows w, w + 8, w + 16 and w + 24 are the places of one window (see gemm.cuh).
 __device__ __forceinline__ Pixel pooled_row(const Geometry& s, int64_t first, int row) {
   const PixelOrigin origin(first / 4, s.pooled);
-  Pixel p = pixel_after(origin, row / 32 * 8 + row % 8, s.pooled_height, s.pooled_width, s.batch);
+  Pixel p = pixel_after(origin, row / 32 * 8 + row % 8, s.by.pooled_height, s.by.pooled_width, s.batch);
   const int place = row % 32 / 8;
   p.y = 2 * p.y + place / 2, p.x = 2 * p.x + place % 2;
   return p;
 }
 
-// Output pixels as a sum over them counts: with pooling, window by window, place by place. `first` is a multiple of 4.
-__device__ __forceinline__ PixelOrigin summed_origin(const Geometry& s, int64_t first) {
-  return s.pool ? PixelOrigin(first / 4, s.pooled) : PixelOrigin(first, s.out);
-}
-
-__device__ __forceinline__ Pixel summed_pixel(const Geometry& s, const PixelOrigin& origin, int k) {
-  if (!s.pool) return pixel_after(origin, k, s.out_height, s.out_width, s.batch);
-  Pixel p = pixel_after(origin, k / 4, s.pooled_height, s.pooled_width, s.batch);
-  p.y = 2 * p.y + k % 4 / 2, p.x = 2 * p.x + k % 2;
-  return p;
-}
-
+// A place of the kernel, dilated, and a channel.
 struct Tap {
   int y, x, channel;
 };
 
-__device__ __forceinline__ Tap tap_of(const Geometry& s, int k, int channels) {
-  const Quotient tap = divide(k, channels), row = divide(tap.quotient, s.kernel_width);
-  return {row.quotient, row.remainder, tap.remainder};
+// Of (tap, channel) number `k`, with so many channels.
+__device__ __forceinline__ Tap tap_of(const Geometry& s, uint32_t k, const Divider& channels) {
+  uint32_t x = channels.split(k);
+  const uint32_t y = s.by.kernel_width.split(x);
+  return {static_cast<int>(y) * s.dilation_y, static_cast<int>(x) * s.dilation_x, static_cast<int>(k)};
 }
 
-// A chunk of values that come from value(e), e = 0, 1, ...: one by one, since there may be much code behind each.
-template <class T, class Value>
-__device__ __forceinline__ void store_each_value(T* to, const Value& value) {
-#pragma unroll 1
-  for (int e = 0; e < kChunk<T>; ++e) to[e] = value(e);
+// Where a value, or a chunk of them, is read; zeros stand for what is not valid, and its address means nothing.
+template <class T>
+struct Place {
+  const T* from;
+  bool valid;
+};
+
+// A chunk that lies together.
+template <class T>
+__device__ __forceinline__ void copy_chunk(T* to, const Place<T>& place) {
+  copy_async<16>(to, place.from, place.valid);
 }
+
+// A chunk of values that lie apart: value e at place(e). 16-bit values are below what asynchronous copies move: the
+// thread waits for them, four at a time.
+template <class T, class At>
+__device__ __forceinline__ void gather_chunk(T* to, const At& place) {
+  if constexpr (sizeof(T) >= 4) {
+#pragma unroll
+    for (int e = 0; e < kChunk<T>; ++e) {
+      const Place<T> value = place(e);
+      copy_async<sizeof(T)>(to + e, value.from, value.valid);
+    }
+  } else {
+    constexpr int kTogether = 4;
+#pragma unroll 1
+    for (int first = 0; first < kChunk<T>; first += kTogether) {
+      Pack<T, kTogether> pack;
+#pragma unroll
+      for (int e = 0; e < kTogether; ++e) {
+        const Place<T> value = place(first + e);
+        pack.values[e] = value.valid ? *value.from : narrow<T>(0);
+      }
+      store_pack(to + first, pack);
+    }
+  }
+}
+
+// A 1 in the device's memory.
+template <class T>
+constexpr T one() {
+  if constexpr (std::is_same_v<T, bfloat16>) return {0x3f80};
+  if constexpr (std::is_same_v<T, float16>) return {0x3c00};
+  if constexpr (std::is_floating_point_v<T>) return 1;
+}
+template <class T>
+__device__ const T kOne = one<T>();
 
 // Weight as (out_channels, taps, group_in).
 template <class T>
@@ -146,11 +186,49 @@ struct WeightSource {
 
   WeightSource(const T* weight, const Geometry& s)
       : weight(weight), s(s), chunks(s.group_in % kChunk<T> == 0 && aligned_to(16, weight)) {}
-  __device__ __forceinline__ int depth() const { return s.taps * s.group_in; }
 };
 
+// Images (batch, height, width, channels): the input, or the gradient of z.
+template <class T>
+struct ImageSource {
+  const T* image;
+  Geometry s;
+  bool chunks;
+
+  static ImageSource input(const T* input, const Geometry& s) {
+    return {input, s, s.group_in % kChunk<T> == 0 && s.in_channels % kChunk<T> == 0 && aligned_to(16, input)};
+  }
+  static ImageSource gradient(const T* gradient, const Geometry& s) {
+    return {gradient, s, s.group_out % kChunk<T> == 0 && s.out_channels % kChunk<T> == 0 && aligned_to(16, gradient)};
+  }
+};
+
+// The input at `tap` of the output pixel whose first tap is at (y, x). `image` is the image's first value of the group.
+// What an image holds is below 2^31 values (check_sizes).
+template <class T>
+__device__ __forceinline__ Place<T> input_at(const Geometry& s, const T* image, int y, int x, const Tap& tap) {
+  y += tap.y, x += tap.x;
+  return {image + ((y * s.in_width + x) * s.in_channels + tap.channel),
+          static_cast<unsigned>(y) < static_cast<unsigned>(s.in_height) &&
+              static_cast<unsigned>(x) < static_cast<unsigned>(s.in_width)};
+}
+
+// The gradient at the output whose `tap` touches the input pixel (y, x), padding counted in.
+template <class T>
+__device__ __forceinline__ Place<T> gradient_at(const Geometry& s, const T* image, int y, int x, const Tap& tap) {
+  y -= tap.y, x -= tap.x;
+  bool valid = y >= 0 && x >= 0;
+  if (!s.unit_stride) {
+    uint32_t rest_y = y, rest_x = x;
+    y = static_cast<int>(s.by.stride_y.split(rest_y)), x = static_cast<int>(s.by.stride_x.split(rest_x));
+    valid = valid && rest_y == 0 && rest_x == 0;
+  }
+  return {image + ((y * s.out_width + x) * s.out_channels + tap.channel), valid && y < s.out_height && x < s.out_width};
+}
+
 // A reader is made for `first`, the block's first row or column, and `fixed`, the thread's after it; `first_k` is where
-// its sum begins, and load() takes k after that.
+// its sum begins, and load() takes k after that. What depends on k alone is worked out whether it is needed or not, so
+// that the compiler does it once for all rows.
 
 // Row: an output channel; k: a tap.
 template <class T>
@@ -159,19 +237,22 @@ class WeightRows {
   static constexpr Layout layout = Layout::depth_inner;
   __device__ __forceinline__ WeightRows(const WeightSource<T>& source, int64_t first, int64_t first_k, int fixed,
                                         int group)
-      : source_(source),
-        row_(source.weight + (group * int64_t{source.s.group_out} + first + fixed) * source.depth() + first_k),
-        depth_(first + fixed < source.s.group_out ? source.depth() - static_cast<int>(first_k) : 0) {}
+      : chunks_(source.chunks) {
+    const int depth = source.s.taps * source.s.group_in;
+    row_ = source.weight + (group * int64_t{source.s.group_out} + first + fixed) * depth + first_k;
+    depth_ = first + fixed < source.s.group_out ? depth - static_cast<int>(first_k) : 0;
+  }
 
   __device__ __forceinline__ void load(T* to, int k) const {
-    if (source_.chunks)
-      copy_async16(to, row_ + k, k < depth_);
+    if (chunks_)
+      copy_chunk(to, at(k));
     else
-      store_each_value(to, [&](int e) { return k + e < depth_ ? row_[k + e] : narrow<T>(0); });
+      gather_chunk(to, [&](int e) { return at(k + e); });
   }
 
  private:
-  const WeightSource<T>& source_;
+  __device__ __forceinline__ Place<T> at(int k) const { return {row_ + k, k < depth_}; }
+  bool chunks_;
   const T* row_;
   int depth_;  // from first_k on
 };
@@ -183,73 +264,26 @@ class WeightColumns {
   static constexpr Layout layout = Layout::depth_outer;
   __device__ __forceinline__ WeightColumns(const WeightSource<T>& source, int64_t first, int64_t first_k, int fixed,
                                            int group)
-      : source_(source), first_k_(static_cast<int>(first_k)), column_(static_cast<int>(first) + fixed), group_(group) {}
+      : source_(source), first_k_(static_cast<int>(first_k)), column_(static_cast<int>(first) + fixed) {
+    group_ = source.weight + group * int64_t{source.s.group_out} * source.s.taps * source.s.group_in + column_;
+  }
 
   __device__ __forceinline__ void load(T* to, int k) const {
     const Geometry& s = source_.s;
-    const Quotient tap = divide(first_k_ + k, s.group_out);
-    const bool valid = tap.quotient < s.taps;
-    const T* row = source_.weight +
-                   ((group_ * int64_t{s.group_out} + tap.remainder) * s.taps + tap.quotient) * s.group_in + column_;
+    uint32_t out = first_k_ + k;
+    const int tap = static_cast<int>(s.by.group_out.split(out));
+    const T* row = group_ + int64_t{static_cast<int>(out) * s.taps + tap} * s.group_in;
+    const auto at = [&](int e) { return Place<T>{row + e, tap < s.taps && column_ + e < s.group_in}; };
     if (source_.chunks)
-      copy_async16(to, row, valid && column_ < s.group_in);
+      copy_chunk(to, at(0));
     else
-      store_each_value(to, [&](int e) { return valid && column_ + e < s.group_in ? row[e] : narrow<T>(0); });
+      gather_chunk(to, at);
   }
 
  private:
   const WeightSource<T>& source_;
-  int first_k_, column_, group_;
-};
-
-template <class T>
-struct InputSource {
-  const T* input;
-  Geometry s;
-  bool chunks;
-
-  InputSource(const T* input, const Geometry& s)
-      : input(input),
-        s(s),
-        chunks(s.group_in % kChunk<T> == 0 && s.in_channels % kChunk<T> == 0 && aligned_to(16, input)) {}
-
-  // The value that output pixel `p` multiplies with `tap`, or null outside the image.
-  __device__ __forceinline__ const T* at(const Pixel& p, const Tap& tap, int group) const {
-    const int y = p.y * s.stride_y - s.padding_y + tap.y * s.dilation_y;
-    const int x = p.x * s.stride_x - s.padding_x + tap.x * s.dilation_x;
-    if (!p.valid || y < 0 || y >= s.in_height || x < 0 || x >= s.in_width) return nullptr;
-    return input + ((p.image * s.in_height + y) * s.in_width + x) * s.in_channels + group * s.group_in + tap.channel;
-  }
-
-  // The chunk of taps k, k + 1, ... of pixel p.
-  __device__ __forceinline__ void load(T* to, const Pixel& p, int k, int group) const {
-    const int depth = s.taps * s.group_in;
-    if (chunks) {
-      const T* from = k < depth ? at(p, tap_of(s, k, s.group_in), group) : nullptr;
-      copy_async16(to, from ? from : input, from != nullptr);
-    } else {
-      store_each_value(to, [&](int e) {
-        const T* from = k + e < depth ? at(p, tap_of(s, k + e, s.group_in), group) : nullptr;
-        return from ? *from : narrow<T>(0);
-      });
-    }
-  }
-};
-
-// After the last tap comes a 1, then zeros.
-template <class T>
-struct InputAndOne : InputSource<T> {
-  using InputSource<T>::InputSource;
-
-  __device__ __forceinline__ void load(T* to, const Pixel& p, int k, int group) const {
-    const Geometry& s = this->s;
-    const int depth = s.taps * s.group_in;
-    if (k + kChunk<T> <= depth) return InputSource<T>::load(to, p, k, group);
-    store_each_value(to, [&](int e) {
-      const T* from = k + e < depth ? this->at(p, tap_of(s, k + e, s.group_in), group) : nullptr;
-      return from ? *from : narrow<T>(k + e == depth ? 1 : 0);
-    });
-  }
+  const T* group_;
+  int first_k_, column_;
 };
 
 // Row: an output pixel (with pooling, as pooled_row() orders them); k: a tap.
@@ -257,146 +291,143 @@ template <class T>
 class InputRows {
  public:
   static constexpr Layout layout = Layout::depth_inner;
-  __device__ __forceinline__ InputRows(const InputSource<T>& source, int64_t first, int64_t first_k, int fixed,
+  __device__ __forceinline__ InputRows(const ImageSource<T>& source, int64_t first, int64_t first_k, int fixed,
                                        int group)
-      : source_(source), first_k_(static_cast<int>(first_k)), group_(group), pixel_(pixel(source.s, first, fixed)) {}
-  __device__ __forceinline__ void load(T* to, int k) const { source_.load(to, pixel_, first_k_ + k, group_); }
-
- private:
-  static __device__ __forceinline__ Pixel pixel(const Geometry& s, int64_t first, int fixed) {
-    if (s.pool) return pooled_row(s, first, fixed);
-    return pixel_after(PixelOrigin(first, s.out), fixed, s.out_height, s.out_width, s.batch);
+      : source_(source), first_k_(static_cast<int>(first_k)) {
+    const Geometry& s = source.s;
+    const Pixel p = s.pool ? pooled_row(s, first, fixed) : out_pixel_after(s, PixelOrigin(first, s.out), fixed);
+    image_ = source.image + p.image * s.in.count * s.in_channels + int64_t{group} * s.group_in;
+    y_ = p.y * s.stride_y - s.padding_y, x_ = p.x * s.stride_x - s.padding_x;
+    depth_ = p.valid ? s.taps * s.group_in : 0;
   }
 
-  const InputSource<T>& source_;
-  int first_k_, group_;
-  Pixel pixel_;
-};
-
-// The gradient of z, which is not stored: grad_output where ReLU and pooling let it through.
-template <class T>
-struct GradientSource {
-  const T* grad_output;
-  const T* output;        // undoes a ReLU, or null
-  const uint8_t* winner;  // undoes pooling, or null
-  Geometry s;
-  bool chunks;
-
-  GradientSource(const Conv2dBackward<T>& b, const Geometry& s, bool relu)
-      : grad_output(b.grad_output),
-        output(relu && !s.pool ? b.output : nullptr),
-        winner(s.pool ? b.winner : nullptr),
-        s(s),
-        chunks(s.group_out % kChunk<T> == 0 && s.out_channels % kChunk<T> == 0 &&
-               aligned_to(16, b.grad_output, output)) {}
-
-  // Of one channel of the group at output pixel `p`.
-  __device__ __forceinline__ T value(Pixel p, int channel, int group) const {
-    const int place = to_stored(p);
-    if (!p.valid || channel >= s.group_out) return narrow<T>(0);
-    const int64_t at = offset(p, channel, group);
-    if (winner ? winner[at] != place : output && widen(output[at]) <= 0) return narrow<T>(0);
-    return grad_output[at];
-  }
-
-  // Of channels `channel`, channel + 1, ...
-  __device__ __forceinline__ void load(T* to, Pixel p, int channel, int group) const {
-    if (!chunks) {
-      store_each_value(to, [&](int e) { return value(p, channel + e, group); });
-      return;
-    }
-    const int place = to_stored(p);
-    const bool valid = p.valid && channel < s.group_out;
-    const int64_t at = valid ? offset(p, channel, group) : 0;
-    if (!output && !winner) {
-      copy_async16(to, grad_output + at, valid);
-      return;
-    }
-    Pack<T, kChunk<T>> grads{}, outputs{};
-    if (valid) {
-      grads = load_pack<T, kChunk<T>>(grad_output + at);
-      if (output) outputs = load_pack<T, kChunk<T>>(output + at);
-    }
-#pragma unroll
-    for (int e = 0; e < kChunk<T>; ++e)
-      if (valid && (winner ? winner[at + e] != place : widen(outputs.values[e]) <= 0)) grads.values[e] = narrow<T>(0);
-    store_pack(to, grads);
+  __device__ __forceinline__ void load(T* to, int k) const {
+    if (source_.chunks)
+      copy_chunk(to, at(first_k_ + k));
+    else
+      gather_chunk(to, [&](int e) { return at(first_k_ + k + e); });
   }
 
  private:
-  // Turns `p` into the pixel that is stored and returns its place in the pooling window.
-  __device__ __forceinline__ int to_stored(Pixel& p) const {
-    if (!winner) return 0;
-    const int place = p.y % 2 * 2 + p.x % 2;
-    p.y /= 2, p.x /= 2;
-    p.valid = p.valid && p.y < s.pooled_height && p.x < s.pooled_width;
-    return place;
+  __device__ __forceinline__ Place<T> at(int k) const {
+    const Geometry& s = source_.s;
+    const Place<T> place = input_at(s, image_, y_, x_, tap_of(s, k, s.by.group_in));
+    return {place.from, place.valid && k < depth_};
   }
-  __device__ __forceinline__ int64_t offset(const Pixel& p, int channel, int group) const {
-    const int height = winner ? s.pooled_height : s.out_height, width = winner ? s.pooled_width : s.out_width;
-    return ((p.image * height + p.y) * width + p.x) * s.out_channels + group * s.group_out + channel;
-  }
-};
 
-// The output pixel whose `tap` touches input pixel `p`.
-__device__ __forceinline__ Pixel touched_output(const Geometry& s, const Pixel& p, const Tap& tap) {
-  const int y = p.y + s.padding_y - tap.y * s.dilation_y, x = p.x + s.padding_x - tap.x * s.dilation_x;
-  Pixel out{p.image, y / s.stride_y, x / s.stride_x, p.valid};
-  out.valid = p.valid && y >= 0 && x >= 0 && out.y * s.stride_y == y && out.x * s.stride_x == x &&
-              tap.y * s.kernel_width + tap.x < s.taps && out.y < s.out_height && out.x < s.out_width;
-  return out;
-}
+  const ImageSource<T>& source_;
+  const T* image_;
+  int first_k_, y_, x_, depth_;
+};
 
 // Row: an input pixel; k: (tap, output channel), at the output that this tap of it touches the pixel.
 template <class T>
 class GradientRows {
  public:
   static constexpr Layout layout = Layout::depth_inner;
-  __device__ __forceinline__ GradientRows(const GradientSource<T>& source, int64_t first, int64_t first_k, int fixed,
+  __device__ __forceinline__ GradientRows(const ImageSource<T>& source, int64_t first, int64_t first_k, int fixed,
                                           int group)
-      : source_(source),
-        first_k_(static_cast<int>(first_k)),
-        group_(group),
-        pixel_(pixel_after(PixelOrigin(first, source.s.in), fixed, source.s.in_height, source.s.in_width,
-                           source.s.batch)) {}
+      : source_(source), first_k_(static_cast<int>(first_k)) {
+    const Geometry& s = source.s;
+    const Pixel p = pixel_after(PixelOrigin(first, s.in), fixed, s.by.in_height, s.by.in_width, s.batch);
+    image_ = source.image + p.image * s.out.count * s.out_channels + int64_t{group} * s.group_out;
+    y_ = p.y + s.padding_y, x_ = p.x + s.padding_x;
+    depth_ = p.valid ? s.taps * s.group_out : 0;
+  }
+
+  __device__ __forceinline__ void load(T* to, int k) const {
+    if (source_.chunks)
+      copy_chunk(to, at(first_k_ + k));
+    else
+      gather_chunk(to, [&](int e) { return at(first_k_ + k + e); });
+  }
+
+ private:
+  __device__ __forceinline__ Place<T> at(int k) const {
+    const Geometry& s = source_.s;
+    const Place<T> place = gradient_at(s, image_, y_, x_, tap_of(s, k, s.by.group_out));
+    return {place.from, place.valid && k < depth_};
+  }
+
+  const ImageSource<T>& source_;
+  const T* image_;
+  int first_k_, y_, x_, depth_;
+};
+
+// How many pixels follow the first of a sum, as far as it may ask.
+__device__ __forceinline__ int pixels_left(const Geometry& s, int64_t first_k) {
+  const int64_t left = s.out_pixels() - first_k;
+  return left < INT32_MAX ? static_cast<int>(left) : INT32_MAX;
+}
+
+// Column: an output channel; k: an output pixel.
+template <class T>
+class GradientColumns {
+ public:
+  static constexpr Layout layout = Layout::depth_outer;
+  __device__ __forceinline__ GradientColumns(const ImageSource<T>& source, int64_t first, int64_t first_k, int fixed,
+                                             int group)
+      : source_(source), column_(static_cast<int>(first) + fixed), pixels_(pixels_left(source.s, first_k)) {
+    row_ = source.image + first_k * source.s.out_channels + int64_t{group} * source.s.group_out + column_;
+  }
 
   __device__ __forceinline__ void load(T* to, int k) const {
     const Geometry& s = source_.s;
-    if (source_.chunks) {
-      const Tap tap = tap_of(s, first_k_ + k, s.group_out);
-      source_.load(to, touched_output(s, pixel_, tap), tap.channel, group_);
-    } else {
-      store_each_value(to, [&](int e) {
-        const Tap tap = tap_of(s, first_k_ + k + e, s.group_out);
-        return source_.value(touched_output(s, pixel_, tap), tap.channel, group_);
-      });
-    }
+    const T* row = row_ + int64_t{k} * s.out_channels;
+    const auto at = [&](int e) { return Place<T>{row + e, k < pixels_ && column_ + e < s.group_out}; };
+    if (source_.chunks)
+      copy_chunk(to, at(0));
+    else
+      gather_chunk(to, at);
   }
 
  private:
-  const GradientSource<T>& source_;
-  int first_k_, group_;
-  Pixel pixel_;
+  const ImageSource<T>& source_;
+  const T* row_;
+  int column_, pixels_;
 };
 
-// Column: a tap of InputAndOne, or an output channel of GradientSource; k: an output pixel.
-template <class T, template <class> class Source>
-class SummedPixels {
+// Column: a tap, after the last of which comes a 1; k: an output pixel.
+template <class T>
+class InputColumns {
  public:
   static constexpr Layout layout = Layout::depth_outer;
-  __device__ __forceinline__ SummedPixels(const Source<T>& source, int64_t first, int64_t first_k, int fixed, int group)
+  __device__ __forceinline__ InputColumns(const ImageSource<T>& source, int64_t first, int64_t first_k, int fixed,
+                                          int group)
       : source_(source),
-        origin_(summed_origin(source.s, first_k)),
         column_(static_cast<int>(first) + fixed),
-        group_(group) {}
+        depth_(source.s.taps * source.s.group_in),
+        pixels_(pixels_left(source.s, first_k)),
+        tap_(tap_of(source.s, column_, source.s.by.group_in)) {
+    const Geometry& s = source.s;
+    const PixelOrigin origin(first_k, s.out);
+    image_ = source.image + origin.image * s.in.count * s.in_channels + int64_t{group} * s.group_in;
+    first_pixel_ = origin.rest;
+  }
+
   __device__ __forceinline__ void load(T* to, int k) const {
-    source_.load(to, summed_pixel(source_.s, origin_, k), column_, group_);
+    const Geometry& s = source_.s;
+    uint32_t x = first_pixel_ + k, y = s.by.out_width.split(x);
+    const uint32_t image = s.by.out_height.split(y);
+    const T* from = image_ + int64_t{image} * (static_cast<int>(s.in.count) * s.in_channels);
+    const int y0 = static_cast<int>(y) * s.stride_y - s.padding_y;
+    const int x0 = static_cast<int>(x) * s.stride_x - s.padding_x;
+    if (source_.chunks && column_ + kChunk<T> <= depth_) {
+      const Place<T> place = input_at(s, from, y0, x0, tap_);
+      return copy_chunk(to, Place<T>{place.from, place.valid && k < pixels_});
+    }
+    gather_chunk(to, [&](int e) -> Place<T> {
+      if (column_ + e == depth_) return {&kOne<T>, true};
+      const Place<T> place = input_at(s, from, y0, x0, tap_of(s, column_ + e, s.by.group_in));
+      return {place.from, place.valid && k < pixels_ && column_ + e < depth_};
+    });
   }
 
  private:
-  const Source<T>& source_;
-  PixelOrigin origin_;
-  int column_, group_;
+  const ImageSource<T>& source_;
+  const T* image_;
+  int column_, depth_, pixels_, first_pixel_;
+  Tap tap_;
 };
 
 }  // namespace fastnn::cuda

@@ -40,6 +40,7 @@ template <class T>
 __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
     cross_entropy_forward_kernel(Lines lines, Smoothing<Compute<T>> smoothing, CrossEntropyForward<T> b,
                                  LossTotal<T> total) {
+  begin_kernel();
   using C = Compute<T>;
   LossSum total_sum{0, 0};
   for_lines(lines, [&](const Team& team, const Line& line) {
@@ -94,6 +95,7 @@ template <class T>
 __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
     cross_entropy_backward_kernel(Lines lines, Reduction reduction, Smoothing<Compute<T>> smoothing,
                                   CrossEntropyBackward<T> b) {
+  begin_kernel();
   using C = Compute<T>;
   const T* __restrict__ input = b.input;
   const T* __restrict__ probabilities = b.probabilities;

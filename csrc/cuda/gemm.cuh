@@ -2,20 +2,23 @@
 // are read through readers - rows of a matrix, or pixels of images that a convolution's taps touch - and C is stored by
 // what follows the product: bias, ReLU, pooling.
 //
-//   block: 64 x 64 of C, 4 warps of 32 x 32. K passes in stages of 64 bytes a row, 4 stages deep in shared memory:
+//   block: 64 x 64 of C or more (BlockShape), warps of 32 x 32 or 64 x 32. K passes in stages of 64 bytes a row, 4
+//   stages deep in shared memory:
 //
 //     load 0 | load 1 | load 2 | wait 0, load 3, multiply 0 | wait 1, load 4, multiply 1 | ...
 //
-//   A stage of an operand is 256 chunks of 16 bytes, two for each thread to load. It lies as its reader finds it in
-//   memory: by rows of M or N with K innermost, or by rows of K with M or N innermost.
+//   A stage of an operand is four chunks of 16 bytes a row. It lies as its reader finds it in memory: by rows of M or N
+//   with K innermost, or by rows of K with M or N innermost.
 //
-//   thread: of its warp's 32 x 32, with lane = 4 g + t: rows g + 8 i (i = 0..3), columns 8 j + 2 t and 8 j + 2 t + 1
-//   (j = 0..3) - the fragments of two by four mma instructions. When C is pooled, rows g + 8 i are the four places of
-//   one pooling window, so that its maximum needs no other thread.
+//   thread: with lane = 4 g + t, of its warp's rows g + 8 i and columns 8 j + 2 t and 8 j + 2 t + 1: the fragments of
+//   mma instructions. When C is pooled, four rows g + 8 i are the places of one pooling window, so that its maximum
+//   needs no other thread.
 //
 // No atomics: where M x N alone does not fill the device, K is split between blocks, whose partial sums a second kernel
 // adds in order.
 #pragma once
+
+#include <algorithm>
 
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
@@ -23,13 +26,29 @@
 
 namespace fastnn::cuda {
 
-constexpr int kGemmThreads = 128;
-constexpr int kGemmBlock = 64;  // rows and columns of C a block
-constexpr int kWarpTile = 32;
-constexpr int kStages = 4;       // 40 KB: below the 48 KB that need no leave, and two blocks fit where 96 KB are
+// A block's share of C: kWarpsM x kWarpsN warps of kFragmentsM x kFragmentsN fragments of 16 x 8.
+template <int kWarpsM_, int kWarpsN_, int kFragmentsM_, int kFragmentsN_>
+struct BlockShape {
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr int kFragmentsM = kFragmentsM_, kFragmentsN = kFragmentsN_;
+  static constexpr int kWarpM = 16 * kFragmentsM, kWarpN = 8 * kFragmentsN;
+  static constexpr int kM = kWarpsM * kWarpM, kN = kWarpsN * kWarpN;
+  static constexpr int kThreads = kWarpThreads * kWarpsM * kWarpsN;
+};
+using SquareBlock = BlockShape<2, 2, 2, 4>;  // 64 x 64: the most blocks
+using NarrowBlock = BlockShape<4, 1, 2, 4>;  // 128 x 32: for few columns
+using TallBlock = BlockShape<2, 2, 4, 4>;    // 128 x 64: a third fewer reads of shared memory for each product
+using WideBlock = BlockShape<2, 4, 4, 4>;    // 128 x 128: and half the copies to it
+
+constexpr int kStages = 4;
 constexpr int kStageBytes = 64;  // of K in a row
-constexpr int kOperandBytes = kGemmBlock * (kStageBytes + 16);
-constexpr int kGemmSharedBytes = kStages * 2 * kOperandBytes;
+constexpr int kRowBytes = kStageBytes + 16;
+
+// Of a stage of an operand of so many rows of M or N; below, of all stages of both.
+template <int kRows>
+constexpr int kOperandBytes = kRows * kRowBytes;
+template <class Shape>
+constexpr int kGemmSharedBytes = kStages * kOperandBytes<Shape::kM + Shape::kN>;
 
 template <class T>
 constexpr int kDepth = kStageBytes / sizeof(T);  // of K a stage
@@ -42,23 +61,34 @@ enum class Layout {
   depth_outer,  // a row for each of K
 };
 
-template <class T, Layout layout>
+// A stage of an operand with kSize rows of M or N.
+template <class T, Layout kLayout_, int kSize>
 struct Tile {
-  static constexpr int kPadding = layout == Layout::depth_inner || sizeof(T) == 2 ? 16 : 32;  // bytes
-  static constexpr int kRow = (layout == Layout::depth_inner ? kDepth<T> : kGemmBlock) + kPadding / sizeof(T);
-  static constexpr int kRowChunks = (layout == Layout::depth_inner ? kDepth<T> : kGemmBlock) / kChunk<T>;
-  static_assert((layout == Layout::depth_inner ? kGemmBlock : kDepth<T>)*kRow * sizeof(T) <= kOperandBytes);
+  static constexpr Layout kLayout = kLayout_;
+  static constexpr int kPadding = kLayout == Layout::depth_inner || sizeof(T) == 2 ? 16 : 32;  // bytes
+  static constexpr int kInner = kLayout == Layout::depth_inner ? kDepth<T> : kSize;
+  static constexpr int kRows = kLayout == Layout::depth_inner ? kSize : kDepth<T>;
+  static constexpr int kRow = kInner + kPadding / sizeof(T);
+  static constexpr int kRowChunks = kInner / kChunk<T>;
+  static_assert(kRows * kRow * sizeof(T) <= kOperandBytes<kSize>);
 
   // Element (index of M or N, k).
   static __device__ __forceinline__ int at(int index, int k) {
-    return layout == Layout::depth_inner ? index * kRow + k : k * kRow + index;
+    return kLayout == Layout::depth_inner ? index * kRow + k : k * kRow + index;
+  }
+  // What this lane hands to load_matrices for 16 indices from `index` on by 32 bytes of K from `k` on: matrices 0 and 1
+  // are the first 16 bytes of 8 indices each, 2 and 3 the next.
+  static __device__ __forceinline__ int matrix_row(int index, int k) {
+    const int lane = threadIdx.x % kWarpThreads;
+    return at(index + lane / 8 % 2 * 8 + lane % 8, k + lane / 16 * kChunk<T>);
   }
 };
 
 // A thread's part of C. value(i, j): row g + 8 i, column 8 (j / 2) + 2 t + j % 2 of the warp's tile.
-template <class C>
+template <class C, class Shape>
 struct Accumulators {
-  C fragment[2][4][4] = {};
+  static constexpr int kRows = 2 * Shape::kFragmentsM, kColumns = 2 * Shape::kFragmentsN;
+  C fragment[Shape::kFragmentsM][Shape::kFragmentsN][4] = {};
   __device__ __forceinline__ C& value(int i, int j) { return fragment[i / 2][j / 2][2 * (i % 2) + j % 2]; }
 };
 
@@ -69,23 +99,45 @@ template <class T>
 struct PlainProducts {
   static constexpr const char* kName = "plain";
   static constexpr bool kTensorCores = false;
-  template <Layout LA, Layout LB>
-  static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<Compute<T>>& c) {
+  template <class TileA, class TileB, class Shape>
+  static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<Compute<T>, Shape>& c) {
+    constexpr int kRows = c.kRows, kColumns = c.kColumns;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll 2
     for (int k = 0; k < kDepth<T>; ++k) {
-      Compute<T> x[4], y[8];
+      Compute<T> x[kRows], y[kColumns];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = widen(a[Tile<T, LA>::at(g + 8 * i, k)]);
+      for (int i = 0; i < kRows; ++i) x[i] = widen(a[TileA::at(g + 8 * i, k)]);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) y[j] = widen(b[Tile<T, LB>::at(8 * (j / 2) + 2 * t + j % 2, k)]);
+      for (int j = 0; j < kColumns; ++j) y[j] = widen(b[TileB::at(8 * (j / 2) + 2 * t + j % 2, k)]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
+      for (int i = 0; i < kRows; ++i)
 #pragma unroll
-        for (int j = 0; j < 8; ++j) c.value(i, j) += x[i] * y[j];
+        for (int j = 0; j < kColumns; ++j) c.value(i, j) += x[i] * y[j];
     }
   }
 };
+
+// Tensor cores: kStep values of K an instruction. A policy reads fragments - 16 of M or two times 8 of N, four words a
+// thread - and multiplies them.
+template <class Policy, class T, class TileA, class TileB, class Shape>
+__device__ __forceinline__ void multiply_fragments(const T* a, const T* b, Accumulators<float, Shape>& c) {
+#pragma unroll
+  for (int k = 0; k < kDepth<T>; k += Policy::kStep) {
+    typename Policy::Fragment x[Shape::kFragmentsM];
+#pragma unroll
+    for (int m = 0; m < Shape::kFragmentsM; ++m) x[m] = Policy::template load<TileA>(a, 16 * m, k);
+#pragma unroll
+    for (int n = 0; n < Shape::kFragmentsN; n += 2) {
+      const auto y = Policy::template load<TileB>(b, 8 * n, k);
+#pragma unroll
+      for (int m = 0; m < Shape::kFragmentsM; ++m) {
+        Policy::add_product(c.fragment[m][n], x[m], y, 0);
+        Policy::add_product(c.fragment[m][n + 1], x[m], y, 1);
+      }
+    }
+  }
+}
 
 // Tensor cores on float32. `kExact`: each factor is split in two, x = high + low, and three of the four products are
 // formed (Markidis et al., 2018): the error is float32's own. Otherwise factors are rounded to tf32.
@@ -93,38 +145,47 @@ template <bool kExact>
 struct Tf32Products {
   static constexpr const char* kName = kExact ? "tf32x3" : "tf32";
   static constexpr bool kTensorCores = true;
-  template <Layout LA, Layout LB>
-  static __device__ __forceinline__ void multiply(const float* a, const float* b, Accumulators<float>& c) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-    for (int k = 0; k < kDepth<float>; k += 8) {
-      uint32_t x[2][4], x_low[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          split(a[Tile<float, LA>::at(16 * m + g + 8 * (r % 2), k + t + 4 * (r / 2))], x[m][r], x_low[m][r]);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        uint32_t y[2], y_low[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) split(b[Tile<float, LB>::at(8 * n + g, k + t + 4 * r)], y[r], y_low[r]);
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          if constexpr (kExact) {
-            mma_tf32(c.fragment[m][n], x_low[m], y);
-            mma_tf32(c.fragment[m][n], x[m], y_low);
-          }
-          mma_tf32(c.fragment[m][n], x[m], y);
-        }
-      }
-    }
+  static constexpr int kStep = 8;
+  // Word r: (g + 8 (r % 2), t + 4 (r / 2)).
+  struct Fragment {
+    uint32_t high[4], low[kExact ? 4 : 1];
+  };
+
+  template <class TileA, class TileB, class Shape>
+  static __device__ __forceinline__ void multiply(const float* a, const float* b, Accumulators<float, Shape>& c) {
+    multiply_fragments<Tf32Products, float, TileA, TileB>(a, b, c);
   }
 
- private:
-  static __device__ __forceinline__ void split(float value, uint32_t& high, uint32_t& low) {
-    high = to_tf32(value);
-    low = kExact ? to_tf32(value - bits_to_float(high)) : 0;
+  template <class Tile>
+  static __device__ __forceinline__ Fragment load(const float* tile, int index, int k) {
+    Fragment result;
+    uint32_t words[4];
+    if constexpr (Tile::kLayout == Layout::depth_inner) {
+      load_matrices(words, &tile[Tile::matrix_row(index, k)]);
+    } else {
+      const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        words[r] = float_to_bits(tile[Tile::at(index + g + 8 * (r % 2), k + t + 4 * (r / 2))]);
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const float value = bits_to_float(words[r]);
+      result.high[r] = to_tf32(value);
+      if constexpr (kExact) result.low[r] = to_tf32(value - bits_to_float(result.high[r]));
+    }
+    return result;
+  }
+
+  // The columns of y's half.
+  static __device__ __forceinline__ void add_product(float (&c)[4], const Fragment& x, const Fragment& y, int half) {
+    const uint32_t high[2] = {y.high[half], y.high[half + 2]};
+    if constexpr (kExact) {
+      const uint32_t low[2] = {y.low[half], y.low[half + 2]};
+      mma_tf32(c, x.low, high);
+      mma_tf32(c, x.high, low);
+    }
+    mma_tf32(c, x.high, high);
   }
 };
 
@@ -133,85 +194,82 @@ template <class T>
 struct HalfProducts {
   static constexpr const char* kName = "mma";
   static constexpr bool kTensorCores = true;
-  template <Layout LA, Layout LB>
-  static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<float>& c) {
-#pragma unroll
-    for (int k = 0; k < kDepth<T>; k += 16) {
-      uint32_t x[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m) load_fragment<LA>(a, 16 * m, k, x[m]);
-#pragma unroll
-      for (int n = 0; n < 4; n += 2) {
-        uint32_t y[4];  // columns n: words 0 and 2 of a 16 x 16 fragment, columns n + 1: words 1 and 3
-        load_fragment<LB>(b, 8 * n, k, y);
-        const uint32_t first[2] = {y[0], y[2]}, second[2] = {y[1], y[3]};
-#pragma unroll
-        for (int m = 0; m < 2; ++m) {
-          mma_16bit<T>(c.fragment[m][n], x[m], first);
-          mma_16bit<T>(c.fragment[m][n + 1], x[m], second);
-        }
-      }
-    }
+  static constexpr int kStep = 16;
+  // Word r: (g + 8 (r % 2), 2 t and 2 t + 1 + 8 (r / 2)).
+  struct Fragment {
+    uint32_t words[4];
+  };
+
+  template <class TileA, class TileB, class Shape>
+  static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<float, Shape>& c) {
+    multiply_fragments<HalfProducts, T, TileA, TileB>(a, b, c);
   }
 
- private:
-  // 16 (of M or N, from `index` on) by 16 (of K): word r holds (g + 8 (r % 2), 2 t and 2 t + 1 + 8 (r / 2)).
-  template <Layout layout>
-  static __device__ __forceinline__ void load_fragment(const T* tile, int index, int k, uint32_t (&words)[4]) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (layout == Layout::depth_inner) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        std::memcpy(&words[r],
-                    &tile[Tile<T, layout>::at(index + lane / 4 + 8 * (r % 2), k + 2 * (lane % 4) + 8 * (r / 2))], 4);
+  template <class Tile>
+  static __device__ __forceinline__ Fragment load(const T* tile, int index, int k) {
+    Fragment result;
+    if constexpr (Tile::kLayout == Layout::depth_inner) {
+      load_matrices(result.words, &tile[Tile::matrix_row(index, k)]);
     } else {
       // Matrix i = lane / 8: rows k + 8 (i / 2) + lane % 8, columns from index + 8 (i % 2) on.
-      load_matrices_transposed(words,
-                               &tile[Tile<T, layout>::at(index + lane / 8 % 2 * 8, k + lane / 16 * 8 + lane % 8)]);
+      const int lane = threadIdx.x % kWarpThreads;
+      load_matrices_transposed(result.words, &tile[Tile::at(index + lane / 8 % 2 * 8, k + lane / 16 * 8 + lane % 8)]);
     }
+    return result;
+  }
+
+  static __device__ __forceinline__ void add_product(float (&c)[4], const Fragment& x, const Fragment& y, int half) {
+    const uint32_t columns[2] = {y.words[half], y.words[half + 2]};
+    mma_16bit<T>(c, x.words, columns);
   }
 };
 
-// What a thread loads of one operand: two chunks of a stage, each with its reader.
-template <class T, class Reader>
+// What a thread loads of an operand of kSize rows of M or N: chunks of a stage. With K innermost each is a row's of its
+// own and has a reader; else they are rows of K at the same place, and share one.
+template <class T, class Reader, int kSize, int kThreads>
 struct Loads {
-  static constexpr Layout layout = Reader::layout;
-  static constexpr int kRowChunks = Tile<T, layout>::kRowChunks;
-  static constexpr int kRowStep = kGemmThreads / kRowChunks;
+  using Tile = cuda::Tile<T, Reader::layout, kSize>;
+  static constexpr bool kInner = Reader::layout == Layout::depth_inner;
+  static constexpr int kRowStep = kThreads / Tile::kRowChunks;
+  static constexpr int kCount = Tile::kRows / kRowStep;  // chunks a thread
+  static_assert(kCount * kRowStep == Tile::kRows);
 
   template <class Source>
   __device__ __forceinline__ Loads(const Source& source, int64_t first, int64_t first_k, int group)
-      : readers_{Reader(source, first, first_k, fixed(0), group), Reader(source, first, first_k, fixed(1), group)} {}
+      : Loads(source, first, first_k, group, std::make_integer_sequence<int, kInner ? kCount : 1>()) {}
 
   // Values k, k + 1, ... of the sum that began at first_k.
   __device__ __forceinline__ void load(T* tile, int k) const {
-    const int row = threadIdx.x / kRowChunks, column = threadIdx.x % kRowChunks * kChunk<T>;
+    const int row = threadIdx.x / Tile::kRowChunks, column = threadIdx.x % Tile::kRowChunks * kChunk<T>;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < kCount; ++j) {
       const int r = row + j * kRowStep;
-      readers_[j].load(tile + r * Tile<T, layout>::kRow + column, k + (layout == Layout::depth_inner ? column : r));
+      readers_[kInner ? j : 0].load(tile + r * Tile::kRow + column, k + (kInner ? column : r));
     }
   }
 
  private:
+  template <class Source, int... j>
+  __device__ __forceinline__ Loads(const Source& source, int64_t first, int64_t first_k, int group,
+                                   std::integer_sequence<int, j...>)
+      : readers_{Reader(source, first, first_k, fixed(j), group)...} {}
   static __device__ __forceinline__ int fixed(int j) {
-    return layout == Layout::depth_inner ? threadIdx.x / kRowChunks + j * kRowStep
-                                         : threadIdx.x % kRowChunks * kChunk<T>;
+    return kInner ? threadIdx.x / Tile::kRowChunks + j * kRowStep : threadIdx.x % Tile::kRowChunks * kChunk<T>;
   }
-  Reader readers_[2];
+  Reader readers_[kInner ? kCount : 1];
 };
 
-// The usual store of a product: each element by itself, through problem.store_one.
-template <class Problem, class C>
-__device__ __forceinline__ void store_each(const Problem& problem, int group, int64_t m0, int64_t n0,
-                                           Accumulators<C>& c) {
+// The usual store of a product: each element by itself, through store(row, column, value).
+template <class C, class Shape, class Store>
+__device__ __forceinline__ void store_each(const int64_t m0, int64_t n0, int64_t m_end, int64_t n_end,
+                                           Accumulators<C, Shape>& c, const Store& store) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int i = 0; i < c.kRows; ++i)
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (int j = 0; j < c.kColumns; ++j) {
       const int64_t m = m0 + g + 8 * i, n = n0 + 8 * (j / 2) + 2 * t + j % 2;
-      if (m < problem.size.m && n < problem.size.n) problem.store_one(group, m, n, c.value(i, j));
+      if (m < m_end && n < n_end) store(m, n, c.value(i, j));
     }
 }
 
@@ -222,62 +280,70 @@ struct GemmSize {
   int64_t split_depth;  // of K a split: a multiple of the stage's
 };
 
-// `Problem` has source_a(), source_b(), their readers ReaderA and ReaderB, `size`, `partials` (groups x splits x M x N
-// in the compute type, or null) and store(group, m, n, warp's accumulators).
-// At least three blocks a multiprocessor: up to 168 registers a thread, where ptxas by itself would spill a few.
-template <class T, class Products, class Problem>
-__global__ void __launch_bounds__(kGemmThreads, 3) gemm_kernel(const GRID_CONSTANT Problem problem) {
+// Blocks that stay on a multiprocessor: 168 registers a thread, or 128; products of three, which hold both parts of
+// their factors, take more.
+template <class Products, class Shape>
+constexpr int kGemmBlocks = Shape::kThreads == 128                         ? 3
+                            : std::is_same_v<Products, Tf32Products<true>> ? 1
+                                                                           : 2;
+
+// `Problem` has sources a and b, their readers ReaderA and ReaderB, `size`, `partials` (groups x splits x M x N in the
+// compute type, or null), store(group, m, n, value), and where kPooled store_pooled(group, m0, n0, warp's
+// accumulators).
+template <class T, class Products, class Shape, class Problem>
+__global__ void __launch_bounds__(Shape::kThreads, kGemmBlocks<Products, Shape>)
+    gemm_kernel(const GRID_CONSTANT Problem problem) {
 #ifdef __CUDA_ARCH__  // what run_gemm() never launches on this architecture is left empty, which halves the build
   constexpr bool kChosen = std::is_same_v<T, double> || Products::kTensorCores == (__CUDA_ARCH__ >= 800);
   if constexpr (!kChosen) return;
 #endif
-  using LoadsA = Loads<T, typename Problem::ReaderA>;
-  using LoadsB = Loads<T, typename Problem::ReaderB>;
+  using LoadsA = Loads<T, typename Problem::ReaderA, Shape::kM, Shape::kThreads>;
+  using LoadsB = Loads<T, typename Problem::ReaderB, Shape::kN, Shape::kThreads>;
   T* shared = shared_memory<T>();
-  constexpr int kOperand = kOperandBytes / sizeof(T);
+  constexpr int kOperandA = kOperandBytes<Shape::kM> / sizeof(T),
+                kStage = kOperandA + kOperandBytes<Shape::kN> / sizeof(T);
   const GemmSize& size = problem.size;
-  const int64_t m0 = int64_t{blockIdx.x} * kGemmBlock, n0 = int64_t{blockIdx.y} * kGemmBlock;
+  const int64_t m0 = int64_t{blockIdx.x} * Shape::kM, n0 = int64_t{blockIdx.y} * Shape::kN;
   const int group = blockIdx.z / size.splits, split = blockIdx.z % size.splits;
   const int64_t first = split * size.split_depth;
-  const int64_t depth = (size.k - first < size.split_depth ? size.k - first : size.split_depth);
+  const int64_t depth = size.k - first < size.split_depth ? size.k - first : size.split_depth;
   const int stages = static_cast<int>((depth + kDepth<T> - 1) / kDepth<T>);
 
   const LoadsA loads_a(problem.a, m0, first, group);
   const LoadsB loads_b(problem.b, n0, first, group);
   const auto load = [&](int stage) {
     if (stage < stages) {
-      T* tile = shared + stage % kStages * 2 * kOperand;
+      T* tile = shared + stage % kStages * kStage;
       loads_a.load(tile, stage * kDepth<T>);
-      loads_b.load(tile + kOperand, stage * kDepth<T>);
+      loads_b.load(tile + kOperandA, stage * kDepth<T>);
     }
     commit_copies();  // an empty group too: the count of groups is what wait_for_copies counts
   };
 
-  const int warp = threadIdx.x / 32, warp_m = warp / 2 * kWarpTile, warp_n = warp % 2 * kWarpTile;
-  Accumulators<Compute<T>> c;
+  const int warp = threadIdx.x / 32;
+  const int warp_m = warp / Shape::kWarpsN * Shape::kWarpM, warp_n = warp % Shape::kWarpsN * Shape::kWarpN;
+  Accumulators<Compute<T>, Shape> c;
+  begin_kernel();
   for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
   for (int stage = 0; stage < stages; ++stage) {
     wait_for_copies<kStages - 2>();
     sync_block();  // this stage has come for all threads, and none still reads the one that is loaded next
     load(stage + kStages - 1);
-    const T* tile = shared + stage % kStages * 2 * kOperand;
-    Products::template multiply<LoadsA::layout, LoadsB::layout>(
-        tile + Tile<T, LoadsA::layout>::at(warp_m, 0), tile + kOperand + Tile<T, LoadsB::layout>::at(warp_n, 0), c);
+    const T* tile = shared + stage % kStages * kStage;
+    Products::template multiply<typename LoadsA::Tile, typename LoadsB::Tile>(
+        tile + LoadsA::Tile::at(warp_m, 0), tile + kOperandA + LoadsB::Tile::at(warp_n, 0), c);
   }
 
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   if (problem.partials) {
     Compute<T>* partials = problem.partials + int64_t{blockIdx.z} * size.m * size.n;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int64_t m = m0 + warp_m + g + 8 * i, n = n0 + warp_n + 8 * (j / 2) + 2 * t + j % 2;
-        if (m < size.m && n < size.n) partials[m * size.n + n] = c.value(i, j);
-      }
-  } else {
-    problem.store(group, m0 + warp_m, n0 + warp_n, c);
+    store_each(m0 + warp_m, n0 + warp_n, size.m, size.n, c,
+               [&](int64_t m, int64_t n, Compute<T> value) { partials[m * size.n + n] = value; });
+    return;
   }
+  if constexpr (Problem::kCanPool)
+    if (problem.pools()) return problem.store_pooled(group, m0 + warp_m, n0 + warp_n, c);
+  store_each(m0 + warp_m, n0 + warp_n, size.m, size.n, c,
+             [&](int64_t m, int64_t n, Compute<T> value) { problem.store(group, m, n, value); });
 }
 
 // Threads of 32 columns by kSumRows rows, for sums over rows: a column's threads are a team.
@@ -285,10 +351,13 @@ constexpr int kSumRows = 8;
 constexpr int kSumThreads = 32 * kSumRows;
 
 __host__ __device__ __forceinline__ TeamShape column_teams() { return {1, kSumRows, 32}; }
+// For few rows: a thread a column.
+__host__ __device__ __forceinline__ TeamShape column_threads() { return {1, 1, kSumThreads}; }
 
 // sums[column] = sum of partials[row][column] in the order of rows.
 template <class T>
 __global__ void add_partials_kernel(int rows, int64_t columns, const Compute<T>* partials, T* sums) {
+  begin_kernel();
   for (int64_t i = global_thread(); i < columns; i += grid_threads()) {
     Compute<T> sum = 0;
     for (int r = 0; r < rows; ++r) sum += partials[r * columns + i];
@@ -304,48 +373,84 @@ inline int64_t sum_parts(const Queue& queue, int64_t rows, int64_t other_blocks)
   return parts < 1 ? 1 : parts;
 }
 
-// Adds the partial sums of each element in the order of splits and stores the result.
+// Adds the partial sums of each element in the order of splits - each of a team's threads its own, then the team theirs
+// - and stores the result.
 template <class T, class Problem>
-__global__ void reduce_splits_kernel(const GRID_CONSTANT Problem problem) {
+__global__ void __launch_bounds__(kSumThreads)
+    reduce_splits_kernel(const GRID_CONSTANT Problem problem, const TeamShape shape) {
+  begin_kernel();
   const GemmSize& size = problem.size;
-  const int64_t matrix = size.m * size.n;
-  for (int64_t i = global_thread(); i < matrix * size.groups; i += grid_threads()) {
-    const int64_t group = i / matrix, element = i % matrix;
-    const Compute<T>* partial = problem.partials + group * size.splits * matrix + element;
+  const Team team(shape);
+  const int64_t matrix = size.m * size.n, count = matrix * size.groups;
+  for (int64_t start = int64_t{blockIdx.x} * shape.span; start < count; start += int64_t{gridDim.x} * shape.span) {
+    const int64_t i = start + team.position, group = i / matrix, element = i % matrix;
     Compute<T> sum = 0;
-    for (int split = 0; split < size.splits; ++split) sum += partial[split * matrix];
-    problem.store_one(static_cast<int>(group), element / size.n, element % size.n, sum);
+    if (i < count) {
+      const Compute<T>* partial = problem.partials + group * size.splits * matrix + element;
+#pragma unroll 8
+      for (int split = team.part; split < size.splits; split += shape.parts) sum += partial[split * matrix];
+    }
+    sum = team.sum(sum);
+    if (i < count && team.part == 0) problem.store(static_cast<int>(group), element / size.n, element % size.n, sum);
   }
 }
 
-// How many ways K is split: so that each multiprocessor gets about two blocks, of at least eight stages each.
-inline void choose_splits(GemmSize& size, int stage_depth, int multiprocessors, bool can_split) {
-  const int64_t blocks =
-      (size.m + kGemmBlock - 1) / kGemmBlock * ((size.n + kGemmBlock - 1) / kGemmBlock) * size.groups;
-  const int64_t stages = (size.k + stage_depth - 1) / stage_depth;
-  int64_t splits = 1;
-  if (can_split && blocks > 0) splits = 2 * multiprocessors / blocks;
-  if (splits > stages / 8) splits = stages / 8;
-  if (splits > 64) splits = 64;
-  if (splits < 1) splits = 1;
+template <class T>
+int64_t stages_of(const GemmSize& size) {
+  return (size.k + kDepth<T> - 1) / kDepth<T>;
+}
+
+template <class Shape>
+int64_t blocks_of(const GemmSize& size) {
+  return (size.m + Shape::kM - 1) / Shape::kM * ((size.n + Shape::kN - 1) / Shape::kN) * size.groups;
+}
+
+// The fewest stages that are worth a split of K.
+constexpr int64_t kLeastStages = 4;
+
+// How many ways K is split: so that each multiprocessor gets about two blocks.
+template <class T, class Shape>
+void choose_splits(GemmSize& size, int multiprocessors, bool can_split) {
+  const int64_t blocks = blocks_of<Shape>(size), stages = stages_of<T>(size);
+  const int64_t wanted = can_split && blocks > 0 ? 2 * multiprocessors / blocks : 1;
+  const int64_t splits = std::max<int64_t>(std::min(wanted, stages / kLeastStages), 1);
   const int64_t split_stages = (stages + splits - 1) / splits;
-  size.split_depth = split_stages * stage_depth;
+  size.split_depth = split_stages * kDepth<T>;
   size.splits = static_cast<int>(split_stages > 0 ? (stages + split_stages - 1) / split_stages : 1);
 }
 
-template <class T, class Products, class Problem>
-void run_gemm(const char* operation, const Queue& queue, Problem problem, bool can_split) {
+template <class T, class Products, class Shape, class Problem>
+void run_gemm_in_blocks(const char* operation, const Queue& queue, Problem problem, bool can_split) {
   GemmSize& size = problem.size;
-  choose_splits(size, kDepth<T>, device_multiprocessors(queue.device), can_split);
-  trace<T>(queue, operation, Products::kName);
+  choose_splits<T, Shape>(size, device_multiprocessors(queue.device), can_split);
   if (size.splits > 1)
     problem.partials = queue.workspace<Compute<T>>(size.groups * int64_t{size.splits} * size.m * size.n);
-  const dim3 grid((size.m + kGemmBlock - 1) / kGemmBlock, (size.n + kGemmBlock - 1) / kGemmBlock,
+  const dim3 grid((size.m + Shape::kM - 1) / Shape::kM, (size.n + Shape::kN - 1) / Shape::kN,
                   size.groups * size.splits);
-  launch(operation, queue, gemm_kernel<T, Products, Problem>, grid, kGemmThreads, kGemmSharedBytes, problem);
-  if (size.splits > 1)
-    launch(operation, queue, reduce_splits_kernel<T, Problem>, blocks_for(size.m * size.n * size.groups, 256), 256, 0,
-           problem);
+  launch(operation, queue, gemm_kernel<T, Products, Shape, Problem>, grid, Shape::kThreads, kGemmSharedBytes<Shape>,
+         problem);
+  if (size.splits == 1) return;
+  const TeamShape teams = size.splits < 4 * kSumRows ? column_threads() : column_teams();
+  launch(operation, queue, reduce_splits_kernel<T, Problem>, blocks_for(size.m * size.n * size.groups, teams.span),
+         kSumThreads, teams.shared_bytes<Compute<T>>(), problem, teams);
+}
+
+template <class T, class Products, class Problem>
+void run_gemm(const char* operation, const Queue& queue, const Problem& problem, bool can_split) {
+  trace<T>(queue, operation, Products::kName);
+  if constexpr (Products::kTensorCores) {
+    const GemmSize& size = problem.size;
+    const int64_t parts = can_split ? std::max<int64_t>(stages_of<T>(size) / kLeastStages, 1) : 1;
+    // Whether blocks of a shape, with K split, are enough for the device.
+    const auto fills = [&](int64_t blocks) { return blocks * parts >= device_multiprocessors(queue.device); };
+    if (size.n <= NarrowBlock::kN && size.m > SquareBlock::kM && fills(blocks_of<NarrowBlock>(size)))
+      return run_gemm_in_blocks<T, Products, NarrowBlock>(operation, queue, problem, can_split);
+    if (size.n > TallBlock::kN && size.m > SquareBlock::kM && fills(blocks_of<WideBlock>(size)))
+      return run_gemm_in_blocks<T, Products, WideBlock>(operation, queue, problem, can_split);
+    if (size.n > NarrowBlock::kN && size.m > SquareBlock::kM && fills(blocks_of<TallBlock>(size)))
+      return run_gemm_in_blocks<T, Products, TallBlock>(operation, queue, problem, can_split);
+  }
+  run_gemm_in_blocks<T, Products, SquareBlock>(operation, queue, problem, can_split);
 }
 
 // The product in the precision that is asked for, by the fastest way that the device has.

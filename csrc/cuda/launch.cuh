@@ -41,9 +41,19 @@ void launch(const char* operation, const Queue& queue, void (*kernel)(Parameters
 #ifdef __CUDACC__
   if (shared_bytes > 48 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(queue.stream)>>>(Parameters(arguments)...);
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(queue.stream);
+  config.attrs = &early, config.numAttrs = device_capability(queue.device) >= 90 ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 #else
-  emulator::launch(operation, grid, dim3(threads), shared_bytes, [&] { kernel(Parameters(arguments)...); });
+  emulator::launch(operation, grid, dim3(threads), shared_bytes, [&] {
+    kernel(Parameters(arguments)...);
+    device_check(emulator::thread->begun, "the kernel did not call begin_kernel()");
+  });
 #endif
   check_launch(operation, queue);
 }

@@ -55,6 +55,7 @@ inline size_t loss_shared_bytes(int threads) { return block_team(threads).shared
 
 template <class T>
 __global__ void loss_total_kernel(int64_t count, const LossSum* partials, LossTotal<T> total) {
+  begin_kernel();
   LossSum sum{0, 0};
   for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
     sum.loss += partials[i].loss;

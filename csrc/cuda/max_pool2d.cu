@@ -84,6 +84,7 @@ __device__ __forceinline__ int64_t window_offset(const PoolImage& s, int64_t ima
 template <class T, int kPack>
 __global__ void __launch_bounds__(kPoolThreads)
     max_pool2d_forward_kernel(PoolImage s, PoolItems items, Divider kernel_width, MaxPool2dForward<T> b) {
+  begin_kernel();
   using C = Compute<T>;
   const int taps = s.y.kernel * s.x.kernel;
   // Offsets from a tap to the next in its row, and from a row's last to the next row's first.
@@ -169,6 +170,7 @@ struct PoolWinners {
 template <class T, int kPack>
 __global__ void __launch_bounds__(kPoolThreads)
     max_pool2d_backward_cells_kernel(PoolImage s, PoolItems items, MaxPool2dBackward<T> b) {
+  begin_kernel();
   for (uint32_t index = global_thread(); index < items.count; index += grid_threads()) {
     const PoolItem item = pool_item<kPack>(items, index);
     Pack<T, kPack> grads{};
@@ -227,6 +229,7 @@ struct PoolDividers {
 template <class T, int kPack>
 __global__ void __launch_bounds__(kPoolThreads, 4)
     max_pool2d_backward_gather_kernel(PoolImage s, PoolItems items, PoolDividers by, MaxPool2dBackward<T> b) {
+  begin_kernel();
   for (uint32_t index = global_thread(); index < items.count; index += grid_threads()) {
     const PoolItem item = pool_item<kPack>(items, index);
     const PoolWindows rows = windows_of(s.y, by.y_stride, item.row);

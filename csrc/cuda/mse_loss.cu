@@ -16,6 +16,7 @@ __device__ __forceinline__ Compute<T> weight_at(const T* weight, int64_t i) {
 template <class T>
 __global__ void __launch_bounds__(kOneBlockThreads, 1)
     mse_loss_sum_kernel(int64_t count, MseLossForward<T> b, LossTotal<T> total) {
+  begin_kernel();
   using C = Compute<T>;
   LossSum sum{0, 0};
   const int64_t round = int64_t{blockDim.x} * kMseItems;
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(kOneBlockThreads, 1)
 
 template <class T>
 __global__ void mse_loss_elementwise_kernel(int64_t count, MseLossForward<T> b) {
+  begin_kernel();
   if (global_thread() == 0) *b.divisor = 1;
   for (int64_t i = global_thread(); i < count; i += grid_threads()) {
     const Compute<T> difference = widen(b.input[i]) - widen(b.target[i]);
@@ -51,6 +53,7 @@ __global__ void mse_loss_elementwise_kernel(int64_t count, MseLossForward<T> b) 
 
 template <class T>
 __global__ void mse_loss_backward_kernel(MseLossShape s, MseLossBackward<T> b) {
+  begin_kernel();
   using C = Compute<T>;
   const bool elementwise = s.reduction == Reduction::none;
   const C shared = elementwise ? 0 : 2 * sample_gradient(s.reduction, b.grad_output, b.divisor, 0);

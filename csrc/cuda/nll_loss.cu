@@ -8,6 +8,7 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kOneBlockThreads)
     nll_loss_forward_kernel(NllLossShape s, NllLossForward<T> b, LossTotal<T> total) {
+  begin_kernel();
   using C = Compute<T>;
   const int64_t samples = s.lines.outer * s.lines.inner;
   LossSum sum{0, 0};
@@ -29,6 +30,7 @@ __global__ void __launch_bounds__(kOneBlockThreads)
 template <class T>
 __global__ void __launch_bounds__(kWideLineThreads)
     nll_loss_backward_kernel(Lines lines, Reduction reduction, NllLossBackward<T> b) {
+  begin_kernel();
   using C = Compute<T>;
   for_lines(lines, [&](const Team&, const Line& line) {
     if (!line.there) return;

@@ -93,6 +93,7 @@ constexpr int kAdamScalesThreads = 128;
 template <class C>
 __global__ void __launch_bounds__(kAdamScalesThreads)
     adam_scales_kernel(int64_t count, AdamOptions o, AdamScales<C>* scales, AdamSteps chunk) {
+  begin_kernel();
   const int64_t i = global_thread();
   if (i >= count) return;
   const float step = *chunk.steps[i] + 1;
@@ -124,6 +125,7 @@ template <class T>
 __global__ void __launch_bounds__(kLotThreads, kAdamBlocks)
     adam_kernel(AdamConstants<Compute<T>> o, const AdamScales<Compute<T>>* scales,
                 OptimizerChunk<AdamTensor<T>> chunk) {
+  begin_kernel();
   using C = Compute<T>;
   for (int64_t tile = blockIdx.x; tile < chunk.tiles(); tile += gridDim.x) {
     const int i = chunk.find(tile);
@@ -172,6 +174,7 @@ struct SgdConstants {
 template <class T>
 __global__ void __launch_bounds__(kLotThreads)
     sgd_kernel(SgdConstants<Compute<T>> o, OptimizerChunk<SgdTensor<T>> chunk) {
+  begin_kernel();
   using C = Compute<T>;
   const C lr = static_cast<C>(read(o.lr)), momentum = static_cast<C>(read(o.momentum));
   for (int64_t tile = blockIdx.x; tile < chunk.tiles(); tile += gridDim.x) {

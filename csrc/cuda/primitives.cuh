@@ -46,6 +46,18 @@ constexpr int kWarpThreads = 32;
 __device__ __forceinline__ int64_t global_thread() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t grid_threads() { return int64_t{gridDim.x} * blockDim.x; }
 
+// Every kernel calls it before it touches memory. The next kernel of the stream may come onto the device from now on,
+// as blocks leave room for its own, and waits here until this one is done: so kernels of a few microseconds do not pay
+// for each other's start. launch() allows it from sm_90 on.
+__device__ __forceinline__ void begin_kernel() {
+#ifndef __CUDACC__
+  emulator::thread->begun = true;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
+}
+
 // All threads of the block reach the same call, or have returned; the emulator tells calls apart by their lines.
 __device__ __forceinline__ void sync_block([[maybe_unused]] int line = __builtin_LINE()) {
 #ifdef __CUDACC__
@@ -172,24 +184,32 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 #endif
 }
 
-// 16 bytes that are moved at once.
-struct [[gnu::may_alias]] alignas(16) Chunk {
-  uint32_t words[4];
+// Bytes that are moved at once.
+template <int kBytes>
+struct [[gnu::may_alias]] alignas(kBytes) Chunk {
+  uint32_t words[kBytes / 4];
 };
 
 // Asynchronous copies, global to shared memory
 
-// 16 bytes to 16-byte aligned shared memory; zeros where not `valid`, and then `from` is not read.
-__device__ __forceinline__ void copy_async16(void* to, const void* from, bool valid) {
+// So many bytes - 4, 8 or 16 - to shared memory, both places aligned to as many; zeros where not `valid`, and then
+// `from` is not read.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
 #ifdef FASTNN_SM80
-  asm volatile(
-      "cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-      "l"(from), "r"(valid ? 16 : 0)
-      : "memory");
+  const uint32_t place = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)  // past the L1 cache, which no neighbour would find it in
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(place), "l"(from), "r"(valid ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(place), "l"(from), "n"(kBytes),
+                 "r"(valid ? kBytes : 0)
+                 : "memory");
 #elif defined(__CUDACC__)
-  *static_cast<Chunk*>(to) = valid ? *static_cast<const Chunk*>(from) : Chunk{};
+  *static_cast<Chunk<kBytes>*>(to) = valid ? *static_cast<const Chunk<kBytes>*>(from) : Chunk<kBytes>{};
 #else
-  emulator::copy_async16(to, from, valid);
+  emulator::copy_async(to, from, kBytes, valid);
 #endif
 }
 
@@ -293,8 +313,21 @@ __device__ __forceinline__ void mma_16bit<float16>(float (&c)[4], const uint32_t
 #endif
 }
 
-// Four 8 x 8 matrices of 16-bit values, transposed: lane 8 i + j gives the address of matrix i's row j (16 bytes), and
-// words[i] becomes matrix i's (2 t, g) and (2 t + 1, g).
+// Four 8 x 8 matrices of 16-bit values: lane 8 i + j gives the address of matrix i's row j (16 bytes), and words[i]
+// becomes matrix i's (g, 2 t) and (g, 2 t + 1). So of a matrix of 8 x 4 words it becomes (g, t).
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const void* row) {
+#ifdef __CUDACC__
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "memory");
+#else
+  const emulator::Slots rows = emulator::exchange_rows(row);
+  for (int i = 0; i < 4; ++i) words[i] = rows[8 * i + emulator::lane() / 4][emulator::lane() % 4];
+#endif
+}
+
+// The same, transposed: words[i] becomes matrix i's (2 t, g) and (2 t + 1, g).
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], const void* row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
@@ -302,15 +335,12 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&words)[4], c
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");
 #else
-  emulator::check_shared_row(row);
-  uint32_t in[4];
-  std::memcpy(in, row, 16);
-  const emulator::Slots slots = emulator::collective(in, 4);
+  const emulator::Slots rows = emulator::exchange_rows(row);
   const int g = emulator::lane() / 4, t = emulator::lane() % 4;
   for (int i = 0; i < 4; ++i) {
     uint16_t low, high;
-    std::memcpy(&low, reinterpret_cast<const char*>(slots[8 * i + 2 * t]) + 2 * g, 2);
-    std::memcpy(&high, reinterpret_cast<const char*>(slots[8 * i + 2 * t + 1]) + 2 * g, 2);
+    std::memcpy(&low, reinterpret_cast<const char*>(rows[8 * i + 2 * t]) + 2 * g, 2);
+    std::memcpy(&high, reinterpret_cast<const char*>(rows[8 * i + 2 * t + 1]) + 2 * g, 2);
     words[i] = low | uint32_t{high} << 16;
   }
 #endif

@@ -10,6 +10,7 @@ namespace {
 template <class T>
 __global__ void __launch_bounds__(kLotThreads)
     relu_forward_kernel(int64_t count, bool aligned, const T* input, T* output) {
+  begin_kernel();
   for (int64_t tile = blockIdx.x; tile * Lot<T>::kTile < count; tile += gridDim.x) {
     const Lot<T> lot(tile, count, aligned);
     auto values = lot.load(input);
@@ -23,6 +24,7 @@ __global__ void __launch_bounds__(kLotThreads)
 template <class T>
 __global__ void __launch_bounds__(kLotThreads)
     relu_backward_kernel(int64_t count, bool aligned, const T* grad_output, const T* output, T* grad_input) {
+  begin_kernel();
   for (int64_t tile = blockIdx.x; tile * Lot<T>::kTile < count; tile += gridDim.x) {
     const Lot<T> lot(tile, count, aligned);
     auto grads = lot.load(grad_output);

@@ -9,6 +9,7 @@ namespace {
 template <class T, bool kLog>
 __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
     softmax_forward_kernel(Lines lines, SoftmaxForward<T> b) {
+  begin_kernel();
   using C = Compute<T>;
   const T* __restrict__ input = b.input;
   T* __restrict__ output = b.output;
@@ -28,6 +29,7 @@ __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
 template <class T, bool kLog>
 __global__ void __launch_bounds__(kWideLineThreads, kWideLineBlocks<T>)
     softmax_backward_kernel(Lines lines, SoftmaxBackward<T> b) {
+  begin_kernel();
   using C = Compute<T>;
   const T* __restrict__ grad_output = b.grad_output;
   const T* __restrict__ output = b.output;

@@ -113,7 +113,7 @@ void run_block(const std::function<void()>& body, size_t shared_bytes) {
     Thread& t = b.threads[order[i]];
     t.number = order[i], t.next = order[(i + 1) % count];
     t.index = dim3(t.number % b.size.x, t.number / b.size.x % b.size.y, t.number / (b.size.x * b.size.y));
-    t.done = t.at_barrier = false;
+    t.done = t.at_barrier = t.begun = false;
     t.open.clear(), t.groups.clear();
     t.fiber.prepare(&b.stacks[t.number * kStack], kStack, thread_main);
   }
@@ -201,30 +201,38 @@ Slots collective(const void* in, size_t words, Combine combine) {
   return slots;
 }
 
-void check_shared_row(const void* row) {
-  const uintptr_t address = reinterpret_cast<uintptr_t>(row);
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(shared_memory());
-  if (address % 16 != 0) fail("16 bytes of shared memory that are not aligned");
-  if (address < begin || address + 16 > begin + block->shared.size() - 2 * kGuard)
-    fail("16 bytes outside of shared memory");
-}
-
 namespace {
+
+// Aligned bytes of shared memory, as many as their alignment.
+void check_shared(const void* place, size_t bytes) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(place);
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(shared_memory());
+  if (address % bytes != 0) fail(std::to_string(bytes) + " bytes of shared memory that are not aligned");
+  if (address < begin || address + bytes > begin + block->shared.size() - 2 * kGuard)
+    fail(std::to_string(bytes) + " bytes outside of shared memory");
+}
 
 void land(const Copy& copy) {
   if (copy.from)
-    std::memcpy(copy.to, copy.from, 16);
+    std::memcpy(copy.to, copy.from, copy.bytes);
   else
-    std::memset(copy.to, 0, 16);
+    std::memset(copy.to, 0, copy.bytes);
 }
 
 }  // namespace
 
-void copy_async16(void* to, const void* from, bool valid) {
-  check_shared_row(to);
-  if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0)
+Slots exchange_rows(const void* row) {
+  check_shared(row, 16);
+  uint32_t words[4];
+  std::memcpy(words, row, 16);
+  return collective(words, 4);
+}
+
+void copy_async(void* to, const void* from, size_t bytes, bool valid) {
+  check_shared(to, bytes);
+  if (valid && reinterpret_cast<uintptr_t>(from) % bytes != 0)
     fail("an asynchronous copy from memory that is not aligned");
-  const Copy copy{to, valid ? from : nullptr};
+  const Copy copy{to, valid ? from : nullptr, bytes};
   if (schedule.eager_copies)
     land(copy);
   else

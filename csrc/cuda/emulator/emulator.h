@@ -63,13 +63,14 @@ struct Warp {
 struct Copy {
   void* to;
   const void* from;  // null: zeros
+  size_t bytes;
 };
 
 struct Thread {
   Fiber fiber;
   dim3 index;
   unsigned number = 0, next = 0;
-  bool done = false, at_barrier = false;
+  bool done = false, at_barrier = false, begun = false;
   std::vector<Copy> open;                 // asynchronous copies not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
 };
@@ -102,8 +103,8 @@ void sync_block(int line);
 inline unsigned lane() { return thread->number % kWarp; }
 // Every lane of the warp hands over `words` words; the last to come runs `combine` on all of them, then all go on.
 Slots collective(const void* in, size_t words, Combine combine = nullptr);
-void check_shared_row(const void* row);  // 16 aligned bytes of shared memory
-void copy_async16(void* to, const void* from, bool valid);
+Slots exchange_rows(const void* row);  // every lane hands over 16 aligned bytes of shared memory
+void copy_async(void* to, const void* from, size_t bytes, bool valid);
 void commit_copies();
 void wait_for_copies(size_t groups_left);
 

@@ -51,6 +51,7 @@ float sum_of(const float* values, int64_t first, int64_t end) {
 // Tree sum: each block adds up its elements in shared memory, half by half.
 template <Fault fault>
 __global__ void tree_sum_kernel(int64_t count, const float* input, float* sums) {
+  begin_kernel();
   float* shared = shared_memory<float>();
   const int64_t i = global_thread();
   if (fault != Fault::uninitialised || i < count) shared[threadIdx.x] = i < count ? input[i] : 0;
@@ -74,6 +75,7 @@ std::string tree_sum() {
 // Row sums: one block adds up row after row, lanes by shuffles and warps through the same few slots.
 template <Fault fault>
 __global__ void row_sums_kernel(int64_t rows, const float* input, float* sums) {
+  begin_kernel();
   float* slots = shared_memory<float>();
   for (int64_t row = 0; row < rows; ++row) {
     float sum = input[row * kThreads + threadIdx.x];
@@ -101,11 +103,12 @@ std::string row_sums() {
 // chunk of 16 bytes and adds the one that its neighbour has loaded.
 template <Fault fault>
 __global__ void pipeline_kernel(int stages, const float* input, float* sums) {
+  begin_kernel();
   float* buffers = shared_memory<float>();  // (2, kThreads, 4)
   const auto load = [&](int stage) {
     const float* from = input + (stage * kThreads + threadIdx.x) * 4;
     if (stage < stages)
-      copy_async16(buffers + (stage % 2 * kThreads + threadIdx.x) * 4, from + (fault == Fault::alignment), true);
+      copy_async<16>(buffers + (stage % 2 * kThreads + threadIdx.x) * 4, from + (fault == Fault::alignment), true);
     commit_copies();
   };
   const int neighbour = (threadIdx.x + 1) % kThreads;
@@ -145,6 +148,7 @@ std::string pipeline() {
 // Neighbours: each element plus the next one of its block, or the one before, if there is one.
 template <Fault fault, int kStep>
 __global__ void neighbours_kernel(int64_t count, const float* input, float* output) {
+  begin_kernel();
   float* shared = shared_memory<float>();
   const int64_t i = global_thread();
   const int here = static_cast<int>(threadIdx.x), other = here + kStep;
@@ -172,6 +176,7 @@ std::string neighbours() {
 // Control flow: what all threads of a warp or a block must reach together.
 template <Fault fault>
 __global__ void together_kernel(const float* input, float* output) {
+  begin_kernel();
   float* shared = shared_memory<float>();
   const int i = static_cast<int>(threadIdx.x), lane = i % kWarpThreads;
   float value = input[i];
@@ -207,6 +212,7 @@ std::string together() {
 // 16 bytes at a time from where they are not aligned to: the undefined behaviour sanitizer alone sees it.
 template <Fault fault>
 __global__ void vector_kernel(const float* input, float* output) {
+  begin_kernel();
   const auto pack = load_pack<float, 4>(input + 4 * threadIdx.x + (fault == Fault::alignment));
   output[threadIdx.x] = pack.values[0] + pack.values[3];
 }

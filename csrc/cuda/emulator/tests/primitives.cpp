@@ -144,11 +144,11 @@ std::string test_copies() {
   const bool eager = emulator::schedule.eager_copies;
   run_block(2 * kWarpThreads, 2 * kWarpThreads * 48, [&] {
     float* to = shared_memory<float>() + threadIdx.x * 12;
-    copy_async16(to, from + threadIdx.x % 2 * 4, true);
-    copy_async16(to + 4, nullptr, false);
+    copy_async<16>(to, from + threadIdx.x % 2 * 4, true);
+    copy_async<16>(to + 4, nullptr, false);
     device_check(is_poison(to[0]) != eager, "a copy has landed before its wait, or has not where it is eager");
     commit_copies();
-    copy_async16(to + 8, from, true);
+    copy_async<16>(to + 8, from, true);
     commit_copies();
     wait_for_copies<1>();
     for (int i = 0; i < 4; ++i) {

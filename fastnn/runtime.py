@@ -15,17 +15,11 @@ from fastnn import _C
 _EMULATED: bool = _C.is_emulator()
 
 
-def _allocate(size: int, device_index: int) -> torch.Tensor:
-    """Workspace for a CUDA kernel, from torch's allocator (from the CPU's where the emulator stands for the GPU)."""
-    device = "cpu" if _EMULATED else f"cuda:{device_index}"
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
 _C.initialise(
     torch.Tensor,
     torch.nn.Parameter,
     torch.get_num_threads,
-    _allocate,
+    torch.OutOfMemoryError,
     torch.is_grad_enabled,
     (torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active, torch._C._get_tracing_state),
 )

@@ -10,7 +10,7 @@ struct DLPackVersion {
 };
 
 struct DLDevice {
-  int32_t device_type;  // 1 CPU, 2 CUDA
+  int32_t device_type;
   int32_t device_id;
 };
 
@@ -30,7 +30,13 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
-struct DLManagedTensorVersioned;
+struct DLManagedTensorVersioned {
+  DLPackVersion version;
+  void* manager_context;
+  void (*deleter)(DLManagedTensorVersioned* self);
+  uint64_t flags;
+  DLTensor tensor;
+};
 
 struct DLPackExchangeAPIHeader {
   DLPackVersion version;
@@ -48,5 +54,7 @@ struct DLPackExchangeAPI {
 };
 
 }  // extern "C"
+
+constexpr int32_t kCpu = 1, kCuda = 2;  // device_type
 
 static_assert(sizeof(DLTensor) == 48, "DLPack ABI");

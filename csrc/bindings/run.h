@@ -60,7 +60,6 @@ void run_or_record(const Call& call) {
 class __attribute__((visibility("hidden"))) CudaCall {
  public:
   explicit CudaCall(int device);
-  ~CudaCall();
   CudaCall(const CudaCall&) = delete;
   CudaCall& operator=(const CudaCall&) = delete;
   const cuda::Queue& queue() const { return queue_; }
@@ -69,7 +68,7 @@ class __attribute__((visibility("hidden"))) CudaCall {
   static void* allocate(void* self, size_t bytes);
   cuda::Queue queue_;
   cuda::DeviceGuard guard_;
-  std::vector<pybind11::object> workspaces_;
+  std::vector<Workspace> workspaces_;
 };
 #endif
 

@@ -94,7 +94,7 @@ void set_schedule(const std::string& order, unsigned seed, bool eager_copies, in
 
 void bind_runtime(py::module_& module) {
   module.def("initialise", &initialise_tensors, py::arg("tensor_type"), py::arg("parameter_type"),
-             py::arg("get_num_threads"), py::arg("allocate"), py::arg("is_grad_enabled"), py::arg("modes"));
+             py::arg("get_num_threads"), py::arg("out_of_memory"), py::arg("is_grad_enabled"), py::arg("modes"));
   module.def("quick_way", &quick_way, py::arg("first"), py::arg("second"), py::arg("third"));
   module.def("set_isa", &set_isa, py::arg("name"));
   module.def("get_isa", [] { return cpu::active_table().isa; });

@@ -9,7 +9,7 @@ const DLPackExchangeAPI* exchange_api = nullptr;
 PyTypeObject* torch_tensor_type = nullptr;
 PyTypeObject* torch_parameter_type = nullptr;
 PyObject* torch_get_num_threads = nullptr;
-PyObject* torch_allocate = nullptr;
+PyObject* torch_out_of_memory = nullptr;
 PyObject* torch_is_grad_enabled = nullptr;
 PyObject* torch_modes = nullptr;
 
@@ -36,7 +36,7 @@ bool runs_through(const DLTensor& view, const int* order, int count) {
 }  // namespace
 
 void initialise_tensors(py::handle tensor_type, py::handle parameter_type, py::handle get_num_threads,
-                        py::handle allocate, py::handle is_grad_enabled, py::tuple modes) {
+                        py::handle out_of_memory, py::handle is_grad_enabled, py::tuple modes) {
   if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__"))
     throw py::import_error("fastnn needs torch >= 2.10: this torch has no torch.Tensor.__dlpack_c_exchange_api__");
   const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
@@ -49,7 +49,7 @@ void initialise_tensors(py::handle tensor_type, py::handle parameter_type, py::h
   torch_tensor_type = reinterpret_cast<PyTypeObject*>(kept(tensor_type));
   torch_parameter_type = reinterpret_cast<PyTypeObject*>(kept(parameter_type));
   torch_get_num_threads = kept(get_num_threads);
-  torch_allocate = kept(allocate);
+  torch_out_of_memory = kept(out_of_memory);
   torch_is_grad_enabled = kept(is_grad_enabled);
   torch_modes = kept(modes);
 }
@@ -72,13 +72,30 @@ py::handle quick_way(py::handle first, py::handle second, py::handle third) {
   return differentiable && is_true(py::handle(torch_is_grad_enabled)()) ? record : kernel;
 }
 
-py::object allocate_workspace(size_t bytes, int device) {
-  return py::reinterpret_borrow<py::object>(torch_allocate)(bytes, device);
+Workspace allocate_workspace(size_t bytes, [[maybe_unused]] int device) {
+  int64_t shape[] = {static_cast<int64_t>(bytes)}, strides[] = {1};
+#ifdef FASTNN_CUDA_EMULATOR
+  const DLDevice place{kCpu, 0};
+#else
+  const DLDevice place{kCuda, device};
+#endif
+  DLTensor prototype{nullptr, place, 1, DLDataType{1, 8, 1}, shape, strides, 0};
+  DLManagedTensorVersioned* tensor = nullptr;
+  std::string why;
+  const auto note = [](void* context, const char*, const char* message) {
+    *static_cast<std::string*>(context) = message;
+  };
+  if (exchange_api->managed_tensor_allocator(&prototype, &tensor, &why, note) != 0) {
+    const py::gil_scoped_acquire gil;
+    PyErr_SetString(torch_out_of_memory, why.c_str());
+    throw py::error_already_set();
+  }
+  return Workspace(tensor);
 }
 
 void* current_stream(int device) {
   void* stream = nullptr;
-  if (exchange_api->current_work_stream(2, device, &stream) != 0) throw py::error_already_set();
+  if (exchange_api->current_work_stream(kCuda, device, &stream) != 0) throw py::error_already_set();
   return stream;
 }
 

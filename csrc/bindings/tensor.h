@@ -9,6 +9,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -31,8 +32,8 @@ class Tensor {
   // 1 x ... x 1 tensors carry arbitrary strides: see is_contiguous() for how to ask about layout.
   int64_t stride(int64_t d) const { return view_.strides[d]; }
   int64_t numel() const;
-  bool is_cpu() const { return view_.device.device_type == 1; }
-  bool is_cuda() const { return view_.device.device_type == 2; }
+  bool is_cpu() const { return view_.device.device_type == kCpu; }
+  bool is_cuda() const { return view_.device.device_type == kCuda; }
 #ifdef FASTNN_CUDA_EMULATOR
   bool runs_on_cuda() const { return true; }
 #else
@@ -63,15 +64,23 @@ class Tensor {
   DLTensor view_;
 };
 
-// Takes torch.Tensor.__dlpack_c_exchange_api__ from torch, once, at import. `allocate(bytes, device_index)` returns a
-// tensor of so many bytes on a CUDA device; `is_grad_enabled` and `modes` are what quick_way() asks.
+// Takes torch.Tensor.__dlpack_c_exchange_api__ from torch, once, at import. `out_of_memory` is
+// torch's exception; `is_grad_enabled` and `modes` are what quick_way() asks.
 void initialise_tensors(pybind11::handle tensor_type, pybind11::handle parameter_type, pybind11::handle get_num_threads,
-                        pybind11::handle allocate, pybind11::handle is_grad_enabled, pybind11::tuple modes);
+                        pybind11::handle out_of_memory, pybind11::handle is_grad_enabled, pybind11::tuple modes);
 
 // The common case of autograd.common.route: "kernel" where all tensors (or None) are plain, on one device, of one dtype
 // that its kernels have, and no mode is on; "record" where autograd must record the call, too; None for all else.
 pybind11::handle quick_way(pybind11::handle first, pybind11::handle second, pybind11::handle third);
-pybind11::object allocate_workspace(size_t bytes, int device);
+
+// Memory for a CUDA kernel from torch's allocator (from the CPU's where the emulator stands for the GPU). Neither
+// taking it nor giving it back needs the GIL.
+struct FreeWorkspace {
+  void operator()(DLManagedTensorVersioned* tensor) const { tensor->deleter(tensor); }
+};
+using Workspace = std::unique_ptr<DLManagedTensorVersioned, FreeWorkspace>;
+Workspace allocate_workspace(size_t bytes, int device);
+
 void* current_stream(int device);  // torch's cudaStream_t
 
 // torch keeps its thread count per Python thread and sets it up on first use: called by every binding, so that

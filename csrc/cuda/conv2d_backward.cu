@@ -9,8 +9,10 @@ namespace {
 // C (input pixels x input channels of a group).
 template <class T>
 struct GradInputProblem {
-  using ReaderA = GradientRows<T>;
-  using ReaderB = WeightColumns<T>;
+  template <int kCount, int kStep>
+  using ReaderA = GradientRows<T, kCount, kStep>;
+  template <int kCount, int kStep>
+  using ReaderB = WeightColumns<T, kCount, kStep>;
   static constexpr bool kCanPool = false;
   ImageSource<T> a;
   WeightSource<T> b;
@@ -26,8 +28,10 @@ struct GradInputProblem {
 // C (output channels of a group x taps), and where the bias has a gradient one column more: its input is 1 everywhere.
 template <class T>
 struct GradWeightProblem {
-  using ReaderA = GradientColumns<T>;
-  using ReaderB = InputColumns<T>;
+  template <int kCount, int kStep>
+  using ReaderA = GradientColumns<T, kCount, kStep>;
+  template <int kCount, int kStep>
+  using ReaderB = InputColumns<T, kCount, kStep>;
   static constexpr bool kCanPool = false;
   ImageSource<T> a, b;
   GemmSize size;

@@ -8,8 +8,10 @@ namespace {
 // C (output pixels x output channels of a group), then bias, ReLU and pooling.
 template <class T>
 struct ForwardProblem {
-  using ReaderA = InputRows<T>;
-  using ReaderB = WeightRows<T>;
+  template <int kCount, int kStep>
+  using ReaderA = InputRows<T, kCount, kStep>;
+  template <int kCount, int kStep>
+  using ReaderB = WeightRows<T, kCount, kStep>;
   static constexpr bool kCanPool = true;
   ImageSource<T> a;
   WeightSource<T> b;

@@ -226,133 +226,187 @@ __device__ __forceinline__ Place<T> gradient_at(const Geometry& s, const T* imag
   return {image + ((y * s.out_width + x) * s.out_channels + tap.channel), valid && y < s.out_height && x < s.out_width};
 }
 
-// A reader is made for `first`, the block's first row or column, and `fixed`, the thread's after it; `first_k` is where
-// its sum begins, and load() takes k after that. What depends on k alone is worked out whether it is needed or not, so
-// that the compiler does it once for all rows.
+// Readers: see Loads. `row` and `column` say where in its tile the thread's first chunk lies.
 
 // Row: an output channel; k: a tap.
-template <class T>
+template <class T, int kCount, int kStep>
 class WeightRows {
  public:
   static constexpr Layout layout = Layout::depth_inner;
-  __device__ __forceinline__ WeightRows(const WeightSource<T>& source, int64_t first, int64_t first_k, int fixed,
-                                        int group)
-      : chunks_(source.chunks) {
-    const int depth = source.s.taps * source.s.group_in;
-    row_ = source.weight + (group * int64_t{source.s.group_out} + first + fixed) * depth + first_k;
-    depth_ = first + fixed < source.s.group_out ? depth - static_cast<int>(first_k) : 0;
+  __device__ __forceinline__ WeightRows(const WeightSource<T>& source, int64_t first, int64_t first_k, int group,
+                                        int row, int column)
+      : chunks_(source.chunks), k_(static_cast<int>(first_k) + column), depth_(source.s.taps * source.s.group_in) {
+    rows_ = source.s.group_out - static_cast<int>(first) - row;
+    weight_ = source.weight + (group * int64_t{source.s.group_out} + first + row) * depth_;
   }
 
-  __device__ __forceinline__ void load(T* to, int k) const {
-    if (chunks_)
-      copy_chunk(to, at(k));
-    else
-      gather_chunk(to, [&](int e) { return at(k + e); });
+  __device__ __forceinline__ void load(T* to, int step) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j, to += step) {
+      const T* row = weight_ + int64_t{j * kStep} * depth_ + k_;
+      const auto at = [&](int e) { return Place<T>{row + e, j * kStep < rows_ && k_ + e < depth_}; };
+      if (chunks_)
+        copy_chunk(to, at(0));
+      else
+        gather_chunk(to, at);
+    }
+    k_ += kDepth<T>;
   }
 
  private:
-  __device__ __forceinline__ Place<T> at(int k) const { return {row_ + k, k < depth_}; }
   bool chunks_;
-  const T* row_;
-  int depth_;  // from first_k on
+  int k_, depth_, rows_;
+  const T* weight_;
 };
 
 // Column: an input channel; k: (tap, output channel).
-template <class T>
+template <class T, int kCount, int kStep>
 class WeightColumns {
  public:
   static constexpr Layout layout = Layout::depth_outer;
-  __device__ __forceinline__ WeightColumns(const WeightSource<T>& source, int64_t first, int64_t first_k, int fixed,
-                                           int group)
-      : source_(source), first_k_(static_cast<int>(first_k)), column_(static_cast<int>(first) + fixed) {
-    group_ = source.weight + group * int64_t{source.s.group_out} * source.s.taps * source.s.group_in + column_;
+  __device__ __forceinline__ WeightColumns(const WeightSource<T>& source, int64_t first, int64_t first_k, int group,
+                                           int row, int column)
+      : source_(source), k_(static_cast<int>(first_k) + row), column_(static_cast<int>(first) + column) {
+    weight_ = source.weight + group * int64_t{source.s.group_out} * source.s.taps * source.s.group_in + column_;
   }
 
-  __device__ __forceinline__ void load(T* to, int k) const {
+  __device__ __forceinline__ void load(T* to, int step) {
     const Geometry& s = source_.s;
-    uint32_t out = first_k_ + k;
-    const int tap = static_cast<int>(s.by.group_out.split(out));
-    const T* row = group_ + int64_t{static_cast<int>(out) * s.taps + tap} * s.group_in;
-    const auto at = [&](int e) { return Place<T>{row + e, tap < s.taps && column_ + e < s.group_in}; };
-    if (source_.chunks)
-      copy_chunk(to, at(0));
-    else
-      gather_chunk(to, at);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j, to += step) {
+      uint32_t out = k_ + j * kStep;
+      const int tap = static_cast<int>(s.by.group_out.split(out));
+      const T* row = weight_ + int64_t{static_cast<int>(out) * s.taps + tap} * s.group_in;
+      const auto at = [&](int e) { return Place<T>{row + e, tap < s.taps && column_ + e < s.group_in}; };
+      if (source_.chunks)
+        copy_chunk(to, at(0));
+      else
+        gather_chunk(to, at);
+    }
+    k_ += kDepth<T>;
   }
 
  private:
   const WeightSource<T>& source_;
-  const T* group_;
-  int first_k_, column_;
+  const T* weight_;
+  int k_, column_;
 };
 
-// Row: an output pixel (with pooling, as pooled_row() orders them); k: a tap.
-template <class T>
-class InputRows {
+// Row: a pixel; k: (tap, channel). Of the input at an output pixel's taps (with pooling, pixels as pooled_row() orders
+// them), or of the gradient at the outputs whose taps touch an input pixel.
+//
+// Where chunks lie together, the thread walks along the channels of a tap, and works out where its pixels have the next
+// tap only once it comes to it.
+template <class T, int kCount, int kStep, bool kTouching>
+class PixelRows {
  public:
   static constexpr Layout layout = Layout::depth_inner;
-  __device__ __forceinline__ InputRows(const ImageSource<T>& source, int64_t first, int64_t first_k, int fixed,
-                                       int group)
-      : source_(source), first_k_(static_cast<int>(first_k)) {
+  __device__ __forceinline__ PixelRows(const ImageSource<T>& source, int64_t first, int64_t first_k, int group, int row,
+                                       int column)
+      : source_(source),
+        k_(static_cast<int>(first_k) + column),
+        walks_(source.chunks && (!kTouching || source.s.unit_stride)) {
     const Geometry& s = source.s;
-    const Pixel p = s.pool ? pooled_row(s, first, fixed) : out_pixel_after(s, PixelOrigin(first, s.out), fixed);
-    image_ = source.image + p.image * s.in.count * s.in_channels + int64_t{group} * s.group_in;
-    y_ = p.y * s.stride_y - s.padding_y, x_ = p.x * s.stride_x - s.padding_x;
-    depth_ = p.valid ? s.taps * s.group_in : 0;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const Pixel p = pixel(s, first, row + j * kStep);
+      if constexpr (kTouching) {
+        y_[j] = p.y + s.padding_y, x_[j] = p.x + s.padding_x;
+        image_[j] = source.image + p.image * s.out.count * s.out_channels + int64_t{group} * s.group_out;
+      } else {
+        y_[j] = p.y * s.stride_y - s.padding_y, x_[j] = p.x * s.stride_x - s.padding_x;
+        image_[j] = source.image + p.image * s.in.count * s.in_channels + int64_t{group} * s.group_in;
+      }
+      rows_ |= static_cast<unsigned>(p.valid) << j;
+      // A walk begins at the pixel, a general read at the image.
+      if (walks_) image_[j] += (y_[j] * width(s) + x_[j]) * pitch(s);
+    }
+    if (!walks_) return;
+    uint32_t channel = k_;
+    uint32_t tap_x = channels(s).split(channel);
+    tap_y_ = static_cast<int>(s.by.kernel_width.split(tap_x));
+    tap_x_ = static_cast<int>(tap_x), channel_ = static_cast<int>(channel);
+    reach_tap(s);
   }
 
-  __device__ __forceinline__ void load(T* to, int k) const {
-    if (source_.chunks)
-      copy_chunk(to, at(first_k_ + k));
-    else
-      gather_chunk(to, [&](int e) { return at(first_k_ + k + e); });
+  __device__ __forceinline__ void load(T* to, int step) {
+    const Geometry& s = source_.s;
+    if (walks_) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) copy_async<16>(to + j * step, image_[j] + offset_, valid_ >> j & 1);
+      offset_ += kDepth<T>, channel_ += kDepth<T>;
+      if (channel_ >= (kTouching ? s.group_out : s.group_in)) next_tap(s);
+      return;
+    }
+#pragma unroll
+    for (int j = 0; j < kCount; ++j, to += step) {
+      const auto at = [&](int e) {
+        const int k = k_ + e;
+        const Tap tap = tap_of(s, k, channels(s));
+        const Place<T> place =
+            kTouching ? gradient_at(s, image_[j], y_[j], x_[j], tap) : input_at(s, image_[j], y_[j], x_[j], tap);
+        return Place<T>{place.from,
+                        place.valid && (rows_ >> j & 1) && k < s.taps * (kTouching ? s.group_out : s.group_in)};
+      };
+      if (source_.chunks)
+        copy_chunk(to, at(0));
+      else
+        gather_chunk(to, at);
+    }
+    k_ += kDepth<T>;
   }
 
  private:
-  __device__ __forceinline__ Place<T> at(int k) const {
-    const Geometry& s = source_.s;
-    const Place<T> place = input_at(s, image_, y_, x_, tap_of(s, k, s.by.group_in));
-    return {place.from, place.valid && k < depth_};
+  static __device__ __forceinline__ int width(const Geometry& s) { return kTouching ? s.out_width : s.in_width; }
+  static __device__ __forceinline__ int height(const Geometry& s) { return kTouching ? s.out_height : s.in_height; }
+  static __device__ __forceinline__ int pitch(const Geometry& s) { return kTouching ? s.out_channels : s.in_channels; }
+  static __device__ __forceinline__ const Divider& channels(const Geometry& s) {
+    return kTouching ? s.by.group_out : s.by.group_in;
+  }
+  static __device__ __forceinline__ Pixel pixel(const Geometry& s, int64_t first, int row) {
+    if constexpr (kTouching) return pixel_after(PixelOrigin(first, s.in), row, s.by.in_height, s.by.in_width, s.batch);
+    return s.pool ? pooled_row(s, first, row) : out_pixel_after(s, PixelOrigin(first, s.out), row);
+  }
+
+  __device__ __forceinline__ void next_tap(const Geometry& s) {
+    const int channels = kTouching ? s.group_out : s.group_in;
+    do {
+      channel_ -= channels;
+      if (++tap_x_ == s.kernel_width) tap_x_ = 0, ++tap_y_;
+    } while (channel_ >= channels);
+    reach_tap(s);
+  }
+
+  __device__ __forceinline__ void reach_tap(const Geometry& s) {
+    const int direction = kTouching ? -1 : 1;
+    const int dy = direction * tap_y_ * s.dilation_y, dx = direction * tap_x_ * s.dilation_x;
+    offset_ = (dy * width(s) + dx) * pitch(s) + channel_;
+    valid_ = 0;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const bool inside = static_cast<unsigned>(y_[j] + dy) < static_cast<unsigned>(height(s)) &&
+                          static_cast<unsigned>(x_[j] + dx) < static_cast<unsigned>(width(s));
+      valid_ |= static_cast<unsigned>(inside) << j;
+    }
+    valid_ &= tap_y_ * s.kernel_width < s.taps ? rows_ : 0;
   }
 
   const ImageSource<T>& source_;
-  const T* image_;
-  int first_k_, y_, x_, depth_;
+  int k_;
+  bool walks_;
+  const T* image_[kCount];
+  int y_[kCount], x_[kCount];
+  unsigned rows_ = 0;  // a bit for each of the rows that is a pixel
+  // A walk: the tap and its channel that come next, how far they are from the pixel, and which rows have the tap
+  // inside.
+  int tap_y_, tap_x_, channel_, offset_;
+  unsigned valid_;
 };
 
-// Row: an input pixel; k: (tap, output channel), at the output that this tap of it touches the pixel.
-template <class T>
-class GradientRows {
- public:
-  static constexpr Layout layout = Layout::depth_inner;
-  __device__ __forceinline__ GradientRows(const ImageSource<T>& source, int64_t first, int64_t first_k, int fixed,
-                                          int group)
-      : source_(source), first_k_(static_cast<int>(first_k)) {
-    const Geometry& s = source.s;
-    const Pixel p = pixel_after(PixelOrigin(first, s.in), fixed, s.by.in_height, s.by.in_width, s.batch);
-    image_ = source.image + p.image * s.out.count * s.out_channels + int64_t{group} * s.group_out;
-    y_ = p.y + s.padding_y, x_ = p.x + s.padding_x;
-    depth_ = p.valid ? s.taps * s.group_out : 0;
-  }
-
-  __device__ __forceinline__ void load(T* to, int k) const {
-    if (source_.chunks)
-      copy_chunk(to, at(first_k_ + k));
-    else
-      gather_chunk(to, [&](int e) { return at(first_k_ + k + e); });
-  }
-
- private:
-  __device__ __forceinline__ Place<T> at(int k) const {
-    const Geometry& s = source_.s;
-    const Place<T> place = gradient_at(s, image_, y_, x_, tap_of(s, k, s.by.group_out));
-    return {place.from, place.valid && k < depth_};
-  }
-
-  const ImageSource<T>& source_;
-  const T* image_;
-  int first_k_, y_, x_, depth_;
-};
+template <class T, int kCount, int kStep>
+using InputRows = PixelRows<T, kCount, kStep, false>;
+template <class T, int kCount, int kStep>
+using GradientRows = PixelRows<T, kCount, kStep, true>;
 
 // How many pixels follow the first of a sum, as far as it may ask.
 __device__ __forceinline__ int pixels_left(const Geometry& s, int64_t first_k) {
@@ -361,72 +415,92 @@ __device__ __forceinline__ int pixels_left(const Geometry& s, int64_t first_k) {
 }
 
 // Column: an output channel; k: an output pixel.
-template <class T>
+template <class T, int kCount, int kStep>
 class GradientColumns {
  public:
   static constexpr Layout layout = Layout::depth_outer;
-  __device__ __forceinline__ GradientColumns(const ImageSource<T>& source, int64_t first, int64_t first_k, int fixed,
-                                             int group)
-      : source_(source), column_(static_cast<int>(first) + fixed), pixels_(pixels_left(source.s, first_k)) {
-    row_ = source.image + first_k * source.s.out_channels + int64_t{group} * source.s.group_out + column_;
+  __device__ __forceinline__ GradientColumns(const ImageSource<T>& source, int64_t first, int64_t first_k, int group,
+                                             int row, int column)
+      : source_(source), pixels_(pixels_left(source.s, first_k) - row) {
+    const Geometry& s = source.s;
+    const int at = static_cast<int>(first) + column;
+    columns_ = s.group_out - at;
+    gradient_ = source.image + (first_k + row) * s.out_channels + int64_t{group} * s.group_out + at;
   }
 
-  __device__ __forceinline__ void load(T* to, int k) const {
-    const Geometry& s = source_.s;
-    const T* row = row_ + int64_t{k} * s.out_channels;
-    const auto at = [&](int e) { return Place<T>{row + e, k < pixels_ && column_ + e < s.group_out}; };
-    if (source_.chunks)
-      copy_chunk(to, at(0));
-    else
-      gather_chunk(to, at);
+  __device__ __forceinline__ void load(T* to, int step) {
+    const int pitch = source_.s.out_channels;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j, to += step) {
+      const T* row = gradient_ + int64_t{j * kStep} * pitch;
+      const auto at = [&](int e) { return Place<T>{row + e, j * kStep < pixels_ && e < columns_}; };
+      if (source_.chunks)
+        copy_chunk(to, at(0));
+      else
+        gather_chunk(to, at);
+    }
+    gradient_ += int64_t{kDepth<T>} * pitch, pixels_ -= kDepth<T>;
   }
 
  private:
   const ImageSource<T>& source_;
-  const T* row_;
-  int column_, pixels_;
+  const T* gradient_;
+  int pixels_, columns_;
 };
 
 // Column: a tap, after the last of which comes a 1; k: an output pixel.
-template <class T>
+template <class T, int kCount, int kStep>
 class InputColumns {
  public:
   static constexpr Layout layout = Layout::depth_outer;
-  __device__ __forceinline__ InputColumns(const ImageSource<T>& source, int64_t first, int64_t first_k, int fixed,
-                                          int group)
+  __device__ __forceinline__ InputColumns(const ImageSource<T>& source, int64_t first, int64_t first_k, int group,
+                                          int row, int column)
       : source_(source),
-        column_(static_cast<int>(first) + fixed),
+        column_(static_cast<int>(first) + column),
         depth_(source.s.taps * source.s.group_in),
-        pixels_(pixels_left(source.s, first_k)),
+        pixels_(pixels_left(source.s, first_k) - row),
         tap_(tap_of(source.s, column_, source.s.by.group_in)) {
     const Geometry& s = source.s;
     const PixelOrigin origin(first_k, s.out);
     image_ = source.image + origin.image * s.in.count * s.in_channels + int64_t{group} * s.group_in;
-    first_pixel_ = origin.rest;
+    pixel_ = static_cast<int>(origin.rest) + row;
+    together_ = source.chunks && column_ + kChunk<T> <= depth_;
   }
 
-  __device__ __forceinline__ void load(T* to, int k) const {
-    const Geometry& s = source_.s;
-    uint32_t x = first_pixel_ + k, y = s.by.out_width.split(x);
-    const uint32_t image = s.by.out_height.split(y);
-    const T* from = image_ + int64_t{image} * (static_cast<int>(s.in.count) * s.in_channels);
-    const int y0 = static_cast<int>(y) * s.stride_y - s.padding_y;
-    const int x0 = static_cast<int>(x) * s.stride_x - s.padding_x;
-    if (source_.chunks && column_ + kChunk<T> <= depth_) {
-      const Place<T> place = input_at(s, from, y0, x0, tap_);
-      return copy_chunk(to, Place<T>{place.from, place.valid && k < pixels_});
+  __device__ __forceinline__ void load(T* to, int step) {
+    if (column_ > depth_) {  // beyond the last column
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) copy_async<16>(to + j * step, image_, false);
+      return;
     }
-    gather_chunk(to, [&](int e) -> Place<T> {
-      if (column_ + e == depth_) return {&kOne<T>, true};
-      const Place<T> place = input_at(s, from, y0, x0, tap_of(s, column_ + e, s.by.group_in));
-      return {place.from, place.valid && k < pixels_ && column_ + e < depth_};
-    });
+    const Geometry& s = source_.s;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j, to += step) {
+      uint32_t x = pixel_ + j * kStep, y = s.by.out_width.split(x);
+      const uint32_t image = s.by.out_height.split(y);
+      const T* from = image_ + int64_t{image} * (static_cast<int>(s.in.count) * s.in_channels);
+      const int y0 = static_cast<int>(y) * s.stride_y - s.padding_y;
+      const int x0 = static_cast<int>(x) * s.stride_x - s.padding_x;
+      const bool valid = j * kStep < pixels_;
+      if (together_) {
+        const Place<T> place = input_at(s, from, y0, x0, tap_);
+        copy_chunk(to, Place<T>{place.from, place.valid && valid});
+        continue;
+      }
+      gather_chunk(to, [&](int e) -> Place<T> {
+        if (column_ + e == depth_) return {&kOne<T>, true};
+        const Place<T> place = input_at(s, from, y0, x0, tap_of(s, column_ + e, s.by.group_in));
+        return {place.from, place.valid && valid && column_ + e < depth_};
+      });
+    }
+    pixel_ += kDepth<T>, pixels_ -= kDepth<T>;
   }
 
  private:
   const ImageSource<T>& source_;
   const T* image_;
-  int column_, depth_, pixels_, first_pixel_;
+  int column_, depth_, pixels_, pixel_;
+  bool together_;
   Tap tap_;
 };
 

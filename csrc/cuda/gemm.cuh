@@ -35,10 +35,10 @@ struct BlockShape {
   static constexpr int kM = kWarpsM * kWarpM, kN = kWarpsN * kWarpN;
   static constexpr int kThreads = kWarpThreads * kWarpsM * kWarpsN;
 };
-using SquareBlock = BlockShape<2, 2, 2, 4>;  // 64 x 64: the most blocks
-using NarrowBlock = BlockShape<4, 1, 2, 4>;  // 128 x 32: for few columns
-using TallBlock = BlockShape<2, 2, 4, 4>;    // 128 x 64: a third fewer reads of shared memory for each product
-using WideBlock = BlockShape<2, 4, 4, 4>;    // 128 x 128: and half the copies to it
+using SquareBlock = BlockShape<2, 4, 2, 2>;  // 64 x 64, 8 warps: the most blocks, and the most warps in each
+using NarrowBlock = BlockShape<4, 1, 2, 4>;  // 128 x 32, 4 warps: for few columns
+using TallBlock = BlockShape<2, 2, 4, 4>;    // 128 x 64, 4 warps: fewer reads of shared memory for each product
+using WideBlock = BlockShape<2, 4, 4, 4>;    // 128 x 128, 8 warps: and fewer copies to it
 
 constexpr int kStages = 4;
 constexpr int kStageBytes = 64;  // of K in a row
@@ -139,8 +139,12 @@ __device__ __forceinline__ void multiply_fragments(const T* a, const T* b, Accum
   }
 }
 
+// Tensor cores do not read the 13 low bits of their factors, which takes (1/m) 2^-11 of a number of mantissa m on
+// average. One multiplication gives it back, where rounding would take two instructions and a conversion more.
+constexpr float kHalfUlp = 1 + 0x1.7p-12f;
+
 // Tensor cores on float32. `kExact`: each factor is split in two, x = high + low, and three of the four products are
-// formed (Markidis et al., 2018): the error is float32's own. Otherwise factors are rounded to tf32.
+// formed (Markidis et al., 2018): the error is float32's own. Otherwise factors are tf32, off by 1.28 * 2^-11 at most.
 template <bool kExact>
 struct Tf32Products {
   static constexpr const char* kName = kExact ? "tf32x3" : "tf32";
@@ -171,8 +175,12 @@ struct Tf32Products {
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const float value = bits_to_float(words[r]);
-      result.high[r] = to_tf32(value);
-      if constexpr (kExact) result.low[r] = to_tf32(value - bits_to_float(result.high[r]));
+      if constexpr (kExact) {
+        result.high[r] = to_tf32(value);
+        result.low[r] = to_tf32(value - bits_to_float(result.high[r]));
+      } else {
+        result.high[r] = float_to_bits(value * kHalfUlp);
+      }
     }
     return result;
   }
@@ -224,39 +232,28 @@ struct HalfProducts {
   }
 };
 
-// What a thread loads of an operand of kSize rows of M or N: chunks of a stage. With K innermost each is a row's of its
-// own and has a reader; else they are rows of K at the same place, and share one.
-template <class T, class Reader, int kSize, int kThreads>
+// What a thread loads of an operand of kSize rows of M or N: kCount chunks of each stage, kStep rows of its tile apart.
+// Reader<kCount, kStep> is made with the block's first row of M or N, the first k, and where in the tile the thread's
+// first chunk lies: row of M or N and offset along K, or the other way round. load(to, step) then loads the chunks of
+// the next stage to `to`, to + step, ...
+template <class T, template <int, int> class Reader, int kSize, int kThreads>
 struct Loads {
-  using Tile = cuda::Tile<T, Reader::layout, kSize>;
-  static constexpr bool kInner = Reader::layout == Layout::depth_inner;
-  static constexpr int kRowStep = kThreads / Tile::kRowChunks;
-  static constexpr int kCount = Tile::kRows / kRowStep;  // chunks a thread
-  static_assert(kCount * kRowStep == Tile::kRows);
+  using Tile = cuda::Tile<T, Reader<1, 1>::layout, kSize>;
+  static constexpr int kStep = kThreads / Tile::kRowChunks;
+  static constexpr int kCount = Tile::kRows / kStep;
+  static_assert(kCount * kStep == Tile::kRows);
 
   template <class Source>
   __device__ __forceinline__ Loads(const Source& source, int64_t first, int64_t first_k, int group)
-      : Loads(source, first, first_k, group, std::make_integer_sequence<int, kInner ? kCount : 1>()) {}
-
-  // Values k, k + 1, ... of the sum that began at first_k.
-  __device__ __forceinline__ void load(T* tile, int k) const {
-    const int row = threadIdx.x / Tile::kRowChunks, column = threadIdx.x % Tile::kRowChunks * kChunk<T>;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const int r = row + j * kRowStep;
-      readers_[kInner ? j : 0].load(tile + r * Tile::kRow + column, k + (kInner ? column : r));
-    }
+      : reader_(source, first, first_k, group, row(), column()) {}
+  __device__ __forceinline__ void load(T* tile) {
+    reader_.load(tile + row() * Tile::kRow + column(), kStep * Tile::kRow);
   }
 
  private:
-  template <class Source, int... j>
-  __device__ __forceinline__ Loads(const Source& source, int64_t first, int64_t first_k, int group,
-                                   std::integer_sequence<int, j...>)
-      : readers_{Reader(source, first, first_k, fixed(j), group)...} {}
-  static __device__ __forceinline__ int fixed(int j) {
-    return kInner ? threadIdx.x / Tile::kRowChunks + j * kRowStep : threadIdx.x % Tile::kRowChunks * kChunk<T>;
-  }
-  Reader readers_[kInner ? kCount : 1];
+  static __device__ __forceinline__ int row() { return threadIdx.x / Tile::kRowChunks; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % Tile::kRowChunks * kChunk<T>; }
+  Reader<kCount, kStep> reader_;
 };
 
 // The usual store of a product: each element by itself, through store(row, column, value).
@@ -297,8 +294,8 @@ __global__ void __launch_bounds__(Shape::kThreads, kGemmBlocks<Products, Shape>)
   constexpr bool kChosen = std::is_same_v<T, double> || Products::kTensorCores == (__CUDA_ARCH__ >= 800);
   if constexpr (!kChosen) return;
 #endif
-  using LoadsA = Loads<T, typename Problem::ReaderA, Shape::kM, Shape::kThreads>;
-  using LoadsB = Loads<T, typename Problem::ReaderB, Shape::kN, Shape::kThreads>;
+  using LoadsA = Loads<T, Problem::template ReaderA, Shape::kM, Shape::kThreads>;
+  using LoadsB = Loads<T, Problem::template ReaderB, Shape::kN, Shape::kThreads>;
   T* shared = shared_memory<T>();
   constexpr int kOperandA = kOperandBytes<Shape::kM> / sizeof(T),
                 kStage = kOperandA + kOperandBytes<Shape::kN> / sizeof(T);
@@ -309,13 +306,13 @@ __global__ void __launch_bounds__(Shape::kThreads, kGemmBlocks<Products, Shape>)
   const int64_t depth = size.k - first < size.split_depth ? size.k - first : size.split_depth;
   const int stages = static_cast<int>((depth + kDepth<T> - 1) / kDepth<T>);
 
-  const LoadsA loads_a(problem.a, m0, first, group);
-  const LoadsB loads_b(problem.b, n0, first, group);
+  LoadsA loads_a(problem.a, m0, first, group);
+  LoadsB loads_b(problem.b, n0, first, group);
   const auto load = [&](int stage) {
     if (stage < stages) {
       T* tile = shared + stage % kStages * kStage;
-      loads_a.load(tile, stage * kDepth<T>);
-      loads_b.load(tile + kOperandA, stage * kDepth<T>);
+      loads_a.load(tile);
+      loads_b.load(tile + kOperandA);
     }
     commit_copies();  // an empty group too: the count of groups is what wait_for_copies counts
   };

@@ -53,7 +53,6 @@ __device__ __forceinline__ void begin_kernel() {
 #ifndef __CUDACC__
   emulator::thread->begun = true;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
 #endif
 }

@@ -13,7 +13,7 @@ struct GradInputProblem {
   using ReaderA = GradientRows<T, kCount, kStep>;
   template <int kCount, int kStep>
   using ReaderB = WeightColumns<T, kCount, kStep>;
-  static constexpr bool kCanPool = false;
+  static constexpr bool kCanPool = false, kCanBeWide = false, kSumsPixels = false;
   ImageSource<T> a;
   WeightSource<T> b;
   GemmSize size;
@@ -32,7 +32,7 @@ struct GradWeightProblem {
   using ReaderA = GradientColumns<T, kCount, kStep>;
   template <int kCount, int kStep>
   using ReaderB = InputColumns<T, kCount, kStep>;
-  static constexpr bool kCanPool = false;
+  static constexpr bool kCanPool = false, kCanBeWide = false, kSumsPixels = true;
   ImageSource<T> a, b;
   GemmSize size;
   Compute<T>* partials;

@@ -142,28 +142,23 @@ __device__ __forceinline__ void copy_chunk(T* to, const Place<T>& place) {
   copy_async<16>(to, place.from, place.valid);
 }
 
-// A chunk of values that lie apart: value e at place(e). 16-bit values are below what asynchronous copies move: the
-// thread waits for them, four at a time.
-template <class T, class At>
+// A chunk of values that lie apart: value e at place(e), so many at a time. 16-bit values are below what asynchronous
+// copies move: the thread waits for them.
+template <int kTogether, class T, class At>
 __device__ __forceinline__ void gather_chunk(T* to, const At& place) {
-  if constexpr (sizeof(T) >= 4) {
-#pragma unroll
-    for (int e = 0; e < kChunk<T>; ++e) {
-      const Place<T> value = place(e);
-      copy_async<sizeof(T)>(to + e, value.from, value.valid);
-    }
-  } else {
-    constexpr int kTogether = 4;
+  constexpr int kStep = kTogether < kChunk<T> ? kTogether : kChunk<T>;
 #pragma unroll 1
-    for (int first = 0; first < kChunk<T>; first += kTogether) {
-      Pack<T, kTogether> pack;
+  for (int first = 0; first < kChunk<T>; first += kStep) {
+    Pack<T, kStep> pack;
 #pragma unroll
-      for (int e = 0; e < kTogether; ++e) {
-        const Place<T> value = place(first + e);
+    for (int e = 0; e < kStep; ++e) {
+      const Place<T> value = place(first + e);
+      if constexpr (sizeof(T) >= 4)
+        copy_async<sizeof(T)>(to + first + e, value.from, value.valid);
+      else
         pack.values[e] = value.valid ? *value.from : narrow<T>(0);
-      }
-      store_pack(to + first, pack);
     }
+    if constexpr (sizeof(T) < 4) store_pack(to + first, pack);
   }
 }
 
@@ -248,7 +243,7 @@ class WeightRows {
       if (chunks_)
         copy_chunk(to, at(0));
       else
-        gather_chunk(to, at);
+        gather_chunk<4>(to, at);
     }
     k_ += kDepth<T>;
   }
@@ -281,7 +276,7 @@ class WeightColumns {
       if (source_.chunks)
         copy_chunk(to, at(0));
       else
-        gather_chunk(to, at);
+        gather_chunk<4>(to, at);
     }
     k_ += kDepth<T>;
   }
@@ -331,6 +326,7 @@ class PixelRows {
 
   __device__ __forceinline__ void load(T* to, int step) {
     const Geometry& s = source_.s;
+    const int depth = s.taps * (kTouching ? s.group_out : s.group_in);
     if (walks_) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) copy_async<16>(to + j * step, image_[j] + offset_, valid_ >> j & 1);
@@ -345,13 +341,12 @@ class PixelRows {
         const Tap tap = tap_of(s, k, channels(s));
         const Place<T> place =
             kTouching ? gradient_at(s, image_[j], y_[j], x_[j], tap) : input_at(s, image_[j], y_[j], x_[j], tap);
-        return Place<T>{place.from,
-                        place.valid && (rows_ >> j & 1) && k < s.taps * (kTouching ? s.group_out : s.group_in)};
+        return Place<T>{place.from, place.valid && (rows_ >> j & 1) && k < depth};
       };
-      if (source_.chunks)
+      if (source_.chunks || k_ >= depth)  // beyond the sum all is zero
         copy_chunk(to, at(0));
       else
-        gather_chunk(to, at);
+        gather_chunk<kTouching ? 2 : 4>(to, at);
     }
     k_ += kDepth<T>;
   }
@@ -399,8 +394,8 @@ class PixelRows {
   unsigned rows_ = 0;  // a bit for each of the rows that is a pixel
   // A walk: the tap and its channel that come next, how far they are from the pixel, and which rows have the tap
   // inside.
-  int tap_y_, tap_x_, channel_, offset_;
-  unsigned valid_;
+  int tap_y_ = 0, tap_x_ = 0, channel_ = 0, offset_ = 0;
+  unsigned valid_ = 0;
 };
 
 template <class T, int kCount, int kStep>
@@ -437,7 +432,7 @@ class GradientColumns {
       if (source_.chunks)
         copy_chunk(to, at(0));
       else
-        gather_chunk(to, at);
+        gather_chunk<4>(to, at);
     }
     gradient_ += int64_t{kDepth<T>} * pitch, pixels_ -= kDepth<T>;
   }
@@ -487,7 +482,7 @@ class InputColumns {
         copy_chunk(to, Place<T>{place.from, place.valid && valid});
         continue;
       }
-      gather_chunk(to, [&](int e) -> Place<T> {
+      gather_chunk<4>(to, [&](int e) -> Place<T> {
         if (column_ + e == depth_) return {&kOne<T>, true};
         const Place<T> place = input_at(s, from, y0, x0, tap_of(s, column_ + e, s.by.group_in));
         return {place.from, place.valid && valid && column_ + e < depth_};

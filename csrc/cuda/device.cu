@@ -32,7 +32,7 @@ int attribute(cudaDeviceAttr which, int device) {
 // Asked once a device: a query costs as much as a launch.
 struct Facts {
   std::once_flag asked;
-  int multiprocessors, capability;
+  int multiprocessors, capability, shared_bytes;
   char isa[8];
 };
 
@@ -44,6 +44,7 @@ const Facts& facts(int device) {
                    attribute(cudaDevAttrComputeCapabilityMinor, device);
     std::snprintf(f.isa, sizeof f.isa, "sm_%d", f.capability);
     f.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+    f.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   });
   return f;
 }
@@ -69,6 +70,7 @@ DeviceGuard::~DeviceGuard() {
 const char* device_isa(int device) { return facts(device).isa; }
 int device_multiprocessors(int device) { return facts(device).multiprocessors; }
 int device_capability(int device) { return facts(device).capability; }
+int device_shared_bytes(int device) { return facts(device).shared_bytes; }
 
 void check_launch(const char* operation, const Queue& queue) {
   cudaError_t error = cudaGetLastError();
@@ -91,6 +93,7 @@ DeviceGuard::~DeviceGuard() = default;
 const char* device_isa(int) { return "emulator"; }
 int device_multiprocessors(int) { return 4; }
 int device_capability(int) { return emulator::capability; }
+int device_shared_bytes(int) { return static_cast<int>(emulator::most_shared_bytes()); }
 
 void check_launch(const char*, const Queue&) {}  // emulator::launch throws
 

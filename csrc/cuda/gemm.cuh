@@ -2,13 +2,13 @@
 // are read through readers - rows of a matrix, or pixels of images that a convolution's taps touch - and C is stored by
 // what follows the product: bias, ReLU, pooling.
 //
-//   block: 64 x 64 of C or more (BlockShape), warps of 32 x 32 or 64 x 32. K passes in stages of 64 bytes a row, 4
-//   stages deep in shared memory:
+//   block: 8 warps share out 64 x 64 of C or more (BlockShape). K passes in stages of 128 bytes a row, 3 stages deep in
+//   shared memory:
 //
-//     load 0 | load 1 | load 2 | wait 0, load 3, multiply 0 | wait 1, load 4, multiply 1 | ...
+//     load 0 | load 1 | wait 0, load 2, multiply 0 | wait 1, load 3, multiply 1 | ...
 //
-//   A stage of an operand is four chunks of 16 bytes a row. It lies as its reader finds it in memory: by rows of M or N
-//   with K innermost, or by rows of K with M or N innermost.
+//   A stage of an operand is eight chunks of 16 bytes a row. It lies as its reader finds it in memory: by rows of M or
+//   N with K innermost, or by rows of K with M or N innermost.
 //
 //   thread: with lane = 4 g + t, of its warp's rows g + 8 i and columns 8 j + 2 t and 8 j + 2 t + 1: the fragments of
 //   mma instructions. When C is pooled, four rows g + 8 i are the places of one pooling window, so that its maximum
@@ -26,6 +26,8 @@
 
 namespace fastnn::cuda {
 
+constexpr int kGemmThreads = 256;
+
 // A block's share of C: kWarpsM x kWarpsN warps of kFragmentsM x kFragmentsN fragments of 16 x 8.
 template <int kWarpsM_, int kWarpsN_, int kFragmentsM_, int kFragmentsN_>
 struct BlockShape {
@@ -33,22 +35,22 @@ struct BlockShape {
   static constexpr int kFragmentsM = kFragmentsM_, kFragmentsN = kFragmentsN_;
   static constexpr int kWarpM = 16 * kFragmentsM, kWarpN = 8 * kFragmentsN;
   static constexpr int kM = kWarpsM * kWarpM, kN = kWarpsN * kWarpN;
-  static constexpr int kThreads = kWarpThreads * kWarpsM * kWarpsN;
+  static_assert(kWarpThreads * kWarpsM * kWarpsN == kGemmThreads);
 };
-using SquareBlock = BlockShape<2, 4, 2, 2>;  // 64 x 64, 8 warps: the most blocks, and the most warps in each
-using NarrowBlock = BlockShape<4, 1, 2, 4>;  // 128 x 32, 4 warps: for few columns
-using TallBlock = BlockShape<2, 2, 4, 4>;    // 128 x 64, 4 warps: fewer reads of shared memory for each product
-using WideBlock = BlockShape<2, 4, 4, 4>;    // 128 x 128, 8 warps: and fewer copies to it
+using SquareBlock = BlockShape<2, 4, 2, 2>;  // 64 x 64: the most blocks
+using SmallBlock = BlockShape<4, 2, 1, 2>;   // 64 x 32, 128 x 32: for few columns
+using NarrowBlock = BlockShape<4, 2, 2, 2>;
+using TallBlock = BlockShape<4, 2, 2, 4>;  // 128 x 64: fewer reads of shared memory for each product
+using WideBlock = BlockShape<2, 4, 4, 4>;  // 128 x 128: and fewer copies to it
 
-constexpr int kStages = 4;
-constexpr int kStageBytes = 64;  // of K in a row
-constexpr int kRowBytes = kStageBytes + 16;
+constexpr int kStages = 3;
+constexpr int kStageBytes = 128;  // of K in a row
 
-// Of a stage of an operand of so many rows of M or N; below, of all stages of both.
+// Of a stage of an operand of so many rows of M or N, rows or columns padded; below, of all stages of both.
 template <int kRows>
-constexpr int kOperandBytes = kRows * kRowBytes;
+constexpr int kOperandBytes = kStageBytes * kRows + (16 * kRows > 1024 ? 16 * kRows : 1024);
 template <class Shape>
-constexpr int kGemmSharedBytes = kStages * kOperandBytes<Shape::kM + Shape::kN>;
+constexpr int kGemmSharedBytes = kStages * (kOperandBytes<Shape::kM> + kOperandBytes<Shape::kN>);
 
 template <class T>
 constexpr int kDepth = kStageBytes / sizeof(T);  // of K a stage
@@ -236,10 +238,10 @@ struct HalfProducts {
 // Reader<kCount, kStep> is made with the block's first row of M or N, the first k, and where in the tile the thread's
 // first chunk lies: row of M or N and offset along K, or the other way round. load(to, step) then loads the chunks of
 // the next stage to `to`, to + step, ...
-template <class T, template <int, int> class Reader, int kSize, int kThreads>
+template <class T, template <int, int> class Reader, int kSize>
 struct Loads {
   using Tile = cuda::Tile<T, Reader<1, 1>::layout, kSize>;
-  static constexpr int kStep = kThreads / Tile::kRowChunks;
+  static constexpr int kStep = kGemmThreads / Tile::kRowChunks;
   static constexpr int kCount = Tile::kRows / kStep;
   static_assert(kCount * kStep == Tile::kRows);
 
@@ -277,25 +279,25 @@ struct GemmSize {
   int64_t split_depth;  // of K a split: a multiple of the stage's
 };
 
-// Blocks that stay on a multiprocessor: 168 registers a thread, or 128; products of three, which hold both parts of
-// their factors, take more.
-template <class Products, class Shape>
-constexpr int kGemmBlocks = Shape::kThreads == 128                         ? 3
-                            : std::is_same_v<Products, Tf32Products<true>> ? 1
-                                                                           : 2;
+// Blocks that stay on a multiprocessor: three of 80 registers a thread, two of 128, or one where products of three hold
+// both parts of their factors.
+template <class T, class Products, class Shape>
+constexpr int kGemmBlocks = Shape::kM == 64 && sizeof(T) < 8                                   ? 3
+                            : Shape::kN == 128 && std::is_same_v<Products, Tf32Products<true>> ? 1
+                                                                                               : 2;
 
 // `Problem` has sources a and b, their readers ReaderA and ReaderB, `size`, `partials` (groups x splits x M x N in the
 // compute type, or null), store(group, m, n, value), and where kPooled store_pooled(group, m0, n0, warp's
 // accumulators).
 template <class T, class Products, class Shape, class Problem>
-__global__ void __launch_bounds__(Shape::kThreads, kGemmBlocks<Products, Shape>)
+__global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
     gemm_kernel(const GRID_CONSTANT Problem problem) {
 #ifdef __CUDA_ARCH__  // what run_gemm() never launches on this architecture is left empty, which halves the build
   constexpr bool kChosen = std::is_same_v<T, double> || Products::kTensorCores == (__CUDA_ARCH__ >= 800);
   if constexpr (!kChosen) return;
 #endif
-  using LoadsA = Loads<T, Problem::template ReaderA, Shape::kM, Shape::kThreads>;
-  using LoadsB = Loads<T, Problem::template ReaderB, Shape::kN, Shape::kThreads>;
+  using LoadsA = Loads<T, Problem::template ReaderA, Shape::kM>;
+  using LoadsB = Loads<T, Problem::template ReaderB, Shape::kN>;
   T* shared = shared_memory<T>();
   constexpr int kOperandA = kOperandBytes<Shape::kM> / sizeof(T),
                 kStage = kOperandA + kOperandBytes<Shape::kN> / sizeof(T);
@@ -402,14 +404,14 @@ int64_t blocks_of(const GemmSize& size) {
   return (size.m + Shape::kM - 1) / Shape::kM * ((size.n + Shape::kN - 1) / Shape::kN) * size.groups;
 }
 
-// The fewest stages that are worth a split of K.
-constexpr int64_t kLeastStages = 4;
+// How many ways K is split: where blocks do not fill the device, so that each multiprocessor gets about three, of at
+// least kLeastStages. Partial sums cost more than idle multiprocessors do elsewhere.
+constexpr int64_t kLeastStages = 2;
 
-// How many ways K is split: so that each multiprocessor gets about two blocks.
 template <class T, class Shape>
 void choose_splits(GemmSize& size, int multiprocessors, bool can_split) {
   const int64_t blocks = blocks_of<Shape>(size), stages = stages_of<T>(size);
-  const int64_t wanted = can_split && blocks > 0 ? 2 * multiprocessors / blocks : 1;
+  const int64_t wanted = can_split && blocks > 0 && blocks < multiprocessors ? 3 * multiprocessors / blocks : 1;
   const int64_t splits = std::max<int64_t>(std::min(wanted, stages / kLeastStages), 1);
   const int64_t split_stages = (stages + splits - 1) / splits;
   size.split_depth = split_stages * kDepth<T>;
@@ -424,7 +426,7 @@ void run_gemm_in_blocks(const char* operation, const Queue& queue, Problem probl
     problem.partials = queue.workspace<Compute<T>>(size.groups * int64_t{size.splits} * size.m * size.n);
   const dim3 grid((size.m + Shape::kM - 1) / Shape::kM, (size.n + Shape::kN - 1) / Shape::kN,
                   size.groups * size.splits);
-  launch(operation, queue, gemm_kernel<T, Products, Shape, Problem>, grid, Shape::kThreads, kGemmSharedBytes<Shape>,
+  launch(operation, queue, gemm_kernel<T, Products, Shape, Problem>, grid, kGemmThreads, kGemmSharedBytes<Shape>,
          problem);
   if (size.splits == 1) return;
   const TeamShape teams = size.splits < 4 * kSumRows ? column_threads() : column_teams();
@@ -432,22 +434,30 @@ void run_gemm_in_blocks(const char* operation, const Queue& queue, Problem probl
          kSumThreads, teams.shared_bytes<Compute<T>>(), problem, teams);
 }
 
+// Larger blocks read less for each product, but must be enough for the device: twice its multiprocessors, or two thirds
+// of them where a block is 128 x 128.
 template <class T, class Products, class Problem>
 void run_gemm(const char* operation, const Queue& queue, const Problem& problem, bool can_split) {
   trace<T>(queue, operation, Products::kName);
+  const auto run_in = [&]<class Shape>(Shape) {
+    run_gemm_in_blocks<T, Products, Shape>(operation, queue, problem, can_split);
+  };
   if constexpr (Products::kTensorCores) {
     const GemmSize& size = problem.size;
-    const int64_t parts = can_split ? std::max<int64_t>(stages_of<T>(size) / kLeastStages, 1) : 1;
-    // Whether blocks of a shape, with K split, are enough for the device.
-    const auto fills = [&](int64_t blocks) { return blocks * parts >= device_multiprocessors(queue.device); };
-    if (size.n <= NarrowBlock::kN && size.m > SquareBlock::kM && fills(blocks_of<NarrowBlock>(size)))
-      return run_gemm_in_blocks<T, Products, NarrowBlock>(operation, queue, problem, can_split);
-    if (size.n > TallBlock::kN && size.m > SquareBlock::kM && fills(blocks_of<WideBlock>(size)))
-      return run_gemm_in_blocks<T, Products, WideBlock>(operation, queue, problem, can_split);
-    if (size.n > NarrowBlock::kN && size.m > SquareBlock::kM && fills(blocks_of<TallBlock>(size)))
-      return run_gemm_in_blocks<T, Products, TallBlock>(operation, queue, problem, can_split);
+    const int64_t multiprocessors = device_multiprocessors(queue.device);
+    const bool tall = size.m > SquareBlock::kM;
+    if (size.n <= NarrowBlock::kN) {
+      if (tall && blocks_of<NarrowBlock>(size) >= multiprocessors) return run_in(NarrowBlock());
+      if constexpr (!Problem::kCanPool) return run_in(SmallBlock());
+    } else if (tall) {
+      if constexpr (Problem::kCanBeWide)
+        if (size.n > TallBlock::kN && 3 * blocks_of<WideBlock>(size) >= 2 * multiprocessors &&
+            kGemmSharedBytes<WideBlock> <= device_shared_bytes(queue.device))
+          return run_in(WideBlock());
+      if (Problem::kSumsPixels || blocks_of<TallBlock>(size) >= 2 * multiprocessors) return run_in(TallBlock());
+    }
   }
-  run_gemm_in_blocks<T, Products, SquareBlock>(operation, queue, problem, can_split);
+  run_in(SquareBlock());
 }
 
 // The product in the precision that is asked for, by the fastest way that the device has.

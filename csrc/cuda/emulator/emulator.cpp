@@ -126,12 +126,11 @@ void run_block(const std::function<void()>& body, size_t shared_bytes) {
   if (b.error.empty()) check_guards();
 }
 
-// What every device from sm_80 on has, or sm_75; what a launch of more would be answered with.
+// What a launch of more would be answered with.
 const char* limit_exceeded(dim3 grid, dim3 size, size_t shared_bytes) {
-  const size_t most_shared = (capability >= 80 ? 99 : 64) << 10;
   if (int64_t{size.x} * size.y * size.z > 1024) return "more than 1024 threads in a block";
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "a grid of more than 2^31 - 1, 65535, 65535";
-  if (shared_bytes > most_shared) return "more shared memory than devices have";
+  if (shared_bytes > most_shared_bytes()) return "more shared memory than devices have";
   return nullptr;
 }
 
@@ -207,9 +206,9 @@ namespace {
 void check_shared(const void* place, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(place);
   const uintptr_t begin = reinterpret_cast<uintptr_t>(shared_memory());
-  if (address % bytes != 0) fail(std::to_string(bytes) + " bytes of shared memory that are not aligned");
+  if (address % bytes != 0) fail("shared memory that is not aligned to the bytes that are moved");
   if (address < begin || address + bytes > begin + block->shared.size() - 2 * kGuard)
-    fail(std::to_string(bytes) + " bytes outside of shared memory");
+    fail("bytes outside of shared memory");
 }
 
 void land(const Copy& copy) {

@@ -45,6 +45,11 @@ struct Schedule {
 inline Schedule schedule;
 inline int capability = 90;  // what launchers are told: 75 makes them choose kernels without tensor cores
 
+// What a block may have: as on sm_90, sm_80, or the least of the devices between and before them.
+inline size_t most_shared_bytes() {
+  return (capability >= 90 ? 227 : capability == 80 ? 163 : capability > 80 ? 99 : 64) << 10;
+}
+
 constexpr int kWarp = 32;
 constexpr int kSlotWords = 10;  // the most that a lane hands to a warp-wide operation: mma's fragments
 

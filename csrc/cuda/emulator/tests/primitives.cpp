@@ -106,7 +106,8 @@ std::string test_mma() {
 }
 
 // The four matrices lie in rows of 24 values: one below the other, each with its rows apart.
-std::string test_load_matrices_transposed() {
+template <bool kTransposed>
+std::string test_load_matrices() {
   constexpr int kRow = 24;
   uint32_t words[kWarps * kWarpThreads][4];
   run_block(kWarps * kWarpThreads, kWarps * kWarpThreads * kRow * 2, [&] {
@@ -114,12 +115,17 @@ std::string test_load_matrices_transposed() {
     uint16_t* row = shared + threadIdx.x * kRow;
     for (int column = 0; column < 8; ++column) row[column] = static_cast<uint16_t>(threadIdx.x * 8 + column);
     sync_block();
-    load_matrices_transposed(words[threadIdx.x], row);
+    if constexpr (kTransposed)
+      load_matrices_transposed(words[threadIdx.x], row);
+    else
+      load_matrices(words[threadIdx.x], row);
   });
   for (int thread = 0; thread < kWarps * kWarpThreads; ++thread)
     for (int matrix = 0; matrix < 4; ++matrix) {
       const int g = thread % 32 / 4, t = thread % 4, first_row = thread / 32 * 32 + matrix * 8;
-      const uint32_t low = (first_row + 2 * t) * 8 + g, high = (first_row + 2 * t + 1) * 8 + g;
+      const auto element = [&](int row, int column) { return static_cast<uint32_t>((first_row + row) * 8 + column); };
+      const uint32_t low = kTransposed ? element(2 * t, g) : element(g, 2 * t);
+      const uint32_t high = kTransposed ? element(2 * t + 1, g) : element(g, 2 * t + 1);
       expect(words[thread][matrix] == (low | high << 16), "thread " + std::to_string(thread) + " got another element");
     }
   return "";
@@ -138,26 +144,30 @@ std::string test_shuffle_xor() {
 }
 
 // Two groups: after the wait that leaves one, the first has landed; the second too where copies are eager.
+template <int kBytes>
 std::string test_copies() {
+  constexpr int kCount = kBytes / 4;
   Memory memory;
-  const float* from = memory.input<float>(8);
+  const float* from = memory.input<float>(2 * kCount, 1);
   const bool eager = emulator::schedule.eager_copies;
-  run_block(2 * kWarpThreads, 2 * kWarpThreads * 48, [&] {
-    float* to = shared_memory<float>() + threadIdx.x * 12;
-    copy_async<16>(to, from + threadIdx.x % 2 * 4, true);
-    copy_async<16>(to + 4, nullptr, false);
+  run_block(2 * kWarpThreads, 2 * kWarpThreads * 3 * kBytes, [&] {
+    float* to = shared_memory<float>() + threadIdx.x * 3 * kCount;
+    const float* first = from + threadIdx.x % 2 * kCount;
+    copy_async<kBytes>(to, first, true);
+    copy_async<kBytes>(to + kCount, nullptr, false);
     device_check(is_poison(to[0]) != eager, "a copy has landed before its wait, or has not where it is eager");
     commit_copies();
-    copy_async<16>(to + 8, from, true);
+    copy_async<kBytes>(to + 2 * kCount, from, true);
     commit_copies();
     wait_for_copies<1>();
-    for (int i = 0; i < 4; ++i) {
-      device_check(to[i] == from[threadIdx.x % 2 * 4 + i], "the first group's copy has not landed");
-      device_check(to[4 + i] == 0, "the first group's zeros have not landed");
-      device_check(is_poison(to[8 + i]) != eager, "the second group has landed early, or has not where it is eager");
+    for (int i = 0; i < kCount; ++i) {
+      device_check(to[i] == first[i], "the first group's copy has not landed");
+      device_check(to[kCount + i] == 0, "the first group's zeros have not landed");
+      device_check(is_poison(to[2 * kCount + i]) != eager,
+                   "the second group has landed early, or has not where it is eager");
     }
     wait_for_copies<0>();
-    for (int i = 0; i < 4; ++i) device_check(to[8 + i] == from[i], "the second group has not landed");
+    for (int i = 0; i < kCount; ++i) device_check(to[2 * kCount + i] == from[i], "the second group has not landed");
   });
   return memory.check();
 }
@@ -291,11 +301,13 @@ std::string test_errors_of_some_blocks() {
 
 std::string test_limits() {
   expect_error(error_of(1025, 0, [] {}), "1024 threads");
-  expect_error(error_of(32, (99 << 10) + 1, [] {}), "shared memory");
-  emulator::capability = 75;
-  const std::string error = error_of(32, (64 << 10) + 1, [] {});
-  emulator::capability = 90;
-  expect_error(error, "shared memory");
+  for (const auto& [capability, kilobytes] : {std::pair{90, 227}, {89, 99}, {86, 99}, {80, 163}, {75, 64}}) {
+    emulator::capability = capability;
+    const std::string error = error_of(32, (kilobytes << 10) + 1, [] {}), none = error_of(32, kilobytes << 10, [] {});
+    emulator::capability = 90;
+    expect_error(error, "shared memory");
+    expect(none.empty(), none);
+  }
   return "";
 }
 
@@ -305,11 +317,14 @@ std::vector<Case> primitive_cases() {
   return {{"primitive/mma_tf32", test_mma<Tf32>},
           {"primitive/mma_bfloat16", test_mma<Half<bfloat16>>},
           {"primitive/mma_float16", test_mma<Half<float16>>},
-          {"primitive/load_matrices_transposed", test_load_matrices_transposed},
+          {"primitive/load_matrices", test_load_matrices<false>},
+          {"primitive/load_matrices_transposed", test_load_matrices<true>},
           {"primitive/shuffle_xor_float", test_shuffle_xor<float>},
           {"primitive/shuffle_xor_double", test_shuffle_xor<double>},
           {"primitive/shuffle_xor_int64", test_shuffle_xor<int64_t>},
-          {"primitive/copies", test_copies},
+          {"primitive/copies_of_4", test_copies<4>},
+          {"primitive/copies_of_8", test_copies<8>},
+          {"primitive/copies_of_16", test_copies<16>},
           {"primitive/bfloat16", test_16bit_format<bfloat16>},
           {"primitive/float16", test_16bit_format<float16>},
           {"primitive/to_tf32", test_to_tf32},

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import generator, integers, random
 from emulated import SCHEDULES, each_dtype, emulator, scheduled
-from tolerance import assert_close_bound, assert_identical, computed_in, product_bound, rounded_bound
+from tolerance import assert_close_bound, assert_identical, computed_in, product_bound, rounded_bound, tf32_bound
 from torch import Tensor
 
 TURING = 75  # compute capability of devices that get the plain products
@@ -46,6 +46,7 @@ SHAPES = {
     "groups": Shape(2, 16, 24, 6, 5, 3, padding=1, groups=2, channels_last_weight=False),
     "depthwise": Shape(2, 37, 37, 7, 6, 3, padding=1, groups=37),
     "split_sum": Shape(1, 96, 16, 4, 4, 3, padding=1, relu=True),
+    "pooled_colours": Shape(3, 3, 36, 9, 11, 3, padding=1, relu=True, pool=True),
     # For each shape of blocks - 128 x 32, 128 x 64, 128 x 128 - one whose outputs take it, and one whose weights do.
     "narrow": Shape(4, 12, 20, 13, 11, 3, padding=1, relu=True, pool=True),
     "narrow_weight": Shape(2, 3, 72, 16, 15, 3, padding=1),
@@ -123,10 +124,27 @@ def test_a_split_sum_is_near_the_formula_under_every_schedule(precision: str) ->
     assert all(torch.equal(results[0], other) for other in results[1:])
     expected = F.conv2d(x.double(), w.double(), b.double(), 1, s.padding).relu()
     magnitude = F.conv2d(x.double().abs(), w.double().abs(), b.double().abs(), 1, s.padding)
-    bound = product_bound(9 * s.in_channels + 1, torch.float32, magnitude, ["tf32x3"])
+    roundings = 9 * s.in_channels + 1
     if precision == "tf32":
-        bound = bound + magnitude * (2 * 2.0**-11 + 2.0**-22)
+        bound = tf32_bound(roundings, magnitude)
+    else:
+        bound = product_bound(roundings, torch.float32, magnitude, ["tf32x3"])
     assert_close_bound(results[0], expected, bound)
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["pooled", "pooled_values", "pooled_colours"])
+def test_what_is_not_finite_spoils_the_weight_gradients_that_it_does_in_torch(name: str, dtype: torch.dtype) -> None:
+    """Also where the gradient is 0, since 0 times it is NaN."""
+    s, (x, w, b, grad) = SHAPES[name], make(name, dtype, "integers")
+    x[0, 0, 0, 1], x[1, -1, 0, 0] = torch.inf, torch.nan
+    grad_weight = run(name, x, w, b, grad)[-2]
+    leaves = [t.double().requires_grad_() for t in (x, w, b)]
+    z = F.conv2d(*leaves, s.stride, s.padding)
+    expected = F.max_pool2d(z.relu() if s.relu else z, 2)
+    wanted = torch.autograd.grad(expected, leaves[1], grad.double())[0].isfinite()
+    assert 0 < wanted.sum() < wanted.numel()
+    assert torch.equal(grad_weight.isfinite(), wanted)
 
 
 @each_dtype

@@ -36,7 +36,7 @@ from operator_checks import (
     check_nll_loss,
     check_softmax,
 )
-from tolerance import assert_close_bound
+from tolerance import assert_close_bound, tf32_bound
 
 from fastnn import _C, functional
 
@@ -98,14 +98,6 @@ def test_mse_loss(reduction: str, dtype: torch.dtype) -> None:
 
 
 # Precision
-
-TF32_ROUNDING = 2.0**-11  # of a factor of 10 bits of mantissa, to nearest
-
-
-def tf32_bound(length: int, magnitude: torch.Tensor) -> torch.Tensor:
-    """Both factors rounded, and a sum of so many products that the tensor cores cut off, 2 u an addition."""
-    factors = 2 * TF32_ROUNDING + TF32_ROUNDING**2
-    return magnitude.double() * (factors + 2 * (length + 1) * 2.0**-24 * (1 + factors))
 
 
 def test_products_in_tf32_are_within_their_bound() -> None:

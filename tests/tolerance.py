@@ -70,6 +70,16 @@ def product_bound(roundings: int, dtype: torch.dtype, magnitude: Tensor, kernels
     return rounding_bound(6 * roundings, dtype, magnitude) + 3 * 2.0**-22 * magnitude.double()
 
 
+# Of a factor of 10 bits of mantissa: it is multiplied by 1 + 0.72 * 2^-11, then loses up to 2^-10 of itself.
+TF32_ROUNDING = 1.29 * 2.0**-11
+
+
+def tf32_bound(length: int, magnitude: Tensor) -> Tensor:
+    """Both factors rounded, and a sum of so many products that the tensor cores cut off, 2 u an addition."""
+    factors = 2 * TF32_ROUNDING + TF32_ROUNDING**2
+    return magnitude.double() * (factors + 2 * (length + 1) * 2.0**-24 * (1 + factors))
+
+
 def _winograd_tile(outputs: int) -> tuple[Tensor, Tensor, Tensor]:
     """A^T, G and B^T of a tile of 2 or 4 outputs; the points are 0, +-1/sqrt(2), +-sqrt(2) and infinity."""
     root = 0.5**0.5

@@ -8,8 +8,6 @@
 namespace fastnn::cuda {
 namespace {
 
-constexpr int64_t kMostGridYZ = 65535;  // blocks along y and z; kernels loop over the rest
-
 // transpose
 
 // A block moves a square of 32 x 32 through shared memory, so that a warp reads and writes runs of 32. The row of 33
@@ -143,15 +141,16 @@ void Kernels<T>::transpose(const TransposeShape& s, const TransposeBuffers<T>& b
   trace<T>(queue_, "transpose", "tiled");
   const auto squares = [](int64_t size) { return (size + kSquare - 1) / kSquare; };
   const dim3 grid(static_cast<unsigned>(squares(s.columns)),
-                  static_cast<unsigned>(std::min(squares(s.rows), kMostGridYZ)),
-                  static_cast<unsigned>(std::min(s.batch, kMostGridYZ)));
+                  static_cast<unsigned>(std::min<int64_t>(squares(s.rows), kMostGridYZ)),
+                  static_cast<unsigned>(std::min<int64_t>(s.batch, kMostGridYZ)));
   launch("transpose", queue_, transpose_kernel<T>, grid, kTransposeThreads, kSquare * kSquarePitch * sizeof(T), s, b);
 }
 
 template <class T>
 void Kernels<T>::gather_images(const GatherImagesShape& s, const GatherImagesBuffers<T>& b) const {
   trace<T>(queue_, "gather_images", s.from_uint8 ? "uint8" : "copy");
-  const dim3 grid(blocks_for(s.pixels, kGatherThreads).x, static_cast<unsigned>(std::min(s.batch, kMostGridYZ)));
+  const dim3 grid(blocks_for(s.pixels, kGatherThreads).x,
+                  static_cast<unsigned>(std::min<int64_t>(s.batch, kMostGridYZ)));
   launch("gather_images", queue_, s.from_uint8 ? gather_images_kernel<T, uint8_t> : gather_images_kernel<T, T>, grid,
          kGatherThreads, 0, s, b);
 }

@@ -2,6 +2,7 @@
 // factors.
 #include "cuda/conv2d.cuh"
 #include "cuda/conv2d_depthwise.cuh"
+#include "cuda/conv2d_direct.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -151,14 +152,16 @@ template <class T>
 void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv2dShape& fused,
                          const Conv2dBackward<T>& b) {
   check_sizes(names.grad_input, fused);
-  const T* z = gradient_of_z(names.grad_input, queue, fused, b);
   const Conv2dShape s = without_rest(fused);
   const Geometry geometry(s);
   const bool product = b.grad_weight && geometry.group_out > 0 && geometry.group_in > 0 && !is_depthwise(s);
+  const bool sparse = product && fused.pool && has_few_factors<T>(s) && geometry.out_pixels() > 0;
+  const bool grad_input = b.grad_input && geometry.in_pixels() > 0 && geometry.group_in > 0;
+  const T* z = sparse && !grad_input ? nullptr : gradient_of_z(names.grad_input, queue, fused, b);
   if (b.grad_bias && !product && s.out_channels > 0) run_grad_bias(names.grad_weight, queue, s, z, b.grad_bias);
   if (is_depthwise(s)) return depthwise_backward(names, queue, s, b, z);
   const auto gradient = ImageSource<T>::gradient(z, geometry);
-  if (b.grad_input && geometry.in_pixels() > 0 && geometry.group_in > 0) {
+  if (grad_input) {
     const T* weight = packed_weight(names.grad_input, queue, s, b.weight);
     const GradInputProblem<T> problem{gradient,
                                       WeightSource<T>(weight, geometry),
@@ -178,7 +181,10 @@ void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv
         b.grad_weight,
         b.grad_bias,
         s.weight_channels_last};
-    run_gemm<T>(names.grad_weight, queue, problem, s.precision, true);
+    if (sparse)
+      sparse_grad_weight(names.grad_weight, queue, fused, b, problem);
+    else
+      run_gemm<T>(names.grad_weight, queue, problem, s.precision, true);
   }
 }
 

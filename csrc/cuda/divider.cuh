@@ -1,4 +1,5 @@
-// Division by a number that the host knows, as a multiplication: 3 instructions where a division takes 20.
+// Division by a number that the host knows, as a multiplication: 3 instructions where a division takes 20. And division
+// of 64 bits, which takes a hundred.
 //
 // Granlund and Montgomery, Division by Invariant Integers using Multiplication (1994), figure 4.1, for n < 2^31: then
 // the sum below does not overflow.
@@ -33,5 +34,11 @@ class Divider {
   uint32_t divisor_ = 1, multiplier_ = 1;
   int shift_ = 0;
 };
+
+// a / b, in 32 bits where they do: a quarter of the instructions.
+__device__ __forceinline__ int64_t divide64(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
 
 }  // namespace fastnn::cuda

@@ -20,6 +20,7 @@
 
 #include <algorithm>
 
+#include "cuda/divider.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
@@ -372,26 +373,37 @@ inline int64_t sum_parts(const Queue& queue, int64_t rows, int64_t other_blocks)
   return parts < 1 ? 1 : parts;
 }
 
-// Adds the partial sums of each element in the order of splits - each of a team's threads its own, then the team theirs
-// - and stores the result.
+// Adds the partial sums of each element of a group's matrix - each of a team's threads its own, in the order of splits,
+// then the team theirs - and stores the result. Blocks of y take groups.
 template <class T, class Problem>
 __global__ void __launch_bounds__(kSumThreads)
     reduce_splits_kernel(const GRID_CONSTANT Problem problem, const TeamShape shape) {
   begin_kernel();
   const GemmSize& size = problem.size;
   const Team team(shape);
-  const int64_t matrix = size.m * size.n, count = matrix * size.groups;
-  for (int64_t start = int64_t{blockIdx.x} * shape.span; start < count; start += int64_t{gridDim.x} * shape.span) {
-    const int64_t i = start + team.position, group = i / matrix, element = i % matrix;
-    Compute<T> sum = 0;
-    if (i < count) {
-      const Compute<T>* partial = problem.partials + group * size.splits * matrix + element;
+  const int64_t matrix = size.m * size.n;
+  for (int group = blockIdx.y; group < size.groups; group += gridDim.y)
+    for (int64_t start = int64_t{blockIdx.x} * shape.span; start < matrix; start += int64_t{gridDim.x} * shape.span) {
+      const int64_t element = start + team.position;
+      const Compute<T>* partial = problem.partials + int64_t{group} * size.splits * matrix + element;
+      Compute<T> sum = 0;
+      if (element < matrix)
 #pragma unroll 8
-      for (int split = team.part; split < size.splits; split += shape.parts) sum += partial[split * matrix];
+        for (int split = team.part; split < size.splits; split += shape.parts) sum += partial[split * matrix];
+      sum = team.sum(sum);
+      if (element >= matrix || team.part > 0) continue;
+      const int64_t row = divide64(element, size.n);
+      problem.store(group, row, element - row * size.n, sum);
     }
-    sum = team.sum(sum);
-    if (i < count && team.part == 0) problem.store(static_cast<int>(group), element / size.n, element % size.n, sum);
-  }
+}
+
+template <class T, class Problem>
+void add_splits(const char* operation, const Queue& queue, const Problem& problem) {
+  const GemmSize& size = problem.size;
+  const TeamShape teams = size.splits < 4 * kSumRows ? column_threads() : column_teams();
+  const dim3 grid(blocks_for(size.m * size.n, teams.span).x, std::min(size.groups, kMostGridYZ));
+  launch(operation, queue, reduce_splits_kernel<T, Problem>, grid, kSumThreads, teams.shared_bytes<Compute<T>>(),
+         problem, teams);
 }
 
 template <class T>
@@ -428,10 +440,7 @@ void run_gemm_in_blocks(const char* operation, const Queue& queue, Problem probl
                   size.groups * size.splits);
   launch(operation, queue, gemm_kernel<T, Products, Shape, Problem>, grid, kGemmThreads, kGemmSharedBytes<Shape>,
          problem);
-  if (size.splits == 1) return;
-  const TeamShape teams = size.splits < 4 * kSumRows ? column_threads() : column_teams();
-  launch(operation, queue, reduce_splits_kernel<T, Problem>, blocks_for(size.m * size.n * size.groups, teams.span),
-         kSumThreads, teams.shared_bytes<Compute<T>>(), problem, teams);
+  if (size.splits > 1) add_splits<T>(operation, queue, problem);
 }
 
 // Larger blocks read less for each product, but must be enough for the device: twice its multiprocessors, or two thirds

@@ -59,6 +59,8 @@ void launch(const char* operation, const Queue& queue, void (*kernel)(Parameters
   check_launch(operation, queue);
 }
 
+constexpr int kMostGridYZ = 65535;  // blocks along y and z; kernels loop over the rest
+
 // Blocks for `count` items at `per_block` each; kernels loop over items with a grid's stride, so fewer do too.
 inline dim3 blocks_for(int64_t count, int64_t per_block) {
   constexpr int64_t kMost = 1 << 16;

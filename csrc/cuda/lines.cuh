@@ -9,6 +9,7 @@
 #include <bit>
 #include <limits>
 
+#include "cuda/divider.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 
@@ -57,12 +58,6 @@ inline Lines plan_lines(const SoftmaxShape& s, int threads = kLineThreads) {
     lines.team = {1, kLineThreads / span, span};
   }
   return lines;
-}
-
-// a / b, in 32 bits where they do: a quarter of the instructions.
-__device__ __forceinline__ int64_t divide64(int64_t a, int64_t b) {
-  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-  return a / b;
 }
 
 // Where class 0 of line `number` lies.

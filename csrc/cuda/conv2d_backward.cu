@@ -14,7 +14,7 @@ struct GradInputProblem {
   using ReaderA = GradientRows<T, kCount, kStep>;
   template <int kCount, int kStep>
   using ReaderB = WeightColumns<T, kCount, kStep>;
-  static constexpr bool kCanPool = false, kCanBeWide = false, kSumsPixels = false;
+  [[maybe_unused]] static constexpr bool kCanPool = false, kCanBeWide = false, kSumsPixels = false;
   ImageSource<T> a;
   WeightSource<T> b;
   GemmSize size;
@@ -33,7 +33,7 @@ struct GradWeightProblem {
   using ReaderA = GradientColumns<T, kCount, kStep>;
   template <int kCount, int kStep>
   using ReaderB = InputColumns<T, kCount, kStep>;
-  static constexpr bool kCanPool = false, kCanBeWide = false, kSumsPixels = true;
+  [[maybe_unused]] static constexpr bool kCanPool = false, kCanBeWide = false, kSumsPixels = true;
   ImageSource<T> a, b;
   GemmSize size;
   Compute<T>* partials;

@@ -13,7 +13,7 @@ struct ForwardProblem {
   using ReaderA = InputRows<T, kCount, kStep>;
   template <int kCount, int kStep>
   using ReaderB = WeightRows<T, kCount, kStep>;
-  static constexpr bool kCanPool = true, kCanBeWide = true, kSumsPixels = false;
+  [[maybe_unused]] static constexpr bool kCanPool = true, kCanBeWide = true, kSumsPixels = false;
   ImageSource<T> a;
   WeightSource<T> b;
   GemmSize size;

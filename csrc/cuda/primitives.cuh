@@ -54,6 +54,7 @@ __device__ __forceinline__ void begin_kernel() {
   emulator::thread->begun = true;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 

@@ -2,7 +2,7 @@
 // factors.
 #include "cuda/conv2d.cuh"
 #include "cuda/conv2d_depthwise.cuh"
-#include "cuda/conv2d_direct.cuh"
+#include "cuda/conv2d_sparse.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -14,7 +14,7 @@ struct GradInputProblem {
   using ReaderA = GradientRows<T, kCount, kStep>;
   template <int kCount, int kStep>
   using ReaderB = WeightColumns<T, kCount, kStep>;
-  [[maybe_unused]] static constexpr bool kCanPool = false, kCanBeWide = false, kSumsPixels = false;
+  static constexpr Role kRole = Role::grad_input;
   ImageSource<T> a;
   WeightSource<T> b;
   GemmSize size;
@@ -33,7 +33,7 @@ struct GradWeightProblem {
   using ReaderA = GradientColumns<T, kCount, kStep>;
   template <int kCount, int kStep>
   using ReaderB = InputColumns<T, kCount, kStep>;
-  [[maybe_unused]] static constexpr bool kCanPool = false, kCanBeWide = false, kSumsPixels = true;
+  static constexpr Role kRole = Role::grad_weight;
   ImageSource<T> a, b;
   GemmSize size;
   Compute<T>* partials;
@@ -155,7 +155,7 @@ void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv
   const Conv2dShape s = without_rest(fused);
   const Geometry geometry(s);
   const bool product = b.grad_weight && geometry.group_out > 0 && geometry.group_in > 0 && !is_depthwise(s);
-  const bool sparse = product && fused.pool && has_few_factors<T>(s) && geometry.out_pixels() > 0;
+  const bool sparse = product && is_sparse(fused);
   const bool grad_input = b.grad_input && geometry.in_pixels() > 0 && geometry.group_in > 0;
   const T* z = sparse && !grad_input ? nullptr : gradient_of_z(names.grad_input, queue, fused, b);
   if (b.grad_bias && !product && s.out_channels > 0) run_grad_bias(names.grad_weight, queue, s, z, b.grad_bias);

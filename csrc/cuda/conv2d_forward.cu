@@ -1,7 +1,6 @@
 // conv2d, forward: see ops/conv2d.h for the formula, gemm.cuh for the product and conv2d_readers.cuh for its factors.
 #include "cuda/conv2d.cuh"
 #include "cuda/conv2d_depthwise.cuh"
-#include "cuda/conv2d_direct.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -13,16 +12,20 @@ struct ForwardProblem {
   using ReaderA = InputRows<T, kCount, kStep>;
   template <int kCount, int kStep>
   using ReaderB = WeightRows<T, kCount, kStep>;
-  [[maybe_unused]] static constexpr bool kCanPool = true, kCanBeWide = true, kSumsPixels = false;
+  static constexpr Role kRole = Role::forward;
   ImageSource<T> a;
   WeightSource<T> b;
   GemmSize size;
   Compute<T>* partials;
-  ForwardOutput<T> to;
+  T* output;
+  uint8_t* winner;
+  const T* bias;
+  bool relu;
 
   __device__ __forceinline__ void store(int group, int64_t m, int64_t n, Compute<T> z) const {
     const int channel = group * a.s.group_out + static_cast<int>(n);
-    to.output[m * a.s.out_channels + channel] = to.finish(z, channel);
+    if (bias) z += widen(bias[channel]);
+    output[m * a.s.out_channels + channel] = narrow<T>(relu && z <= 0 ? 0 : z);  // NaN stays
   }
 
   __device__ __forceinline__ bool pools() const { return a.s.pool; }
@@ -39,11 +42,24 @@ struct ForwardProblem {
         const int64_t n = n0 + 8 * (j / 2) + 2 * t + j % 2;
         if (n >= size.n) continue;
         const Compute<T> places[4] = {c.value(i, j), c.value(i + 1, j), c.value(i + 2, j), c.value(i + 3, j)};
-        const int channel = group * a.s.group_out + static_cast<int>(n);
-        const int64_t at = window * a.s.out_channels + channel;
-        to.output[at] = to.largest(places, channel, to.winner[at]);
+        store_largest(window, group * a.s.group_out + static_cast<int>(n), places);
       }
     }
+  }
+
+ private:
+  // The maximum of a window: the first of equals, and NaN before all.
+  __device__ __forceinline__ void store_largest(int64_t window, int channel, const Compute<T> (&places)[4]) const {
+    Compute<T> best = places[0];
+    int place = 0;
+#pragma unroll
+    for (int i = 1; i < 4; ++i)
+      if (places[i] > best || (places[i] != places[i] && best == best)) best = places[i], place = i;
+    if (bias) best += widen(bias[channel]);
+    const bool cut = relu && best <= 0;
+    const int64_t at = window * a.s.out_channels + channel;
+    output[at] = narrow<T>(cut ? 0 : best);
+    winner[at] = cut ? kNoWinner : place;
   }
 };
 
@@ -54,7 +70,6 @@ void run_conv2d_forward(const StageNames& names, const Queue& queue, const Conv2
   if (s.batch == 0 || s.out_channels == 0) return;
   check_sizes(names.forward, s);
   if (is_depthwise(s)) return depthwise_forward(names, queue, s, b);
-  if (has_few_factors<T>(s)) return direct_forward(names.forward, queue, s, b);
   const Geometry geometry(s);
   const T* weight = packed_weight(names.forward, queue, s, b.weight);
   const int64_t m = s.pool ? (geometry.windows() + 7) / 8 * 32 : geometry.out_pixels();
@@ -63,7 +78,10 @@ void run_conv2d_forward(const StageNames& names, const Queue& queue, const Conv2
       WeightSource<T>(weight, geometry),
       {m, geometry.group_out, int64_t{geometry.taps} * geometry.group_in, static_cast<int>(s.groups), 1, 0},
       nullptr,
-      {b.output, b.winner, b.bias, s.relu}};
+      b.output,
+      b.winner,
+      b.bias,
+      s.relu};
   run_gemm<T>(names.forward, queue, problem, s.precision, !s.pool);
 }
 

@@ -424,17 +424,17 @@ class GradientColumns {
   }
 
   __device__ __forceinline__ void load(T* to, int step) {
-    const int pitch = source_.s.out_channels;
+    const int64_t pitch = source_.s.out_channels;
+    const T* row = gradient_;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j, to += step) {
-      const T* row = gradient_ + int64_t{j * kStep} * pitch;
+    for (int j = 0; j < kCount; ++j, to += step, row += kStep * pitch) {
       const auto at = [&](int e) { return Place<T>{row + e, j * kStep < pixels_ && e < columns_}; };
       if (source_.chunks)
         copy_chunk(to, at(0));
       else
         gather_chunk<4>(to, at);
     }
-    gradient_ += int64_t{kDepth<T>} * pitch, pixels_ -= kDepth<T>;
+    gradient_ += kDepth<T> * pitch, pixels_ -= kDepth<T>;
   }
 
  private:

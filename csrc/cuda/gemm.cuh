@@ -287,9 +287,12 @@ constexpr int kGemmBlocks = Shape::kM == 64 && sizeof(T) < 8                    
                             : Shape::kN == 128 && std::is_same_v<Products, Tf32Products<true>> ? 1
                                                                                                : 2;
 
+// What a product is for, which says how large its sides are, and how much its readers hold.
+enum class Role { forward, grad_input, grad_weight };
+
 // `Problem` has sources a and b, their readers ReaderA and ReaderB, `size`, `partials` (groups x splits x M x N in the
-// compute type, or null), store(group, m, n, value), and where kPooled store_pooled(group, m0, n0, warp's
-// accumulators).
+// compute type, or null), store(group, m, n, value), its kRole, and where that is forward pools() and
+// store_pooled(group, m0, n0, warp's accumulators).
 template <class T, class Products, class Shape, class Problem>
 __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
     gemm_kernel(const GRID_CONSTANT Problem problem) {
@@ -340,7 +343,7 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
                [&](int64_t m, int64_t n, Compute<T> value) { partials[m * size.n + n] = value; });
     return;
   }
-  if constexpr (Problem::kCanPool)
+  if constexpr (Problem::kRole == Role::forward)
     if (problem.pools()) return problem.store_pooled(group, m0 + warp_m, n0 + warp_n, c);
   store_each(m0 + warp_m, n0 + warp_n, size.m, size.n, c,
              [&](int64_t m, int64_t n, Compute<T> value) { problem.store(group, m, n, value); });
@@ -417,13 +420,15 @@ int64_t blocks_of(const GemmSize& size) {
 }
 
 // How many ways K is split: where blocks do not fill the device, so that each multiprocessor gets about three, of at
-// least kLeastStages. Partial sums cost more than idle multiprocessors do elsewhere.
+// least kLeastStages each - unless there are so many partial sums that they cost more than idle multiprocessors do.
 constexpr int64_t kLeastStages = 2;
+constexpr int64_t kMostSplit = 1 << 19;  // elements of C
 
 template <class T, class Shape>
 void choose_splits(GemmSize& size, int multiprocessors, bool can_split) {
   const int64_t blocks = blocks_of<Shape>(size), stages = stages_of<T>(size);
-  const int64_t wanted = can_split && blocks > 0 && blocks < multiprocessors ? 3 * multiprocessors / blocks : 1;
+  const bool splits_pay = can_split && blocks < multiprocessors && size.m * size.n * size.groups < kMostSplit;
+  const int64_t wanted = splits_pay && blocks > 0 ? 3 * multiprocessors / blocks : 1;
   const int64_t splits = std::max<int64_t>(std::min(wanted, stages / kLeastStages), 1);
   const int64_t split_stages = (stages + splits - 1) / splits;
   size.split_depth = split_stages * kDepth<T>;
@@ -443,8 +448,7 @@ void run_gemm_in_blocks(const char* operation, const Queue& queue, Problem probl
   if (size.splits > 1) add_splits<T>(operation, queue, problem);
 }
 
-// Larger blocks read less for each product, but must be enough for the device: twice its multiprocessors, or two thirds
-// of them where a block is 128 x 128.
+// Larger blocks read less for each product, but must be enough for the device.
 template <class T, class Products, class Problem>
 void run_gemm(const char* operation, const Queue& queue, const Problem& problem, bool can_split) {
   trace<T>(queue, operation, Products::kName);
@@ -457,13 +461,17 @@ void run_gemm(const char* operation, const Queue& queue, const Problem& problem,
     const bool tall = size.m > SquareBlock::kM;
     if (size.n <= NarrowBlock::kN) {
       if (tall && blocks_of<NarrowBlock>(size) >= multiprocessors) return run_in(NarrowBlock());
-      if constexpr (!Problem::kCanPool) return run_in(SmallBlock());
+      // A warp of it has half a window.
+      if constexpr (Problem::kRole != Role::forward) return run_in(SmallBlock());
     } else if (tall) {
-      if constexpr (Problem::kCanBeWide)
+      // The readers of gradients take the registers that the largest blocks need.
+      if constexpr (Problem::kRole == Role::forward)
         if (size.n > TallBlock::kN && 3 * blocks_of<WideBlock>(size) >= 2 * multiprocessors &&
             kGemmSharedBytes<WideBlock> <= device_shared_bytes(queue.device))
           return run_in(WideBlock());
-      if (Problem::kSumsPixels || blocks_of<TallBlock>(size) >= 2 * multiprocessors) return run_in(TallBlock());
+      // K is long enough to be split where it runs through pixels.
+      if (Problem::kRole == Role::grad_weight || 4 * blocks_of<TallBlock>(size) >= 3 * multiprocessors)
+        return run_in(TallBlock());
     }
   }
   run_in(SquareBlock());

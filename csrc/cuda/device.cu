@@ -3,7 +3,9 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
+#include <utility>
 
 #include "cuda/launch.cuh"
 
@@ -71,6 +73,16 @@ const char* device_isa(int device) { return facts(device).isa; }
 int device_multiprocessors(int device) { return facts(device).multiprocessors; }
 int device_capability(int device) { return facts(device).capability; }
 int device_shared_bytes(int device) { return facts(device).shared_bytes; }
+
+void allow_shared_bytes(const void* kernel, const Queue& queue, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;  // asking each time would cost as much as a launch
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, queue.device}];
+  if (bytes <= most) return;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  most = bytes;
+}
 
 void check_launch(const char* operation, const Queue& queue) {
   cudaError_t error = cudaGetLastError();

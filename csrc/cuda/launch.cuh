@@ -19,6 +19,7 @@ int device_capability(int device);    // 90
 int device_shared_bytes(int device);  // that a block may have
 bool sync_debug();                    // FASTNN_SYNC_DEBUG=1
 void check_launch(const char* operation, const Queue& queue);
+void allow_shared_bytes(const void* kernel, const Queue& queue, size_t bytes);  // more than the 48 KB that all have
 
 template <class T>
 constexpr const char* dtype_name() {
@@ -40,8 +41,7 @@ void launch(const char* operation, const Queue& queue, void (*kernel)(Parameters
             size_t shared_bytes, const Arguments&... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifdef __CUDACC__
-  if (shared_bytes > 48 * 1024)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (shared_bytes > 48 * 1024) allow_shared_bytes(reinterpret_cast<const void*>(kernel), queue, shared_bytes);
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;

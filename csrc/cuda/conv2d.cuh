@@ -39,18 +39,23 @@ const T* packed_weight(const char* operation, const Queue& queue, const Conv2dSh
   return packed;
 }
 
-// Sizes that the kernels hold in 32 bits.
+// Sizes that the kernels hold in 32 bits: offsets within a kernel's taps, a padded image and, of a stride of 1, as many
+// outputs. Others are counted in 64.
 inline void check_sizes(const char* operation, const Conv2dShape& s) {
   constexpr int64_t kMost = int64_t{1} << 31;
+  const auto fail = [&](const char* expected) {
+    throw std::runtime_error(std::string(operation) + ": expected " + expected);
+  };
   const int64_t taps = s.kernel_height * s.kernel_width;
   const int64_t in = s.in_channels / s.groups, out = s.out_channels / s.groups;
   if (taps * in >= kMost || taps * out >= kMost || s.in_channels >= kMost || s.out_channels >= kMost)
-    throw std::runtime_error(std::string(operation) + ": expected a kernel of less than 2^31 values a channel");
-  const int64_t in_pixels = s.in_height * s.in_width, out_pixels = s.out_height * s.out_width;
-  if (in_pixels >= kMost / 2 || out_pixels >= kMost / 2 || in_pixels * s.in_channels >= kMost ||
-      out_pixels * s.out_channels >= kMost)
-    throw std::runtime_error(std::string(operation) +
-                             ": expected images of less than 2^30 pixels and less than 2^31 values");
+    fail("a kernel of less than 2^31 values a channel");
+  const int64_t height = s.in_height + 2 * s.padding_height, width = s.in_width + 2 * s.padding_width;
+  const bool unit_stride = s.stride_height == 1 && s.stride_width == 1;
+  const int64_t channels = unit_stride ? std::max(s.in_channels, s.out_channels) : s.in_channels;
+  if (height >= kMost || width >= kMost || height * width >= kMost / 2 || height * width * channels >= kMost ||
+      s.out_height * s.out_width * s.out_channels >= kMost)
+    fail("padded images of less than 2^30 pixels and 2^31 values");
 }
 
 }  // namespace fastnn::cuda

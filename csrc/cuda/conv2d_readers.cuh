@@ -126,7 +126,7 @@ struct Tap {
 __device__ __forceinline__ Tap tap_of(const Geometry& s, uint32_t k, const Divider& channels) {
   uint32_t x = channels.split(k);
   const uint32_t y = s.by.kernel_width.split(x);
-  return {static_cast<int>(y) * s.dilation_y, static_cast<int>(x) * s.dilation_x, static_cast<int>(k)};
+  return {static_cast<int>(y * s.dilation_y), static_cast<int>(x * s.dilation_x), static_cast<int>(k)};
 }
 
 // Where a value, or a chunk of them, is read; zeros stand for what is not valid, and its address means nothing.
@@ -198,27 +198,35 @@ struct ImageSource {
   }
 };
 
+// Where a channel of pixel (y, x) lies from the image's first value. Of pixels outside, which nobody reads, it may be
+// anything: hence unsigned, which does not overflow. A padded image holds less than 2^31 values (check_sizes).
+__device__ __forceinline__ int value_offset(unsigned y, unsigned x, int width, int channels, int channel) {
+  return static_cast<int>((y * width + x) * channels + channel);
+}
+
 // The input at `tap` of the output pixel whose first tap is at (y, x). `image` is the image's first value of the group.
-// What an image holds is below 2^31 values (check_sizes).
 template <class T>
-__device__ __forceinline__ Place<T> input_at(const Geometry& s, const T* image, int y, int x, const Tap& tap) {
+__device__ __forceinline__ Place<T> input_at(const Geometry& s, const T* image, unsigned y, unsigned x,
+                                             const Tap& tap) {
   y += tap.y, x += tap.x;
-  return {image + ((y * s.in_width + x) * s.in_channels + tap.channel),
-          static_cast<unsigned>(y) < static_cast<unsigned>(s.in_height) &&
-              static_cast<unsigned>(x) < static_cast<unsigned>(s.in_width)};
+  return {image + value_offset(y, x, s.in_width, s.in_channels, tap.channel),
+          y < static_cast<unsigned>(s.in_height) && x < static_cast<unsigned>(s.in_width)};
 }
 
 // The gradient at the output whose `tap` touches the input pixel (y, x), padding counted in.
 template <class T>
-__device__ __forceinline__ Place<T> gradient_at(const Geometry& s, const T* image, int y, int x, const Tap& tap) {
+__device__ __forceinline__ Place<T> gradient_at(const Geometry& s, const T* image, unsigned y, unsigned x,
+                                                const Tap& tap) {
   y -= tap.y, x -= tap.x;
-  bool valid = y >= 0 && x >= 0;
+  bool valid = true;
   if (!s.unit_stride) {
-    uint32_t rest_y = y, rest_x = x;
-    y = static_cast<int>(s.by.stride_y.split(rest_y)), x = static_cast<int>(s.by.stride_x.split(rest_x));
+    valid = static_cast<int>(y) >= 0 && static_cast<int>(x) >= 0;
+    uint32_t rest_y = valid ? y : 0, rest_x = valid ? x : 0;
+    y = s.by.stride_y.split(rest_y), x = s.by.stride_x.split(rest_x);
     valid = valid && rest_y == 0 && rest_x == 0;
   }
-  return {image + ((y * s.out_width + x) * s.out_channels + tap.channel), valid && y < s.out_height && x < s.out_width};
+  return {image + value_offset(y, x, s.out_width, s.out_channels, tap.channel),
+          valid && y < static_cast<unsigned>(s.out_height) && x < static_cast<unsigned>(s.out_width)};
 }
 
 // Readers: see Loads. `row` and `column` say where in its tile the thread's first chunk lies.
@@ -314,7 +322,7 @@ class PixelRows {
       }
       rows_ |= static_cast<unsigned>(p.valid) << j;
       // A walk begins at the pixel, a general read at the image.
-      if (walks_) image_[j] += (y_[j] * width(s) + x_[j]) * pitch(s);
+      if (walks_) image_[j] += value_offset(y_[j], x_[j], width(s), pitch(s), 0);
     }
     if (!walks_) return;
     uint32_t channel = k_;
@@ -373,14 +381,13 @@ class PixelRows {
   }
 
   __device__ __forceinline__ void reach_tap(const Geometry& s) {
-    const int direction = kTouching ? -1 : 1;
-    const int dy = direction * tap_y_ * s.dilation_y, dx = direction * tap_x_ * s.dilation_x;
-    offset_ = (dy * width(s) + dx) * pitch(s) + channel_;
+    const unsigned direction = kTouching ? ~0u : 1u;  // -1 or 1
+    const unsigned dy = direction * tap_y_ * s.dilation_y, dx = direction * tap_x_ * s.dilation_x;
+    offset_ = value_offset(dy, dx, width(s), pitch(s), channel_);
     valid_ = 0;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const bool inside = static_cast<unsigned>(y_[j] + dy) < static_cast<unsigned>(height(s)) &&
-                          static_cast<unsigned>(x_[j] + dx) < static_cast<unsigned>(width(s));
+      const bool inside = y_[j] + dy < static_cast<unsigned>(height(s)) && x_[j] + dx < static_cast<unsigned>(width(s));
       valid_ |= static_cast<unsigned>(inside) << j;
     }
     valid_ &= tap_y_ * s.kernel_width < s.taps ? rows_ : 0;

@@ -64,8 +64,8 @@ class Tensor {
   DLTensor view_;
 };
 
-// Takes torch.Tensor.__dlpack_c_exchange_api__ from torch, once, at import. `out_of_memory` is
-// torch's exception; `is_grad_enabled` and `modes` are what quick_way() asks.
+// Takes torch.Tensor.__dlpack_c_exchange_api__ from torch, once, at import. `out_of_memory` is torch's exception;
+// `is_grad_enabled` and `modes` are what quick_way() asks.
 void initialise_tensors(pybind11::handle tensor_type, pybind11::handle parameter_type, pybind11::handle get_num_threads,
                         pybind11::handle out_of_memory, pybind11::handle is_grad_enabled, pybind11::tuple modes);
 

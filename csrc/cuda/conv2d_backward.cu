@@ -10,10 +10,7 @@ namespace {
 // C (input pixels x input channels of a group).
 template <class T>
 struct GradInputProblem {
-  template <int kCount, int kStep>
-  using ReaderA = GradientRows<T, kCount, kStep>;
-  template <int kCount, int kStep>
-  using ReaderB = WeightColumns<T, kCount, kStep>;
+  using Readers = ReadersOf<T, GradientRows, WeightColumns>;
   static constexpr Role kRole = Role::grad_input;
   ImageSource<T> a;
   WeightSource<T> b;
@@ -29,10 +26,7 @@ struct GradInputProblem {
 // C (output channels of a group x taps), and where the bias has a gradient one column more: its input is 1 everywhere.
 template <class T>
 struct GradWeightProblem {
-  template <int kCount, int kStep>
-  using ReaderA = GradientColumns<T, kCount, kStep>;
-  template <int kCount, int kStep>
-  using ReaderB = InputColumns<T, kCount, kStep>;
+  using Readers = ReadersOf<T, GradientColumns, InputColumns>;
   static constexpr Role kRole = Role::grad_weight;
   ImageSource<T> a, b;
   GemmSize size;

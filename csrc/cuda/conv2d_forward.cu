@@ -8,10 +8,7 @@ namespace {
 // C (output pixels x output channels of a group), then bias, ReLU and pooling.
 template <class T>
 struct ForwardProblem {
-  template <int kCount, int kStep>
-  using ReaderA = InputRows<T, kCount, kStep>;
-  template <int kCount, int kStep>
-  using ReaderB = WeightRows<T, kCount, kStep>;
+  using Readers = ReadersOf<T, InputRows, WeightRows>;
   static constexpr Role kRole = Role::forward;
   ImageSource<T> a;
   WeightSource<T> b;

@@ -162,6 +162,15 @@ __device__ __forceinline__ void gather_chunk(T* to, const At& place) {
   }
 }
 
+// A chunk whose value e is at place(e): at once where they lie `together`, else kTogether at a time.
+template <int kTogether = 4, class T, class At>
+__device__ __forceinline__ void load_chunk(T* to, bool together, const At& place) {
+  if (together)
+    copy_chunk(to, place(0));
+  else
+    gather_chunk<kTogether>(to, place);
+}
+
 // A 1 in the device's memory.
 template <class T>
 constexpr T one() {
@@ -248,10 +257,7 @@ class WeightRows {
     for (int j = 0; j < kCount; ++j, to += step) {
       const T* row = weight_ + int64_t{j * kStep} * depth_ + k_;
       const auto at = [&](int e) { return Place<T>{row + e, j * kStep < rows_ && k_ + e < depth_}; };
-      if (chunks_)
-        copy_chunk(to, at(0));
-      else
-        gather_chunk<4>(to, at);
+      load_chunk(to, chunks_, at);
     }
     k_ += kDepth<T>;
   }
@@ -281,10 +287,7 @@ class WeightColumns {
       const int tap = static_cast<int>(s.by.group_out.split(out));
       const T* row = weight_ + int64_t{static_cast<int>(out) * s.taps + tap} * s.group_in;
       const auto at = [&](int e) { return Place<T>{row + e, tap < s.taps && column_ + e < s.group_in}; };
-      if (source_.chunks)
-        copy_chunk(to, at(0));
-      else
-        gather_chunk<4>(to, at);
+      load_chunk(to, source_.chunks, at);
     }
     k_ += kDepth<T>;
   }
@@ -326,7 +329,7 @@ class PixelRows {
     }
     if (!walks_) return;
     uint32_t channel = k_;
-    uint32_t tap_x = channels(s).split(channel);
+    uint32_t tap_x = by_channels(s).split(channel);
     tap_y_ = static_cast<int>(s.by.kernel_width.split(tap_x));
     tap_x_ = static_cast<int>(tap_x), channel_ = static_cast<int>(channel);
     reach_tap(s);
@@ -334,27 +337,24 @@ class PixelRows {
 
   __device__ __forceinline__ void load(T* to, int step) {
     const Geometry& s = source_.s;
-    const int depth = s.taps * (kTouching ? s.group_out : s.group_in);
+    const int depth = s.taps * channels(s);
     if (walks_) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) copy_async<16>(to + j * step, image_[j] + offset_, valid_ >> j & 1);
       offset_ += kDepth<T>, channel_ += kDepth<T>;
-      if (channel_ >= (kTouching ? s.group_out : s.group_in)) next_tap(s);
+      if (channel_ >= channels(s)) next_tap(s);
       return;
     }
 #pragma unroll
     for (int j = 0; j < kCount; ++j, to += step) {
       const auto at = [&](int e) {
         const int k = k_ + e;
-        const Tap tap = tap_of(s, k, channels(s));
+        const Tap tap = tap_of(s, k, by_channels(s));
         const Place<T> place =
             kTouching ? gradient_at(s, image_[j], y_[j], x_[j], tap) : input_at(s, image_[j], y_[j], x_[j], tap);
         return Place<T>{place.from, place.valid && (rows_ >> j & 1) && k < depth};
       };
-      if (source_.chunks || k_ >= depth)  // beyond the sum all is zero
-        copy_chunk(to, at(0));
-      else
-        gather_chunk<kTouching ? 2 : 4>(to, at);
+      load_chunk<kTouching ? 2 : 4>(to, source_.chunks || k_ >= depth, at);  // beyond the sum all is zero
     }
     k_ += kDepth<T>;
   }
@@ -363,7 +363,8 @@ class PixelRows {
   static __device__ __forceinline__ int width(const Geometry& s) { return kTouching ? s.out_width : s.in_width; }
   static __device__ __forceinline__ int height(const Geometry& s) { return kTouching ? s.out_height : s.in_height; }
   static __device__ __forceinline__ int pitch(const Geometry& s) { return kTouching ? s.out_channels : s.in_channels; }
-  static __device__ __forceinline__ const Divider& channels(const Geometry& s) {
+  static __device__ __forceinline__ int channels(const Geometry& s) { return kTouching ? s.group_out : s.group_in; }
+  static __device__ __forceinline__ const Divider& by_channels(const Geometry& s) {
     return kTouching ? s.by.group_out : s.by.group_in;
   }
   static __device__ __forceinline__ Pixel pixel(const Geometry& s, int64_t first, int row) {
@@ -372,11 +373,10 @@ class PixelRows {
   }
 
   __device__ __forceinline__ void next_tap(const Geometry& s) {
-    const int channels = kTouching ? s.group_out : s.group_in;
     do {
-      channel_ -= channels;
+      channel_ -= channels(s);
       if (++tap_x_ == s.kernel_width) tap_x_ = 0, ++tap_y_;
-    } while (channel_ >= channels);
+    } while (channel_ >= channels(s));
     reach_tap(s);
   }
 
@@ -436,10 +436,7 @@ class GradientColumns {
 #pragma unroll
     for (int j = 0; j < kCount; ++j, to += step, row += kStep * pitch) {
       const auto at = [&](int e) { return Place<T>{row + e, j * kStep < pixels_ && e < columns_}; };
-      if (source_.chunks)
-        copy_chunk(to, at(0));
-      else
-        gather_chunk<4>(to, at);
+      load_chunk(to, source_.chunks, at);
     }
     gradient_ += kDepth<T> * pitch, pixels_ -= kDepth<T>;
   }

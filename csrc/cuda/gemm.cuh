@@ -121,47 +121,45 @@ struct PlainProducts {
   }
 };
 
-// Tensor cores: kStep values of K an instruction. A policy reads fragments - 16 of M or two times 8 of N, four words a
+// Tensor cores: kStep values of K an instruction. A policy loads fragments - 16 of M or two times 8 of N, four words a
 // thread - and multiplies them.
-template <class Policy, class T, class TileA, class TileB, class Shape>
-__device__ __forceinline__ void multiply_fragments(const T* a, const T* b, Accumulators<float, Shape>& c) {
+template <class Policy, class T>
+struct FragmentProducts {
+  static constexpr bool kTensorCores = true;
+  template <class TileA, class TileB, class Shape>
+  static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<float, Shape>& c) {
 #pragma unroll
-  for (int k = 0; k < kDepth<T>; k += Policy::kStep) {
-    typename Policy::Fragment x[Shape::kFragmentsM];
+    for (int k = 0; k < kDepth<T>; k += Policy::kStep) {
+      typename Policy::Fragment x[Shape::kFragmentsM];
 #pragma unroll
-    for (int m = 0; m < Shape::kFragmentsM; ++m) x[m] = Policy::template load<TileA>(a, 16 * m, k);
+      for (int m = 0; m < Shape::kFragmentsM; ++m) x[m] = Policy::template load<TileA>(a, 16 * m, k);
 #pragma unroll
-    for (int n = 0; n < Shape::kFragmentsN; n += 2) {
-      const auto y = Policy::template load<TileB>(b, 8 * n, k);
+      for (int n = 0; n < Shape::kFragmentsN; n += 2) {
+        const auto y = Policy::template load<TileB>(b, 8 * n, k);
 #pragma unroll
-      for (int m = 0; m < Shape::kFragmentsM; ++m) {
-        Policy::add_product(c.fragment[m][n], x[m], y, 0);
-        Policy::add_product(c.fragment[m][n + 1], x[m], y, 1);
+        for (int m = 0; m < Shape::kFragmentsM; ++m) {
+          Policy::add_product(c.fragment[m][n], x[m], y, 0);
+          Policy::add_product(c.fragment[m][n + 1], x[m], y, 1);
+        }
       }
     }
   }
-}
+};
 
 // Tensor cores do not read the 13 low bits of their factors, which takes (1/m) 2^-11 of a number of mantissa m on
 // average. One multiplication gives it back, where rounding would take two instructions and a conversion more.
 constexpr float kHalfUlp = 1 + 0x1.7p-12f;
 
 // Tensor cores on float32. `kExact`: each factor is split in two, x = high + low, and three of the four products are
-// formed (Markidis et al., 2018): the error is float32's own. Otherwise factors are tf32, off by 1.28 * 2^-11 at most.
+// formed (Markidis et al., 2018): the error is float32's own. Otherwise factors are tf32, off by 1.29 * 2^-11 at most.
 template <bool kExact>
-struct Tf32Products {
+struct Tf32Products : FragmentProducts<Tf32Products<kExact>, float> {
   static constexpr const char* kName = kExact ? "tf32x3" : "tf32";
-  static constexpr bool kTensorCores = true;
   static constexpr int kStep = 8;
   // Word r: (g + 8 (r % 2), t + 4 (r / 2)).
   struct Fragment {
     uint32_t high[4], low[kExact ? 4 : 1];
   };
-
-  template <class TileA, class TileB, class Shape>
-  static __device__ __forceinline__ void multiply(const float* a, const float* b, Accumulators<float, Shape>& c) {
-    multiply_fragments<Tf32Products, float, TileA, TileB>(a, b, c);
-  }
 
   template <class Tile>
   static __device__ __forceinline__ Fragment load(const float* tile, int index, int k) {
@@ -202,19 +200,13 @@ struct Tf32Products {
 
 // Tensor cores on 16-bit values.
 template <class T>
-struct HalfProducts {
+struct HalfProducts : FragmentProducts<HalfProducts<T>, T> {
   static constexpr const char* kName = "mma";
-  static constexpr bool kTensorCores = true;
   static constexpr int kStep = 16;
   // Word r: (g + 8 (r % 2), 2 t and 2 t + 1 + 8 (r / 2)).
   struct Fragment {
     uint32_t words[4];
   };
-
-  template <class TileA, class TileB, class Shape>
-  static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<float, Shape>& c) {
-    multiply_fragments<HalfProducts, T, TileA, TileB>(a, b, c);
-  }
 
   template <class Tile>
   static __device__ __forceinline__ Fragment load(const T* tile, int index, int k) {
@@ -259,6 +251,15 @@ struct Loads {
   Reader<kCount, kStep> reader_;
 };
 
+// The readers of a product's factors, as Loads takes them.
+template <class T, template <class, int, int> class ReaderA, template <class, int, int> class ReaderB>
+struct ReadersOf {
+  template <int kCount, int kStep>
+  using A = ReaderA<T, kCount, kStep>;
+  template <int kCount, int kStep>
+  using B = ReaderB<T, kCount, kStep>;
+};
+
 // The usual store of a product: each element by itself, through store(row, column, value).
 template <class C, class Shape, class Store>
 __device__ __forceinline__ void store_each(const int64_t m0, int64_t n0, int64_t m_end, int64_t n_end,
@@ -290,7 +291,7 @@ constexpr int kGemmBlocks = Shape::kM == 64 && sizeof(T) < 8                    
 // What a product is for, which says how large its sides are, and how much its readers hold.
 enum class Role { forward, grad_input, grad_weight };
 
-// `Problem` has sources a and b, their readers ReaderA and ReaderB, `size`, `partials` (groups x splits x M x N in the
+// `Problem` has sources a and b, their Readers, `size`, `partials` (groups x splits x M x N in the
 // compute type, or null), store(group, m, n, value), its kRole, and where that is forward pools() and
 // store_pooled(group, m0, n0, warp's accumulators).
 template <class T, class Products, class Shape, class Problem>
@@ -300,8 +301,8 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
   constexpr bool kChosen = std::is_same_v<T, double> || Products::kTensorCores == (__CUDA_ARCH__ >= 800);
   if constexpr (!kChosen) return;
 #endif
-  using LoadsA = Loads<T, Problem::template ReaderA, Shape::kM>;
-  using LoadsB = Loads<T, Problem::template ReaderB, Shape::kN>;
+  using LoadsA = Loads<T, Problem::Readers::template A, Shape::kM>;
+  using LoadsB = Loads<T, Problem::Readers::template B, Shape::kN>;
   T* shared = shared_memory<T>();
   constexpr int kOperandA = kOperandBytes<Shape::kM> / sizeof(T),
                 kStage = kOperandA + kOperandBytes<Shape::kN> / sizeof(T);

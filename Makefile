@@ -20,7 +20,7 @@ train: $(VENV)/app  ## Train the classifier on the bundled handwritten digits: m
 
 test: $(VENV)/test  ## The whole test suite, and once more the operators and training on the CUDA emulator
 	$(BIN)/pytest
-	FASTNN_CUDA_EMULATOR=1 $(BIN)/pytest tests/test_cuda_operators.py tests/test_training_devices.py
+	FASTNN_CUDA_EMULATOR=1 $(BIN)/pytest tests/test_cuda_operators.py tests/test_sequential.py tests/test_training_devices.py
 
 check: $(VENV)/check  ## Linters, types and formats
 	$(BIN)/ruff check .

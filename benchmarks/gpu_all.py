@@ -32,7 +32,7 @@ FOUND_ERRORS = 99  # what compute-sanitizer then ends with
 # What it says where it cannot work at all.
 UNSUPPORTED = ("not supported", "unsupported", "insufficient driver", "permission", "unable to find injection")
 
-TESTS = ("tests/test_cuda_operators.py", "tests/test_training_devices.py", "tests/test_cuda_build.py")
+TESTS = tuple(f"tests/test_{name}.py" for name in ("cuda_operators", "sequential", "training_devices", "cuda_build"))
 EVERY_OPERATOR = (sys.executable, "tests/every_operator.py", "--device", "cuda")
 
 

@@ -72,7 +72,7 @@ class Net:
             layers.append(fastnn.nn.Linear(features, width, activation="relu"))
             features = width
         layers.append(fastnn.nn.Linear(features, 10))
-        return self._started(torch.nn.Sequential(*layers))
+        return self._started(fastnn.nn.Sequential(*layers))
 
     def _features(self) -> int:
         _, height, width = self.input_shape

@@ -48,7 +48,7 @@ EVALUATION_BATCH = 128
 FINITE_CHECK_BATCH = 1024
 
 
-class CNNClassifier(torch.nn.Sequential):
+class CNNClassifier(nn.Sequential):
     """Blocks of convolution, ReLU and 2x2 max-pool, then dense layers with ReLU, then one logit per class.
 
     Args:
@@ -138,9 +138,9 @@ class CNNClassifier(torch.nn.Sequential):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __getitem__(self, index: Any) -> Any:
-        """A layer, or a plain Sequential of several."""
+        """A layer, or a Sequential of several."""
         if isinstance(index, slice):
-            return torch.nn.Sequential(*list(self)[index])
+            return nn.Sequential(*list(self)[index])
         return super().__getitem__(index)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

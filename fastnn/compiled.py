@@ -24,24 +24,17 @@ from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastnn import _C, nn, optim
-from fastnn.arguments import FUSED_POOL, pair, pool_arguments, wants_relu
-from fastnn.autograd.common import allows_tf32
-from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.cross_entropy import REDUCTIONS, empty_statistics
-from fastnn.autograd.max_pool2d import pool_size, winners_dtype
 from fastnn.runtime import capture_kernels, kernel_dtypes, note_kernels
-from fastnn.tracing import has_hooks
+from fastnn.stages import Backward, NotCompilable, recorded, stages_of, watched
+from fastnn.tracing import runs_in_order
 
-__all__ = ["CompiledForward", "CompiledStep", "NotCompilable"]
+__all__ = ["CompiledForward", "CompiledStep"]
 
 
 # Training steps that are replayed together. Starting a CUDA graph takes the CPU some 10 us, and the GPU idles for a
 # few; what Python does around a replay takes some 30 us.
 STEPS_PER_REPLAY = 8
-
-
-class NotCompilable(ValueError):  # noqa: N818 - names the verdict, not a failure
-    """The model, loss or optimizer is none that a program can express."""
 
 
 @dataclass
@@ -69,26 +62,15 @@ def _captured_in_programs(steps: Iterable[Callable[[], object]]) -> Callable[[],
     """A program for each step: an interrupt falls between two."""
     programs = []
     for step in steps:
-        with _recorded_program() as program:
+        programs.append(_C.Program())
+        with recorded(programs[-1]):
             step()
-        programs.append(program)
 
     def replay() -> None:
         for program in programs:
             program.run()
 
     return replay
-
-
-@contextmanager
-def _recorded_program() -> Iterator[_C.Program]:
-    """Makes kernel calls in the block a program instead of running them."""
-    program = _C.Program()
-    program.start_recording()
-    try:
-        yield program
-    finally:
-        program.stop_recording()
 
 
 @dataclass
@@ -104,7 +86,8 @@ class _Recording:
 
     @contextmanager
     def records(self, name: str) -> Iterator[None]:
-        with _recorded_program() as self.programs[name]:
+        self.programs[name] = _C.Program()
+        with recorded(self.programs[name]):
             yield
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
@@ -161,181 +144,6 @@ def unscheduled() -> None:
     """The schedule of options that stay."""
 
 
-# A stage records its forward call on an input and returns the output with a function that records its backward:
-# given grad_output and whether the input's gradient is wanted, it returns that gradient or None.
-Backward = Callable[[Tensor, bool], "Tensor | None"]
-Stage = Callable[[_Recording, Tensor, Mapping[Tensor, Tensor]], tuple[Tensor, Backward]]
-
-
-def _conv2d_stage(layer: nn.Conv2d) -> list[Stage]:
-    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-        raise NotCompilable(f"{layer}: expected numeric zero padding")
-    pool = pool_arguments(layer.max_pool)
-    relu = wants_relu(layer.activation)
-    geometry = Geometry(
-        pair("stride", layer.stride), pair("padding", layer.padding), pair("dilation", layer.dilation), layer.groups
-    )
-    depthwise = layer.groups == layer.out_channels and layer.groups > 1
-    fused = pool == FUSED_POOL and not depthwise
-
-    def stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
-        if input.dim() != 4:
-            raise NotCompilable(f"{layer}: expected images, got shape {tuple(input.shape)}")
-        shape = output_shape(input.shape, layer.weight.shape, geometry, fused)
-        output = recording.new(shape, input.dtype, channels_last=True)
-        winner = recording.new(shape, torch.uint8, channels_last=True) if fused else None
-        weight, bias = layer.weight, layer.bias
-        precision = "tf32" if allows_tf32(input, "conv") else recording.precision
-        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu, precision)
-
-        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
-            grad_input = recording.new_like(input) if needs_input else None
-            _C.conv2d_backward(
-                grad_input,
-                grads.get(weight),
-                None if bias is None else grads.get(bias),
-                grad_output,
-                input,
-                weight,
-                output if relu and not fused else None,
-                winner,
-                *geometry,
-                "tf32" if precision == "tf32" else "fp32",
-            )
-            return grad_input
-
-        return output, backward
-
-    if pool is None or fused:
-        return [stage]
-    return [stage, _max_pool2d_stage(*pool, dilation=(1, 1), ceil_mode=False)]
-
-
-def _linear_stage(layer: nn.Linear) -> Stage:
-    relu = wants_relu(layer.activation)
-
-    def stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
-        if input.dim() != 2:
-            raise NotCompilable(f"{layer}: expected rows, got shape {tuple(input.shape)}")
-        weight, bias = layer.weight, layer.bias
-        output = recording.new((len(input), layer.out_features), input.dtype)
-        tf32 = allows_tf32(input, "matmul")
-        _C.linear_forward(output, input, weight, bias, relu, tf32)
-
-        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
-            grad_input = recording.new(tuple(input.shape), input.dtype) if needs_input else None
-            _C.linear_backward(
-                grad_input,
-                grads.get(weight),
-                None if bias is None else grads.get(bias),
-                grad_output,
-                input,
-                weight,
-                output if relu else None,
-                tf32,
-            )
-            return grad_input
-
-        return output, backward
-
-    return stage
-
-
-def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Stage:
-    window = (kernel_size, stride, padding, dilation)
-
-    def stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
-        height, width = pool_size(input.shape[2], input.shape[3], *window, ceil_mode)
-        shape = (input.shape[0], input.shape[1], height, width)
-        output = recording.new(shape, input.dtype, channels_last=True)
-        winners = recording.new(shape, winners_dtype(kernel_size, return_indices=False), channels_last=True)
-        _C.max_pool2d_forward(output, winners, input, *window)
-
-        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
-            if not needs_input:
-                return None
-            grad_input = recording.new_like(input)
-            _C.max_pool2d_backward(grad_input, grad_output, winners, *window)
-            return grad_input
-
-        return output, backward
-
-    return stage
-
-
-def _relu_stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
-    output = recording.new_like(input)
-    _C.relu_forward(output, input)
-
-    def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
-        if not needs_input:
-            return None
-        grad_input = recording.new_like(input)
-        _C.relu_backward(grad_input, grad_output, output)
-        return grad_input
-
-    return output, backward
-
-
-def _flatten_stage(recording: _Recording, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
-    if input.dim() == 2:
-        return input, lambda grad_output, needs_input: grad_output
-    batch, channels, height, width = input.shape
-    pixels = height * width
-    stored = input.permute(0, 2, 3, 1).reshape(batch, pixels, channels)
-    if pixels == 1 or channels == 1:  # the same order either way
-        flat = stored.reshape(batch, channels * pixels)
-    else:
-        flat = recording.new((batch, channels * pixels), input.dtype)
-        _C.transpose(flat.view(batch, channels, pixels), stored)
-
-    def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
-        if not needs_input:
-            return None
-        if flat.data_ptr() == stored.data_ptr():
-            return grad_output.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        grad_input = recording.new_like(input)
-        to = grad_input.permute(0, 2, 3, 1).reshape(batch, pixels, channels)
-        _C.transpose(to, grad_output.view(batch, channels, pixels))
-        return grad_input
-
-    return flat, backward
-
-
-def _stages_of(layer: torch.nn.Module) -> list[Stage]:
-    """The stages of one layer of a Sequential; exact types alone, since a subclass may compute something else."""
-    if _has_hooks(layer):
-        raise NotCompilable(f"{layer}: expected a layer without hooks")
-    if type(layer) is nn.Conv2d:
-        return _conv2d_stage(layer)
-    if type(layer) is nn.Linear:
-        return [_linear_stage(layer)]
-    if type(layer) is nn.ReLU:
-        return [_relu_stage]
-    if type(layer) is nn.MaxPool2d and not layer.return_indices:
-        kernel_size = pair("kernel_size", layer.kernel_size)
-        stride = pair("stride", layer.stride)
-        padding, dilation = pair("padding", layer.padding), pair("dilation", layer.dilation)
-        return [_max_pool2d_stage(kernel_size, stride, padding, dilation, layer.ceil_mode)]
-    if type(layer) is torch.nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
-        return [_flatten_stage]
-    if type(layer) is torch.nn.Identity:
-        return []
-    raise NotCompilable(f"{layer}: expected a layer of fastnn.nn, Flatten or Identity")
-
-
-def _has_hooks(module: torch.nn.Module) -> bool:
-    return has_hooks(module) or torch.nn.modules.module._has_any_global_hook()
-
-
-def _runs_in_order(model: torch.nn.Module) -> bool:
-    """Whether calling the model calls its layers one after another and nothing else."""
-    forward = type(model).forward
-    return isinstance(model, torch.nn.Sequential) and (
-        forward is torch.nn.Sequential.forward or getattr(type(model), "runs_layers_in_order", False)
-    )
-
-
 class _own_threads:  # noqa: N801 - used as a statement
     """Runs the CPU's kernels on fastnn's own threads: OpenMP's would spin beside them after each of their loops."""
 
@@ -362,13 +170,13 @@ class _Compiled:
     """Layers of a Sequential as stages, and a recording for each shape of images."""
 
     def __init__(self, model: torch.nn.Module, precision: str = "fp32") -> None:
-        if not _runs_in_order(model) or _has_hooks(model):
+        if not runs_in_order(model) or watched(model):
             raise NotCompilable(f"model: expected a Sequential without hooks, got {type(model).__name__}")
         layers = [layer for layer in model._modules.values() if layer is not None]  # one may stand there twice
         self._stages = [
             (stage, any(parameter.requires_grad for parameter in layer.parameters()))
             for layer in layers
-            for stage in _stages_of(layer)
+            for stage in stages_of(layer)
         ]
         self._parameters = [parameter for layer in layers for parameter in layer.parameters()]
         if not self._parameters or len(set(self._parameters)) != len(self._parameters):

@@ -23,7 +23,7 @@ from fastnn.tracing import Calls, calls_of
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
 
-_LAYERS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__}
+_LAYERS: dict[type, type] = {getattr(torch.nn, name): getattr(nn, name) for name in nn.__all__ if name != "Sequential"}
 _OURS = frozenset(_LAYERS.values())
 _ARGUMENTS = ("activation", "max_pool")  # what fastnn's layers have and torch's have not
 
@@ -78,7 +78,8 @@ def convert(
     """The model with fastnn's layers in the place of torch's, fused where that is right.
 
     Every ``torch.nn`` layer that :mod:`fastnn.nn` has is replaced where it stands: ``Conv2d``, ``Linear``,
-    ``MaxPool2d``, ``ReLU``, ``Softmax``, ``LogSoftmax`` and the losses. A ``Conv2d`` takes over a ``ReLU`` and a
+    ``MaxPool2d``, ``ReLU``, ``Softmax``, ``LogSoftmax`` and the losses; so is every ``Sequential``, which the report
+    leaves out. A ``Conv2d`` takes over a ``ReLU`` and a
     ``MaxPool2d`` that follow it, in either order, and a ``Linear`` a ``ReLU``; these become ``Identity``. Parameters
     are the same objects, also in a copy, so that optimizers go on and tied weights stay tied; so are buffers and
     hooks. Device, dtype, training mode, names and ``state_dict`` keys stay.
@@ -122,7 +123,10 @@ def convert(
     report = ConversionReport()
     for name, module in modules.items():
         reason = _reason_to_keep(name, module, filter_fn)
-        if reason:
+        if type(module) is torch.nn.Sequential and "forward" not in vars(module):
+            _remember(module)
+            module.__class__ = nn.Sequential
+        elif reason:
             report.kept[name] = reason
         elif type(module) in _LAYERS:
             report.replaced[name] = type(module).__name__

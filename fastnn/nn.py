@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastnn import functional
 from fastnn.arguments import pool_arguments, wants_relu
+from fastnn.sequential import run_in_order
+from fastnn.stages import Stage, conv2d_stages, linear_stages, max_pool2d_stages, relu_stages
 
 __all__ = [
     "Conv2d",
@@ -23,6 +25,7 @@ __all__ = [
     "MaxPool2d",
     "NLLLoss",
     "ReLU",
+    "Sequential",
     "Softmax",
 ]
 
@@ -58,6 +61,9 @@ class Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias, activation=self.activation)
+
+    def _stages(self) -> list[Stage]:
+        return linear_stages(self)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
@@ -131,6 +137,9 @@ class Conv2d(torch.nn.Conv2d):
             max_pool=self.max_pool,
         )
 
+    def _stages(self) -> list[Stage]:
+        return conv2d_stages(self)
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.activation is not None:
@@ -159,6 +168,9 @@ class MaxPool2d(torch.nn.MaxPool2d):
             self.return_indices,
         )
 
+    def _stages(self) -> list[Stage]:
+        return max_pool2d_stages(self)
+
 
 class ReLU(torch.nn.ReLU):
     """``torch.nn.ReLU``; see :func:`fastnn.functional.relu`.
@@ -172,6 +184,35 @@ class ReLU(torch.nn.ReLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.relu(input, self.inplace)
+
+    def _stages(self) -> list[Stage]:
+        return relu_stages(self)
+
+
+class Sequential(torch.nn.Sequential):
+    """``torch.nn.Sequential`` that runs layers of this module which follow each other as one operator of autograd.
+
+    Such a run begins with a ``Conv2d`` or a ``Linear`` and takes in all that follow of ``Conv2d``, ``Linear``,
+    ``MaxPool2d``, ``ReLU``, ``torch.nn.Flatten()`` and ``torch.nn.Identity``. Results and gradients are the same bits
+    as layer by layer. A training step of a small network saves a fifth of its time, which is Python's and autograd's.
+
+    The layers are called one by one, as torch's Sequential does, where autograd records nothing, and where one of
+    fastnn's kernels does not serve or something looks between them: a hook, a subclass, a mode of torch.
+
+    Args:
+        layers: as in :class:`torch.nn.Sequential`, modules or one OrderedDict of them.
+
+    Equivalent to::
+
+        torch.nn.Sequential(*layers)
+    """
+
+    runs_layers_in_order = True
+
+    def forward(self, input: Tensor) -> Any:
+        if torch.compiler.is_compiling():  # a graph holds the layers' operators
+            return super().forward(input)
+        return run_in_order(self, input)
 
 
 class Softmax(torch.nn.Softmax):

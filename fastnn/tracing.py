@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-__all__ = ["Calls", "calls_of", "has_hooks"]
+__all__ = ["Calls", "calls_of", "has_hooks", "runs_in_order"]
 
 # Their owner may call them piece by piece, so that the owner's code decides what follows what.
 _CONTAINERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
@@ -91,6 +91,17 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def runs_in_order(module: torch.nn.Module) -> bool:
+    """Whether calling a Sequential calls its layers one after another and does nothing to what they compute.
+
+    A class whose own ``forward`` does says so by ``runs_layers_in_order``.
+    """
+    if not isinstance(module, torch.nn.Sequential) or "forward" in vars(module):
+        return False
+    owner = next(class_ for class_ in type(module).__mro__ if "forward" in vars(class_))
+    return owner is torch.nn.Sequential or "runs_layers_in_order" in vars(owner)
 
 
 def _is_layer(module: torch.nn.Module) -> bool:
@@ -170,12 +181,8 @@ def _is_called_whole(owner: torch.nn.Module, name: str, child: torch.nn.Module) 
     """Whether no code of the owner reaches into a child: one with a forward that it only calls, or in a container."""
     if type(owner).__module__.startswith("torch.nn.modules"):
         return not isinstance(child, _CONTAINERS)
-    has_forward = not isinstance(child, _CONTAINERS) or _runs_in_order(child)
+    has_forward = not isinstance(child, _CONTAINERS) or runs_in_order(child)
     return has_forward and _only_calls(owner, name)
-
-
-def _runs_in_order(module: torch.nn.Module) -> bool:
-    return type(module).forward is torch.nn.Sequential.forward
 
 
 def _only_calls(owner: torch.nn.Module, name: str) -> bool:

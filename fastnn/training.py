@@ -32,8 +32,9 @@ from fastnn._tensor_files import (
     unpack,
     write_tensor_file,
 )
-from fastnn.compiled import CompiledForward, CompiledStep, NotCompilable, unscheduled
+from fastnn.compiled import CompiledForward, CompiledStep, unscheduled
 from fastnn.runtime import note_fallback
+from fastnn.stages import NotCompilable
 
 __all__ = [
     "CompiledStep",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastnn import optim
+from fastnn import nn, optim
 from fastnn.classifier import CNNClassifier, ModelFileError
 
 datasets = pytest.importorskip("sklearn.datasets")
@@ -146,7 +146,7 @@ def test_slices_copies_and_pickles_as_a_module(trained: CNNClassifier) -> None:
         for other in (copy.deepcopy(trained), pickle.loads(pickle.dumps(trained))):
             assert torch.equal(other(images), expected) and other.classes_ == trained.classes_
         features = trained[:7]
-        assert type(features) is torch.nn.Sequential and features(images).shape == (2, 1600)
+        assert type(features) is nn.Sequential and features(images).shape == (2, 1600)
         assert torch.equal(trained[7:](features(images)), expected)
 
 

@@ -113,9 +113,11 @@ void conv2d_forward(const Tensor& output, const std::optional<Tensor>& winner, c
   if (bias) check_bias("bias", *bias, input, shape);
   dispatch("input", input, [&](auto zero) {
     using T = decltype(zero);
-    const Conv2dForward<T> tensors{output.data<T>(), data_or_null<uint8_t>(winner), input.data<T>(), weight.data<T>(),
-                                   data_or_null<T>(bias)};
-    run_kernel<T>(input, [=](const auto& kernels) { run_forward(kernels, shape, tensors); });
+    run_kernel<T>(input, [=](const auto& kernels) {
+      run_forward(kernels, shape,
+                  Conv2dForward<T>{output.data<T>(), data_or_null<uint8_t>(winner), input.data<T>(), weight.data<T>(),
+                                   data_or_null<T>(bias)});
+    });
   });
 }
 

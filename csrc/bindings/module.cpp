@@ -4,6 +4,7 @@
 PYBIND11_MODULE(FASTNN_MODULE, module) {
   module.doc() = "Kernels of fastnn. Outputs are allocated by the caller and filled here.";
   fastnn::bind_runtime(module);
+  fastnn::bind_program(module);
   fastnn::bind_linear(module);
   fastnn::bind_conv2d(module);
   fastnn::bind_batch(module);

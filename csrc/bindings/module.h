@@ -9,6 +9,7 @@ namespace fastnn {
 namespace py = pybind11;
 
 void bind_runtime(py::module_& module);
+void bind_program(py::module_& module);
 void bind_linear(py::module_& module);
 void bind_conv2d(py::module_& module);
 void bind_batch(py::module_& module);

@@ -62,20 +62,6 @@ py::list take_trace() {
   return records;
 }
 
-void program_start(Program& program) {
-  if (Program::recording())
-    throw std::runtime_error("Program: expected no other program to be recording on this thread");
-  Program::recording() = &program;
-}
-
-// Runs the program, or adds its calls to the one that records.
-void program_run(const Program& program) {
-  if (Program* recording = Program::recording()) return recording->append(program);
-  adopt_torch_threads();
-  const py::gil_scoped_release release;
-  program.run();
-}
-
 #ifdef FASTNN_CUDA_EMULATOR
 // How the emulator runs the launches that follow; `capability` is what launchers take the device for, 90 for sm_90.
 void set_schedule(const std::string& order, unsigned seed, bool eager_copies, int capability) {
@@ -95,7 +81,7 @@ void set_schedule(const std::string& order, unsigned seed, bool eager_copies, in
 void bind_runtime(py::module_& module) {
   module.def("initialise", &initialise_tensors, py::arg("tensor_type"), py::arg("parameter_type"),
              py::arg("get_num_threads"), py::arg("out_of_memory"), py::arg("is_grad_enabled"), py::arg("modes"));
-  module.def("quick_way", &quick_way, py::arg("first"), py::arg("second"), py::arg("third"));
+  module.def("quick_way", &quick_way);
   module.def("set_isa", &set_isa, py::arg("name"));
   module.def("get_isa", [] { return cpu::active_table().isa; });
   module.def("available_isas", [] { return isa_list(true); });
@@ -119,12 +105,6 @@ void bind_runtime(py::module_& module) {
   module.def("set_schedule", &set_schedule, py::arg("order"), py::arg("seed"), py::arg("eager_copies"),
              py::arg("capability"));
 #endif
-  py::class_<Program>(module, "Program", py::module_local())
-      .def(py::init<>())
-      .def("start_recording", &program_start)
-      .def("stop_recording", [](Program&) { Program::recording() = nullptr; })
-      .def("run", &program_run)
-      .def("__len__", &Program::size);
 }
 
 }  // namespace fastnn

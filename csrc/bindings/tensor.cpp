@@ -54,18 +54,20 @@ void initialise_tensors(py::handle tensor_type, py::handle parameter_type, py::h
   torch_modes = kept(modes);
 }
 
-py::handle quick_way(py::handle first, py::handle second, py::handle third) {
+py::handle quick_way(const py::args& tensors) {
   static PyObject* const kernel = PyUnicode_InternFromString("kernel");
   static PyObject* const record = PyUnicode_InternFromString("record");
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   for (const py::handle mode : py::reinterpret_borrow<py::tuple>(torch_modes))
     if (is_true(mode())) return py::none();
-  Tensor one, other;
-  if (!Tensor::from_plain(first, &one) || !one.has_kernels()) return py::none();
-  bool differentiable = is_true(first.attr(requires_grad));
-  for (const py::handle object : {second, third}) {
-    if (object.is_none()) continue;
-    if (!Tensor::from_plain(object, &other) || other.dtype() != one.dtype() || !other.is_on_device_of(one))
+  Tensor first, other;
+  bool differentiable = false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const py::handle object = tensors[i];
+    if (i > 0 && object.is_none()) continue;
+    Tensor& tensor = i == 0 ? first : other;
+    if (!Tensor::from_plain(object, &tensor)) return py::none();
+    if (i == 0 ? !first.has_kernels() : other.dtype() != first.dtype() || !other.is_on_device_of(first))
       return py::none();
     differentiable = differentiable || is_true(object.attr(requires_grad));
   }
@@ -159,6 +161,23 @@ DType Tensor::dtype() const {
   if (type.code == 1 && type.bits == 8) return DType::uint8;
   if (type.code == 0 && type.bits == 64) return DType::int64;
   return DType::other;
+}
+
+TensorLayout::TensorLayout(const Tensor& tensor)
+    : dtype_(tensor.view_.dtype),
+      device_(tensor.view_.device),
+      shape_(tensor.view_.shape, tensor.view_.shape + tensor.dim()),
+      strides_(tensor.view_.strides, tensor.view_.strides + tensor.dim()) {}
+
+bool TensorLayout::is_of(const Tensor& tensor) const {
+  const DLTensor& view = tensor.view_;
+  if (tensor.dim() != static_cast<int64_t>(shape_.size()) || view.dtype.code != dtype_.code ||
+      view.dtype.bits != dtype_.bits || view.device.device_type != device_.device_type ||
+      view.device.device_id != device_.device_id)
+    return false;
+  for (size_t d = 0; d < shape_.size(); ++d)
+    if (view.shape[d] != shape_[d] || (shape_[d] != 1 && view.strides[d] != strides_[d])) return false;
+  return true;
 }
 
 bool Tensor::has_shape_of(const Tensor& other) const {

@@ -12,8 +12,10 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "bindings/dlpack.h"
+#include "bindings/moves.h"
 
 namespace fastnn {
 
@@ -51,9 +53,12 @@ class Tensor {
   bool is_dense() const;          // in the order of some permutation of its dimensions, without gaps or overlaps
   bool is_channels_last() const;  // (n, c, h, w) stored as n, h, w, c
 
+  // Where it lies, or in a run of a program on other tensors that which stands for it.
   template <class T>
   T* data() const {
-    return reinterpret_cast<T*>(static_cast<char*>(view_.data) + view_.byte_offset);
+    char* const address = static_cast<char*>(view_.data) + view_.byte_offset;
+    const Moves* const moves = Moves::active();
+    return reinterpret_cast<T*>(moves ? moves->find(address) : address);
   }
 
   std::string shape_string() const;   // "(32, 1, 28, 28)"
@@ -61,7 +66,20 @@ class Tensor {
   std::string device_string() const;  // "cpu", "cuda:0"
 
  private:
+  friend class TensorLayout;
   DLTensor view_;
+};
+
+// All that a tensor is but for its memory.
+class TensorLayout {
+ public:
+  explicit TensorLayout(const Tensor& tensor);
+  bool is_of(const Tensor& tensor) const;
+
+ private:
+  DLDataType dtype_;
+  DLDevice device_;
+  std::vector<int64_t> shape_, strides_;
 };
 
 // Takes torch.Tensor.__dlpack_c_exchange_api__ from torch, once, at import. `out_of_memory` is torch's exception;
@@ -71,7 +89,7 @@ void initialise_tensors(pybind11::handle tensor_type, pybind11::handle parameter
 
 // The common case of autograd.common.route: "kernel" where all tensors (or None) are plain, on one device, of one dtype
 // that its kernels have, and no mode is on; "record" where autograd must record the call, too; None for all else.
-pybind11::handle quick_way(pybind11::handle first, pybind11::handle second, pybind11::handle third);
+pybind11::handle quick_way(const pybind11::args& tensors);
 
 // Memory for a CUDA kernel from torch's allocator (from the CPU's where the emulator stands for the GPU). Neither
 // taking it nor giving it back needs the GIL.

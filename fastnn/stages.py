@@ -1,0 +1,239 @@
+"""The layers of a Sequential as stages: kernel calls without a module, an autograd node or a check for each.
+
+A stage computes a layer's output, and returns with it a function for the backward pass. Between stages activations stay
+in channels_last order; a Flatten is one transposition. Where its tensors lie is the business of the `Memory` that it is
+given: :mod:`fastnn.compiled` keeps them and records the calls, :mod:`fastnn.sequential` takes new ones at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastnn import _C
+from fastnn.arguments import FUSED_POOL, pair, pool_arguments, wants_relu
+from fastnn.autograd.common import allows_tf32
+from fastnn.autograd.conv2d import Geometry, output_shape
+from fastnn.autograd.max_pool2d import pool_size, winners_dtype
+from fastnn.tracing import has_hooks
+
+__all__ = ["Backward", "Memory", "NotCompilable", "Stage", "recorded", "stages_of"]
+
+
+class NotCompilable(ValueError):  # noqa: N818 - names the verdict, not a failure
+    """The model, loss or optimizer is none that stages can express."""
+
+
+class Memory(Protocol):
+    """Where stages get their tensors from."""
+
+    precision: str  # "fp32", or "bf16" for what rounds factors on the way forward
+
+    def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+        """Uninitialised memory, row-major or channels_last."""
+
+    def new_like(self, tensor: Tensor) -> Tensor:
+        """The same for a tensor's shape and dtype: images channels_last, others row-major."""
+
+
+# Given grad_output and whether the input's gradient is wanted, computes the gradients of the parameters that the stage
+# was given memory for, and returns that of the input or None.
+Backward = Callable[[Tensor, bool], "Tensor | None"]
+# Given where gradients of parameters go.
+Stage = Callable[[Memory, Tensor, Mapping[Tensor, Tensor]], tuple[Tensor, Backward]]
+
+
+@contextmanager
+def recorded(program: _C.Program) -> Iterator[None]:
+    """Appends kernel calls in the block to the program instead of making them."""
+    program.start_recording()
+    try:
+        yield
+    finally:
+        program.stop_recording()
+
+
+def conv2d_stages(layer: Any) -> list[Stage]:
+    """Of a ``fastnn.nn.Conv2d``: with another pooling than the fused one two."""
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise NotCompilable(f"{layer}: expected numeric zero padding")
+    pool = pool_arguments(layer.max_pool)
+    relu = wants_relu(layer.activation)
+    geometry = Geometry(
+        pair("stride", layer.stride), pair("padding", layer.padding), pair("dilation", layer.dilation), layer.groups
+    )
+    if min(geometry.stride) < 1:
+        raise NotCompilable(f"{layer}: expected a stride of at least 1")
+    depthwise = layer.groups == layer.out_channels and layer.groups > 1
+    fused = pool == FUSED_POOL and not depthwise
+
+    def stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+        if input.dim() != 4:
+            raise NotCompilable(f"{layer}: expected images, got shape {tuple(input.shape)}")
+        sizes = output_shape(input.shape, layer.weight.shape, geometry, fused)
+        shape = tuple(max(size, 0) for size in sizes)  # where no output fits, the kernel's check says so
+        output = memory.new(shape, input.dtype, channels_last=True)
+        winner = memory.new(shape, torch.uint8, channels_last=True) if fused else None
+        weight, bias = layer.weight, layer.bias
+        precision = "tf32" if allows_tf32(input, "conv") else memory.precision
+        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu, precision)
+        kept = output if relu and not fused else None
+
+        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+            grad_input = memory.new_like(input) if needs_input else None
+            _C.conv2d_backward(
+                grad_input,
+                grads.get(weight),
+                None if bias is None else grads.get(bias),
+                grad_output,
+                input,
+                weight,
+                kept,
+                winner,
+                *geometry,
+                "tf32" if precision == "tf32" else "fp32",
+            )
+            return grad_input
+
+        return output, backward
+
+    if pool is None or fused:
+        return [stage]
+    return [stage, _max_pool2d_stage(*pool, dilation=(1, 1), ceil_mode=False)]
+
+
+def linear_stages(layer: Any) -> list[Stage]:
+    """Of a ``fastnn.nn.Linear``."""
+    relu = wants_relu(layer.activation)
+
+    def stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+        if input.dim() != 2:
+            raise NotCompilable(f"{layer}: expected rows, got shape {tuple(input.shape)}")
+        weight, bias = layer.weight, layer.bias
+        output = memory.new((len(input), layer.out_features), input.dtype)
+        tf32 = allows_tf32(input, "matmul")
+        _C.linear_forward(output, input, weight, bias, relu, tf32)
+        kept = output if relu else None
+
+        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+            grad_input = memory.new(tuple(input.shape), input.dtype) if needs_input else None
+            _C.linear_backward(
+                grad_input,
+                grads.get(weight),
+                None if bias is None else grads.get(bias),
+                grad_output,
+                input,
+                weight,
+                kept,
+                tf32,
+            )
+            return grad_input
+
+        return output, backward
+
+    return [stage]
+
+
+def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Stage:
+    window = (kernel_size, stride, padding, dilation)
+
+    def stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+        height, width = pool_size(input.shape[2], input.shape[3], *window, ceil_mode)
+        shape = (input.shape[0], input.shape[1], height, width)
+        output = memory.new(shape, input.dtype, channels_last=True)
+        winners = memory.new(shape, winners_dtype(kernel_size, return_indices=False), channels_last=True)
+        _C.max_pool2d_forward(output, winners, input, *window)
+
+        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+            if not needs_input:
+                return None
+            grad_input = memory.new_like(input)
+            _C.max_pool2d_backward(grad_input, grad_output, winners, *window)
+            return grad_input
+
+        return output, backward
+
+    return stage
+
+
+def _relu_stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    output = memory.new_like(input)
+    _C.relu_forward(output, input)
+
+    def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+        if not needs_input:
+            return None
+        grad_input = memory.new_like(input)
+        _C.relu_backward(grad_input, grad_output, output)
+        return grad_input
+
+    return output, backward
+
+
+def _flatten_stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    if input.dim() == 2:
+        return input, lambda grad_output, needs_input: grad_output
+    batch, channels, height, width = input.shape
+    pixels = height * width
+    stored = input.permute(0, 2, 3, 1).reshape(batch, pixels, channels)
+    if pixels == 1 or channels == 1:  # the same order either way
+        flat = stored.reshape(batch, channels * pixels)
+    else:
+        flat = memory.new((batch, channels * pixels), input.dtype)
+        _C.transpose(flat.view(batch, channels, pixels), stored)
+
+    def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+        if not needs_input:
+            return None
+        if flat.data_ptr() == stored.data_ptr():
+            return grad_output.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        grad_input = memory.new_like(input)
+        to = grad_input.permute(0, 2, 3, 1).reshape(batch, pixels, channels)
+        _C.transpose(to, grad_output.view(batch, channels, pixels))
+        return grad_input
+
+    return flat, backward
+
+
+def max_pool2d_stages(layer: Any) -> list[Stage]:
+    """Of a ``fastnn.nn.MaxPool2d``."""
+    if layer.return_indices:
+        raise NotCompilable(f"{layer}: expected return_indices=False")
+    kernel_size, stride = pair("kernel_size", layer.kernel_size), pair("stride", layer.stride)
+    padding, dilation = pair("padding", layer.padding), pair("dilation", layer.dilation)
+    return [_max_pool2d_stage(kernel_size, stride, padding, dilation, layer.ceil_mode)]
+
+
+def relu_stages(layer: Any) -> list[Stage]:
+    """Of a ``fastnn.nn.ReLU``; ``inplace`` says nothing about a result that nobody else sees."""
+    return [_relu_stage]
+
+
+def stages_of(layer: torch.nn.Module) -> list[Stage]:
+    """The stages of one layer of a Sequential; exact types alone, since a subclass may compute something else.
+
+    Raises:
+        NotCompilable: for a layer that stages cannot express.
+    """
+    if watched(layer):
+        raise NotCompilable(f"{layer}: expected a layer without hooks")
+    if "forward" in vars(layer):
+        raise NotCompilable(f"{layer}: expected a layer with the forward of its class")
+    if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) and not layer._parameters.keys() >= {"weight", "bias"}:
+        raise NotCompilable(f"{layer}: expected weight and bias that are its parameters")
+    if "_stages" in vars(type(layer)):
+        return layer._stages()  # type: ignore[operator]
+    if type(layer) is torch.nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
+        return [_flatten_stage]
+    if type(layer) is torch.nn.Identity:
+        return []
+    raise NotCompilable(f"{layer}: expected a layer of fastnn.nn, Flatten or Identity")
+
+
+def watched(module: torch.nn.Module) -> bool:
+    """Whether hooks see the module's calls, its own or everybody's."""
+    return has_hooks(module) or bool(torch.nn.modules.module._has_any_global_hook())

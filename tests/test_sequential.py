@@ -1,0 +1,430 @@
+"""nn.Sequential: runs of layers as one node of autograd, with the bits of the layers one by one, and when not."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from device import DEVICE, KERNEL_DTYPES
+from dispatch_log import ran_kernels
+from tolerance import assert_identical
+
+import fastnn
+from fastnn import nn, sequential
+
+NETWORKS: dict[str, tuple[Callable[[], list[torch.nn.Module]], tuple[int, ...]]] = {
+    "digits": (
+        lambda: [
+            nn.Conv2d(1, 8, 3, activation="relu", max_pool=2),
+            nn.Conv2d(8, 16, 3, activation="relu", max_pool=2),
+            torch.nn.Flatten(),
+            nn.Linear(16, 8, activation="relu"),
+            nn.Linear(8, 4),
+        ],
+        (3, 1, 10, 10),
+    ),
+    "many kinds": (
+        lambda: [
+            nn.Conv2d(3, 6, 5, padding=2, stride=2, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(6, 6, 3, groups=6, activation="relu", max_pool=(3, 2, 1)),
+            torch.nn.Identity(),
+            nn.MaxPool2d(2, ceil_mode=True),
+            nn.Conv2d(6, 7, (1, 2), dilation=(1, 2), activation="relu", max_pool=2),
+            torch.nn.Flatten(),
+            nn.ReLU(inplace=True),
+            nn.Linear(14, 5),
+        ],
+        (2, 3, 34, 42),
+    ),
+    "images out": (
+        lambda: [nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 3, 3, activation="relu"), torch.nn.Identity()],
+        (2, 2, 9, 7),
+    ),
+    "rows out of a ReLU": (lambda: [nn.Linear(6, 5, activation="relu"), nn.Linear(5, 9), nn.ReLU()], (4, 6)),
+    "flattened out": (
+        lambda: [nn.Conv2d(2, 4, 3, activation="relu"), nn.MaxPool2d(3), torch.nn.Flatten()],
+        (2, 2, 8, 8),
+    ),
+}
+needs_cpu = pytest.mark.skipif(DEVICE.type != "cpu", reason="says nothing of a device")
+
+
+def both(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Sequential, nn.Sequential, torch.Tensor]:
+    """The same layers in torch's Sequential and in fastnn's, and an input."""
+    torch.manual_seed(0)
+    layers, shape = NETWORKS[name]
+    plain = torch.nn.Sequential(*layers()).to(DEVICE, dtype)
+    return plain, nn.Sequential(*plain), torch.randn(shape, dtype=dtype).to(DEVICE)
+
+
+def is_run(output: torch.Tensor) -> bool:
+    """Whether a run's node had a part in a result."""
+    nodes = [output.grad_fn]
+    for node in nodes:
+        if node is not None and not node.name().startswith("_RunFunction"):
+            nodes += [function for function, _ in node.next_functions]
+    return any(node is not None and node.name().startswith("_RunFunction") for node in nodes)
+
+
+def results(model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, wants_input: bool) -> list[torch.Tensor]:
+    """Output, gradients of the parameters that have one, and of the input."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_(wants_input)
+    assert isinstance(model, torch.nn.Module)
+    model.zero_grad()
+    output = model(x)
+    output.backward(torch.linspace(-1, 1, output.numel()).to(output).view_as(output))
+    found = [output.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    return [*found, x.grad] if wants_input else found  # type: ignore[list-item]
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_identical(a, b)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("wants_input", [False, True], ids=["parameters", "input too"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels_last"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bits_and_strides_are_those_of_the_layers_one_by_one(
+    name: str, dtype: torch.dtype, memory_format: torch.memory_format, wants_input: bool
+) -> None:
+    plain, model, x = both(name, dtype)
+    plain.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=memory_format)
+    expected = results(plain, x, wants_input)
+    for _ in range(3):  # recorded, and run again
+        with ran_kernels("conv2d_forward" if x.dim() == 4 else "linear_forward", dtype=dtype) as log:
+            assert_same(results(model, x, wants_input), expected)
+    with ran_kernels() as layers:
+        results(plain, x, wants_input)
+    copies = ("transpose",)  # of a Flatten, where layers one by one copy with torch
+    assert [r.operator for r in log if r.operator not in copies] == [r.operator for r in layers]
+    assert is_run(model(x))
+
+
+def test_parameters_that_are_not_trained_get_no_gradient() -> None:
+    for frozen in ([0], [1], [0, 1, 3], [4], [1, 3, 4]):
+        plain, model, x = both("digits")
+        for number in frozen:
+            plain[number].requires_grad_(False)
+        assert_same(results(model, x, False), results(plain, x, False))
+        assert_same(results(model, x, True), results(plain, x, True))
+        assert is_run(model(x))
+    plain.requires_grad_(False)
+    assert_same(results(model, x, True), results(plain, x, True))
+    assert not model(x).requires_grad
+
+
+def test_shapes_dtypes_and_memory_of_one_model_may_change() -> None:
+    plain, model, x = both("images out", torch.float64)
+    for size in range(5, sequential.MOST_PLANS + 15):
+        x = torch.randn(1 + size % 3, 2, size, 2 * size, dtype=torch.float64).to(DEVICE)
+        assert_same(results(model, x, True), results(plain, x, True))
+    model.float()
+    assert_same(results(model, x.float(), True), results(plain, x.float(), True))
+    model.to(memory_format=torch.channels_last)
+    assert_same(results(model, x.float(), True), results(plain, x.float(), True))
+    model[0].weight.data = model[0].weight.data.clone()
+    model[1].bias = torch.nn.Parameter(torch.ones_like(model[1].bias))
+    assert_same(results(model, x.float(), True), results(plain, x.float(), True))
+
+
+def test_changes_to_the_layers_are_seen() -> None:
+    _, model, x = both("images out")
+    changes: list[Callable[[], object]] = [
+        lambda: setattr(model[0], "padding", (2, 1)),
+        lambda: setattr(model[0], "activation", "relu"),
+        lambda: setattr(model[1], "max_pool", 2),
+        lambda: setattr(model[1], "bias", None),
+        lambda: model.append(nn.ReLU().to(DEVICE)),
+        lambda: model.insert(1, nn.Conv2d(4, 4, 1).to(DEVICE)),
+        lambda: setattr(model[0], "stride", 2),
+        lambda: model.__setitem__(0, nn.Conv2d(2, 4, 5, padding=3, dilation=2).to(DEVICE)),
+        lambda: model.__delitem__(1),
+    ]
+    for change in changes:
+        change()
+        output = model(x)
+        assert is_run(output)
+        assert_same([output.detach()], [torch.nn.Sequential(*model)(x).detach()])
+
+
+def test_layers_that_something_watches_are_called() -> None:
+    seen: list[str] = []
+    _, model, x = both("digits")
+    handles = [
+        lambda: model[1].register_forward_hook(lambda *_: seen.append("forward")),
+        lambda: model[1].register_forward_pre_hook(lambda *_: seen.append("pre")),
+        lambda: model[1].register_full_backward_hook(lambda *_: seen.append("backward")),
+        lambda: torch.nn.modules.module.register_module_forward_hook(
+            lambda module, *_: seen.append("global") if module is model[1] else None
+        ),
+    ]
+    for register, name in zip(handles, ("forward", "pre", "backward", "global"), strict=True):
+        handle = register()
+        model(x).sum().backward()
+        assert seen == [name]
+        seen.clear()
+        handle.remove()
+        assert is_run(model(x))
+    model[1].forward = lambda input: torch.zeros_like(nn.Conv2d.forward(model[1], input))  # type: ignore[method-assign]
+    assert_identical(model(x).detach(), model[3:](torch.zeros(3, 16, device=DEVICE)).detach())
+
+
+def test_runs_end_at_layers_that_no_kernel_has() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(
+        nn.Conv2d(1, 4, 3, activation="relu"),
+        nn.Conv2d(4, 4, 3),
+        torch.nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"),
+        torch.nn.Flatten(),
+        torch.nn.Dropout(0.5),
+        nn.Linear(8 * 36, 8, activation="relu"),
+        nn.Linear(8, 4),
+    ).to(DEVICE)
+    model, x = nn.Sequential(*plain), torch.randn(2, 1, 10, 10).to(DEVICE)
+    for training in (True, False):
+        plain.train(training)
+        torch.manual_seed(1)
+        expected = results(plain, x, True)
+        torch.manual_seed(1)
+        assert_same(results(model, x, True), expected)
+    assert is_run(model(x))
+    kinds = [type(part).__name__ for part in sequential._parts_of(model)]
+    assert kinds == ["_Run", "BatchNorm2d", "ReLU", "Conv2d", "Flatten", "Dropout", "_Run"]
+
+
+def test_tensors_that_are_no_parameters_of_a_layer_and_parameters_that_it_does_not_use() -> None:
+    plain, model, x = both("digits")
+    model[0].register_parameter("unused", torch.nn.Parameter(torch.ones(3, device=DEVICE)))
+    assert_same(results(model, x, True), results(plain, x, True))
+    assert is_run(model(x)) and model[0].unused.grad is None
+    weight = model[1].weight.detach() * 2
+    del model[1].weight  # as in the replicas of DataParallel
+    model[1].weight = weight
+    assert_same(results(model, x, True), results(plain, x, True))
+
+
+def test_a_linear_layer_on_images_is_torchs() -> None:
+    plain = torch.nn.Sequential(nn.Conv2d(2, 3, 3), nn.Linear(6, 5), nn.Linear(5, 4)).to(DEVICE)
+    x = torch.randn(2, 2, 8, 8).to(DEVICE)
+    assert_same(results(nn.Sequential(*plain), x, True), results(plain, x, True))
+    vectors = torch.nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).to(DEVICE)
+    for shape in ((6,), (2, 3, 6)):
+        x = torch.randn(shape).to(DEVICE)
+        assert_same(results(nn.Sequential(*vectors), x, True), results(vectors, x, True))
+
+
+def test_shared_layers_and_empty_batches() -> None:
+    layer = nn.Linear(5, 5)
+    plain = torch.nn.Sequential(layer, nn.ReLU(), layer).to(DEVICE)
+    x = torch.randn(3, 5).to(DEVICE)
+    assert_same(results(nn.Sequential(*plain), x, True), results(plain, x, True))
+    plain, model, x = both("digits")
+    assert_same(results(model, x[:0], True), results(plain, x[:0], True))
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 10, 10), (3, 1, 3, 3), (3, 1, 30, 30), (1, 10), (2, 2, 2, 2, 2)])
+def test_errors_are_those_of_the_layers(shape: tuple[int, ...]) -> None:
+    plain, model, _ = both("digits")
+    x = torch.randn(shape).to(DEVICE)
+    with pytest.raises((ValueError, RuntimeError)) as theirs:
+        plain(x)
+    for _ in range(2):
+        with pytest.raises(type(theirs.value)) as ours:
+            model(x)
+        assert str(ours.value) == str(theirs.value)
+    with pytest.raises(TypeError):
+        model([1.0])
+
+
+# ---------------------------------------------------------------------------------------------------- rules of autograd
+
+
+def test_the_second_derivative() -> None:
+    for name in ("digits", "rows out of a ReLU"):
+        plain, model, x = both(name, torch.float64)
+        found = []
+        for net in (plain, model):
+            leaf = x.clone().requires_grad_()
+            first = torch.autograd.grad(net(leaf).square().sum(), [leaf, *net.parameters()], create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), [leaf, *net.parameters()])
+            found.append([*first, *second])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_some_of_a_batch_of_losses_and_twice() -> None:
+    plain, model, x = both("digits")
+    wanted = [model[1].weight, model[4].bias]
+    assert_same(list(torch.autograd.grad(model(x).sum(), wanted)), list(torch.autograd.grad(plain(x).sum(), wanted)))
+    vectors = torch.eye(4, device=DEVICE).unsqueeze(1).expand(4, 3, 4)
+    for a, b in zip(
+        torch.autograd.grad(model(x), wanted, vectors, is_grads_batched=True),
+        torch.autograd.grad(plain(x), wanted, vectors, is_grads_batched=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    output = model(x)
+    first = torch.autograd.grad(output.sum(), wanted, retain_graph=True)
+    model(x + 1)  # takes other memory
+    assert_same(list(torch.autograd.grad(output.sum(), wanted)), list(first))
+    with pytest.raises(RuntimeError, match="second time"):
+        output.sum().backward()
+
+
+def test_gradients_add_up() -> None:
+    plain, model, x = both("digits")
+    for net in (plain, model):
+        net.zero_grad()
+        net(x).sum().backward()
+        net(x + 1).square().sum().backward()
+        if net is plain:
+            expected = [p.grad.clone() for p in net.parameters()]  # type: ignore[union-attr]
+    assert_same([p.grad for p in model.parameters()], expected)  # type: ignore[misc]
+
+
+def test_what_changes_before_backward_is_noticed_and_what_may_change_may() -> None:
+    _, model, x = both("digits")
+    output = model(x)
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+    output = model(x)
+    output.mul_(2).sum().backward()  # a linear layer's backward does not read it
+    _, rectified, rows = both("rows out of a ReLU")
+    output = rectified(rows)
+    output.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_a_graph_is_freed_without_the_garbage_collector() -> None:
+    for name in NETWORKS:
+        _, model, x = both(name)
+        gc.collect()
+        gc.disable()
+        try:
+            x = x.clone()
+            alive = weakref.ref(x)
+            output = model(x)
+            del x
+            assert alive() is not None
+            del output
+            assert alive() is None
+        finally:
+            gc.enable()
+
+
+def test_hooks_on_saved_tensors_and_checkpointing() -> None:
+    plain, model, x = both("digits")
+    expected = results(plain, x, True)
+    halve = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor[:1])
+    with halve, pytest.raises(RuntimeError, match="expected saved tensors as they were"):
+        results(model, x, False)
+    with torch.autograd.graph.save_on_cpu(), torch.autograd.set_detect_anomaly(True):
+        assert_same(results(model, x, True), expected)
+
+    class Checkpointed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.utils.checkpoint.checkpoint(self.model, input, use_reentrant=False)  # type: ignore[no-any-return]
+
+    assert_same(results(Checkpointed(), x, True), expected)
+
+
+def test_modes_of_torch_take_the_layers() -> None:
+    plain, model, x = both("digits")
+    with torch.no_grad():
+        assert_same([model(x)], [plain(x)])
+    with torch.inference_mode():
+        assert_same([model(x)], [plain(x)])
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        torch.testing.assert_close(model(x), plain(x))
+    parameters = dict(model.named_parameters())
+    given = {name: parameter * 2 for name, parameter in parameters.items()}
+    assert_identical(
+        torch.func.functional_call(model, given, (x,)).detach(), torch.func.functional_call(plain, given, (x,)).detach()
+    )
+    jacobian = torch.func.jacrev(lambda p: torch.func.functional_call(model, p, (x,)))(parameters)
+    expected = torch.func.jacrev(lambda p: torch.func.functional_call(plain, p, (x,)))(parameters)
+    for name in parameters:
+        torch.testing.assert_close(jacobian[name], expected[name])
+
+
+def test_several_threads_run_one_model() -> None:
+    plain, model, _ = both("digits")
+    inputs = [torch.randn(1 + i % 4, 1, 10, 10).to(DEVICE) for i in range(24)]
+    expected = [torch.autograd.grad(plain(x).square().sum(), list(plain.parameters())) for x in inputs]
+
+    def gradients(x: torch.Tensor) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+
+    with ThreadPoolExecutor(4) as pool:
+        for ours, theirs in zip(pool.map(gradients, inputs), expected, strict=True):
+            assert_same(ours, list(theirs))
+
+
+# ------------------------------------------------------------------------------------------------------ as a container
+
+
+def test_copies_and_pickles_are_models_of_their_own() -> None:
+    _, model, x = both("digits")
+    before = model(x).detach()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is nn.Sequential
+        assert_identical(other(x).detach(), before)
+        with torch.no_grad():
+            other[0].weight.zero_()
+        assert_identical(model(x).detach(), before)
+        assert not torch.equal(other(x), before)
+    assert type(model[1:3]) is nn.Sequential
+
+
+def test_convert_takes_sequentials_and_revert_gives_them_back() -> None:
+    torch.manual_seed(0)
+    inner = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 16, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(8), torch.nn.Flatten(), inner
+    ).to(DEVICE)
+    x = torch.randn(2, 1, 10, 10).to(DEVICE)
+    converted = fastnn.convert(model)
+    assert [type(module) for module in (converted, converted[4])] == [nn.Sequential] * 2
+    assert is_run(converted(x))
+    torch.testing.assert_close(converted(x), model(x))
+    assert fastnn.conversion_report(converted).replaced == {"0": "Conv2d", "4.0": "Linear", "4.2": "Linear"}
+    reverted = fastnn.revert(converted)
+    assert [type(module) for module in (reverted, reverted[4])] == [torch.nn.Sequential] * 2
+
+    class Doubled(torch.nn.Sequential):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) * 2
+
+    assert type(fastnn.convert(Doubled(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))) is Doubled
+
+
+@needs_cpu
+def test_compilers_see_the_layers() -> None:
+    _, model, x = both("digits")
+    expected = model(x).detach()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x).detach(), expected)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x).detach(), expected)

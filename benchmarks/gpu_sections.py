@@ -344,15 +344,14 @@ def steps(device: Device, add: Callable[[Row], None]) -> None:
 
 
 def compiled(device: Device, add: Callable[[Row], None]) -> None:
-    """The same steps against torch.compile, which may take long to compile or lack what it needs."""
+    """One of the steps against torch.compile, which may take a minute to compile or lack what it needs."""
     images, labels = random_mnist(device)
-    for batch in BATCHES:
-        with noting(add, f"training step against {COMPILED}, batch {batch}"):
-            torch._dynamo.reset()
-            sides = {OURS: our_step(device, images, labels), COMPILED: compiled_step(device, images, labels)}
-            samples = measure_steps(device, sides, images, batch)
-            facts = {"batch": batch, "precision": "tf32"}
-            add(compared("training step", samples, OURS, COMPILED, STEP_TARGETS[COMPILED], **facts))
+    batch = BATCHES[0]
+    with noting(add, f"training step against {COMPILED}, batch {batch}"):
+        sides = {OURS: our_step(device, images, labels), COMPILED: compiled_step(device, images, labels)}
+        samples = measure_steps(device, sides, images, batch)
+        facts = {"batch": batch, "precision": "tf32"}
+        add(compared("training step", samples, OURS, COMPILED, STEP_TARGETS[COMPILED], **facts))
 
 
 # ---------------------------------------------------------------------------------------------------------- fit

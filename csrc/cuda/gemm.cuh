@@ -420,17 +420,18 @@ int64_t blocks_of(const GemmSize& size) {
   return (size.m + Shape::kM - 1) / Shape::kM * ((size.n + Shape::kN - 1) / Shape::kN) * size.groups;
 }
 
-// How many ways K is split: where blocks do not fill the device, so that each multiprocessor gets about three, of at
-// least kLeastStages each - unless there are so many partial sums that they cost more than idle multiprocessors do.
-constexpr int64_t kLeastStages = 2;
-constexpr int64_t kMostSplit = 1 << 19;  // elements of C
+// How many ways K is split: where blocks do not fill the device, so that each multiprocessor gets about three, of a
+// least depth. That is larger where C is: to write and read its partial sums takes as long as some six stages.
+constexpr int64_t kLeastStages = 2, kLeastStagesOfLarge = 16;
+constexpr int64_t kLarge = 1 << 19;  // elements of C
 
 template <class T, class Shape>
 void choose_splits(GemmSize& size, int multiprocessors, bool can_split) {
   const int64_t blocks = blocks_of<Shape>(size), stages = stages_of<T>(size);
-  const bool splits_pay = can_split && blocks < multiprocessors && size.m * size.n * size.groups < kMostSplit;
-  const int64_t wanted = splits_pay && blocks > 0 ? 3 * multiprocessors / blocks : 1;
-  const int64_t splits = std::max<int64_t>(std::min(wanted, stages / kLeastStages), 1);
+  const bool splits_help = can_split && blocks > 0 && blocks < multiprocessors;
+  const int64_t wanted = splits_help ? 3 * multiprocessors / blocks : 1;
+  const int64_t least = size.m * size.n * size.groups < kLarge ? kLeastStages : kLeastStagesOfLarge;
+  const int64_t splits = std::max<int64_t>(std::min(wanted, stages / least), 1);
   const int64_t split_stages = (stages + splits - 1) / splits;
   size.split_depth = split_stages * kDepth<T>;
   size.splits = static_cast<int>(split_stages > 0 ? (stages + split_stages - 1) / split_stages : 1);

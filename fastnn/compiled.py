@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fastnn import _C, nn, optim
 from fastnn.autograd.cross_entropy import REDUCTIONS, empty_statistics
@@ -523,15 +522,7 @@ class CompiledStep(_Compiled):
 
     def _updates_itself(self) -> bool:
         """Whether the update is fastnn's own and nobody watches it."""
-        optimizer: Any = self._optimizer
-        return self._has_own_update and not any(
-            (
-                optimizer._optimizer_step_pre_hooks,
-                optimizer._optimizer_step_post_hooks,
-                _global_optimizer_pre_hooks,
-                _global_optimizer_post_hooks,
-            )
-        )
+        return self._has_own_update and not optim.is_hooked(self._optimizer)
 
     def _update(self) -> bool:
         """Whether kernels alone did it."""

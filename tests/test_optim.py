@@ -273,6 +273,48 @@ def test_closure_and_hooks_run_once() -> None:
     torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.8))
 
 
+def test_hooks_run_once_and_are_told_what_torchs_tell() -> None:
+    class Halved(optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.mul_(0.5)
+            return super().step(closure)
+
+    seen: dict[type, list[Any]] = {}
+    for kind in (torch.optim.Adam, optim.Adam, Halved):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer, calls = kind([parameter]), seen.setdefault(kind, [])
+        optimizer.register_step_pre_hook(lambda _, args, kwargs, calls=calls: calls.append((len(args), kwargs)))
+        optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("post"))
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+    assert seen[optim.Adam] == seen[torch.optim.Adam] == [(1, {}), "post"]
+    assert seen[Halved] == [(1, {}), "post"]
+
+
+def test_the_profiler_sees_steps_and_zero_grad() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.Adam([parameter])
+    parameter.grad = torch.ones(3)
+    with torch.autograd.profiler.profile() as profile:
+        optimizer.step()
+        optimizer.zero_grad()
+    names = [event.name for event in profile.function_events]
+    assert names.count("Optimizer.step#Adam.step") == names.count("Optimizer.zero_grad#Adam.zero_grad") == 1
+    assert parameter.grad is None
+
+
+def test_zero_grad_fills_or_takes_away() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:]}], lr=0.1)
+    parameters[1].grad = kept = torch.ones(3)
+    optimizer.zero_grad(set_to_none=False)
+    assert parameters[1].grad is kept and torch.equal(kept, torch.zeros(3)) and parameters[0].grad is None
+    optimizer.zero_grad()
+    assert parameters[1].grad is None
+
+
 def test_grad_scaler_unscales_and_skips_infinite_gradients() -> None:
     parameter = torch.nn.Parameter(torch.ones(4))
     optimizer = optim.Adam([parameter], lr=0.1)

@@ -30,6 +30,8 @@ constexpr int64_t kPackRows = 48;
 constexpr int64_t kDepthBlock = 512;
 // Rows of C in one task.
 constexpr int64_t kRowBlock = 64;
+// What is packed at a time, or a panel for each thread: it stays in L3, and in the scratch memory that outlasts a call.
+constexpr int64_t kPackedBytes = int64_t{16} << 20;
 
 template <class T>
 void pack_panel(const Matrix<T>& b, int64_t depth, int64_t column, int64_t columns, T* panel) {
@@ -52,67 +54,85 @@ void pack_panel(const Matrix<T>& b, int64_t depth, int64_t column, int64_t colum
   }
 }
 
+// Where a panel of B lies.
+template <class T>
+struct Panel {
+  const T* data;
+  int64_t stride;
+};
+
+// Rows [row_begin, row_end) and up to kTileColumns columns of C.
+template <class T>
+void gemm_block(int64_t row_begin, int64_t row_end, int64_t column, int64_t n, int64_t k, const Matrix<T>& a,
+                const Panel<T>& b, const T* bias, bool with_relu, T* c) {
+  const int64_t columns = n - column < kTileColumns<T> ? n - column : kTileColumns<T>;
+  for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += kDepthBlock) {
+    const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
+    const bool last = k0 + kDepthBlock >= k;
+    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+      with_rows(row_end - row < kTileRows ? row_end - row : kTileRows, [&](auto constant) {
+        constexpr int rows = decltype(constant)::value;
+        Vec<T> acc[rows][kTileVectors];
+        const T* a_rows[rows];
+        FASTNN_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          a_rows[r] = a.data + (row + r) * a.row_stride + k0 * a.column_stride;
+          FASTNN_UNROLL
+          for (int v = 0; v < kTileVectors; ++v) {
+            const int64_t first = v * kLanes<T>;
+            const int64_t left = columns - first < 0 ? 0 : columns - first < kLanes<T> ? columns - first : kLanes<T>;
+            acc[r][v] = k0 > 0 ? load_upto(c + (row + r) * n + column + first, left)
+                        : bias ? load_upto(bias + column + first, left)
+                               : Vec<T>{};
+          }
+        }
+        if (a.column_stride == 1)
+          multiply_add<T, rows, kTileVectors>(depth, a_rows, 1, b.data + k0 * b.stride, b.stride, acc);
+        else
+          multiply_add<T, rows, kTileVectors>(depth, a_rows, a.column_stride, b.data + k0 * b.stride, b.stride, acc);
+        FASTNN_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          FASTNN_UNROLL
+          for (int v = 0; v < kTileVectors; ++v) {
+            const int64_t first = v * kLanes<T>;
+            const int64_t left = columns - first < kLanes<T> ? columns - first : kLanes<T>;
+            if (left > 0)
+              store_upto(c + (row + r) * n + column + first, last && with_relu ? relu(acc[r][v]) : acc[r][v], left);
+          }
+        }
+      });
+    }
+  }
+}
+
 // C (m x n, dense rows) = act(A (m x k) B (k x n) + bias); bias (n) may be null.
 // Needs b.column_stride == 1 or b.row_stride == 1.
 template <class T>
 void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& b, const T* bias, bool with_relu,
           T* c) {
   constexpr int64_t width = kTileColumns<T>;
-  const int64_t panels = (n + width - 1) / width;
+  const int64_t panels = (n + width - 1) / width, row_blocks = (m + kRowBlock - 1) / kRowBlock;
   const bool pack = b.column_stride != 1 || m >= kPackRows;
-  const int64_t first_packed = pack ? 0 : n / width;  // a last, partial panel is always packed
-  const Scratch<T> packed((panels - first_packed) * k * width);
-  parallel_for(panels - first_packed, [&](int64_t i) {
-    const int64_t column = (first_packed + i) * width;
-    pack_panel(b, k, column, n - column, packed + i * k * width);
-  });
-  const int64_t row_blocks = (m + kRowBlock - 1) / kRowBlock;
-  parallel_for(row_blocks * panels, [&](int64_t task) {
-    const int64_t panel = task % panels, column = panel * width;
-    const int64_t row_begin = task / panels * kRowBlock;
-    const int64_t row_end = row_begin + kRowBlock < m ? row_begin + kRowBlock : m;
-    const bool is_packed = panel >= first_packed;
-    const T* b_panel = is_packed ? packed + (panel - first_packed) * k * width : b.data + column;
-    const int64_t b_stride = is_packed ? width : b.row_stride;
-    const int64_t columns = n - column < width ? n - column : width;
-    for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += kDepthBlock) {
-      const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
-      const bool last = k0 + kDepthBlock >= k;
-      for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-        with_rows(row_end - row < kTileRows ? row_end - row : kTileRows, [&](auto constant) {
-          constexpr int rows = decltype(constant)::value;
-          Vec<T> acc[rows][kTileVectors];
-          const T* a_rows[rows];
-          FASTNN_UNROLL
-          for (int r = 0; r < rows; ++r) {
-            a_rows[r] = a.data + (row + r) * a.row_stride + k0 * a.column_stride;
-            FASTNN_UNROLL
-            for (int v = 0; v < kTileVectors; ++v) {
-              const int64_t first = v * kLanes<T>;
-              const int64_t left = columns - first < 0 ? 0 : columns - first < kLanes<T> ? columns - first : kLanes<T>;
-              acc[r][v] = k0 > 0 ? load_upto(c + (row + r) * n + column + first, left)
-                          : bias ? load_upto(bias + column + first, left)
-                                 : Vec<T>{};
-            }
-          }
-          if (a.column_stride == 1)
-            multiply_add<T, rows, kTileVectors>(depth, a_rows, 1, b_panel + k0 * b_stride, b_stride, acc);
-          else
-            multiply_add<T, rows, kTileVectors>(depth, a_rows, a.column_stride, b_panel + k0 * b_stride, b_stride, acc);
-          FASTNN_UNROLL
-          for (int r = 0; r < rows; ++r) {
-            FASTNN_UNROLL
-            for (int v = 0; v < kTileVectors; ++v) {
-              const int64_t first = v * kLanes<T>;
-              const int64_t left = columns - first < kLanes<T> ? columns - first : kLanes<T>;
-              if (left > 0)
-                store_upto(c + (row + r) * n + column + first, last && with_relu ? relu(acc[r][v]) : acc[r][v], left);
-            }
-          }
-        });
-      }
-    }
-  });
+  const int64_t read = pack ? 0 : n / width;  // panels that are read from B; a last, partial one is always packed
+  const int64_t fitting = kPackedBytes / ((k + 1) * width * static_cast<int64_t>(sizeof(T)));
+  const int64_t most = fitting > max_threads() ? fitting : max_threads();
+  const int64_t pass = pack && most < panels ? most : panels;
+  const Scratch<T> packed((pass - read) * k * width);
+  for (int64_t first = 0; first < panels; first += pass) {
+    const int64_t count = panels - first < pass ? panels - first : pass;
+    parallel_for(count - read, [&](int64_t i) {
+      const int64_t column = (first + read + i) * width;
+      pack_panel(b, k, column, n - column, packed + i * k * width);
+    });
+    parallel_for(row_blocks * count, [&](int64_t task) {
+      const int64_t i = task % count, column = (first + i) * width;
+      const int64_t row_begin = task / count * kRowBlock;
+      const int64_t row_end = row_begin + kRowBlock < m ? row_begin + kRowBlock : m;
+      const Panel<T> panel =
+          i < read ? Panel<T>{b.data + column, b.row_stride} : Panel<T>{packed + (i - read) * k * width, width};
+      gemm_block(row_begin, row_end, column, n, k, a, panel, bias, with_relu, c);
+    });
+  }
 }
 
 }  // namespace

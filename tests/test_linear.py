@@ -47,6 +47,13 @@ def test_gradients_of_the_smallest_batches_walk_along_rows(
     assert check_linear(case, fill, dtype) == ["streamed" if rows <= 4 else "gemm"]
 
 
+@pytest.mark.skipif(ON_CUDA, reason="the CPU's kernels")
+@pytest.mark.parametrize("fill", FILLS)
+def test_large_weights_are_packed_in_passes(fill: str, isa: str) -> None:
+    """48 rows are packed, and 18 MB of weights, more than a pass of 16 MiB, with a last panel that is partial."""
+    check_linear(LinearCase("passes", (48, 1900), (2403, 1900), kwargs={"activation": "relu"}), fill, torch.float32)
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
 @pytest.mark.parametrize("case", find(LINEAR_CASES, "4x8_to_3", "relu", "3d_2x3x17_to_5", "one_row"))
 def test_layouts(case: LinearCase, layout: str, isa: str, dtype: torch.dtype) -> None:

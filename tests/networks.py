@@ -16,7 +16,7 @@ CLASSES = 3
 def network(layers: Any, dtype: torch.dtype = torch.float64) -> torch.nn.Sequential:
     """Of the layers of ``fastnn.nn`` or ``torch.nn``, always with the same first parameters."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(
+    return layers.Sequential(  # type: ignore[no-any-return]
         layers.Conv2d(1, 4, 3, dtype=dtype),
         layers.ReLU(),
         layers.MaxPool2d(2),
@@ -28,7 +28,7 @@ def network(layers: Any, dtype: torch.dtype = torch.float64) -> torch.nn.Sequent
 
 
 def fused_network(dtype: torch.dtype = torch.float64) -> torch.nn.Sequential:
-    """The same network with ReLU and pooling inside the layers."""
+    """The same network with ReLU and pooling inside the layers, which a Sequential of torch's calls one by one."""
     torch.manual_seed(0)
     return torch.nn.Sequential(
         nn.Conv2d(1, 4, 3, activation="relu", max_pool=2, dtype=dtype),

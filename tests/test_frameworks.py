@@ -83,7 +83,7 @@ def test_captum_finds_the_layers(name: str) -> None:
 
 # What README says to do for methods that go by a layer's exact class.
 NONLINEAR_OF_TORCH = types.SimpleNamespace(
-    Conv2d=nn.Conv2d, Linear=nn.Linear, ReLU=torch.nn.ReLU, MaxPool2d=torch.nn.MaxPool2d
+    Sequential=nn.Sequential, Conv2d=nn.Conv2d, Linear=nn.Linear, ReLU=torch.nn.ReLU, MaxPool2d=torch.nn.MaxPool2d
 )
 
 

@@ -1,8 +1,11 @@
 """The extension module: every function fills tensors that the caller allocated."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+_Result = TypeVar("_Result")
 
 def initialise(
     tensor_type: type, parameter_type: type, get_num_threads: Any, allocate: Any, is_grad_enabled: Any, modes: Any
@@ -101,14 +104,14 @@ def count_correct(correct: Tensor, logits: Tensor, target: Tensor) -> None: ...
 class Program:
     """Recorded kernel calls."""
 
-    def start_recording(self) -> None: ...
-    def stop_recording(self) -> None: ...
+    def record(self, function: Callable[[], _Result]) -> _Result: ...  # its kernel calls are not made but appended
     def run(self) -> None: ...  # or, while another records, the calls become part of that one
     # (tensor, number of a run's tensor, bytes from its begin)
     def place(self, slots: list[Tensor], pieces: list[tuple[Tensor, int, int]]) -> None: ...
     def run_on(self, tensors: list[Tensor]) -> bool: ...
     def __len__(self) -> int: ...
 
+def stand_in(like: Tensor, shape: Sequence[int], strides: Sequence[int]) -> Tensor: ...
 def max_pool2d_forward(
     output: Tensor,
     winners: Tensor | None,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +25,13 @@ from torch import Tensor
 from fastnn import _C, nn, optim
 from fastnn.autograd.cross_entropy import REDUCTIONS, empty_statistics
 from fastnn.runtime import capture_kernels, kernel_dtypes, note_kernels
-from fastnn.stages import Backward, NotCompilable, recorded, stages_of, watched
+from fastnn.stages import Backward, NotCompilable, lies_as_kernels_read, stages_of, watched
 from fastnn.tracing import runs_in_order
 
 __all__ = ["CompiledForward", "CompiledStep"]
 
+
+_Result = TypeVar("_Result")
 
 # Training steps that are replayed together. Starting a CUDA graph takes the CPU some 10 us, and the GPU idles for a
 # few; what Python does around a replay takes some 30 us.
@@ -62,8 +64,7 @@ def _captured_in_programs(steps: Iterable[Callable[[], object]]) -> Callable[[],
     programs = []
     for step in steps:
         programs.append(_C.Program())
-        with recorded(programs[-1]):
-            step()
+        programs[-1].record(step)
 
     def replay() -> None:
         for program in programs:
@@ -78,16 +79,22 @@ class _Recording:
 
     images: Tensor
     precision: str
+    grads: Mapping[Tensor, Tensor]
     programs: dict[str, _C.Program] = field(default_factory=dict)
     tensors: list[Tensor] = field(default_factory=list)  # kept alive for the programs
     results: dict[str, Tensor] = field(default_factory=dict)
     launches: dict[str, _Launch] = field(default_factory=dict)
 
-    @contextmanager
-    def records(self, name: str) -> Iterator[None]:
+    def record(self, name: str, calls: Callable[[], _Result]) -> _Result:
+        """What `calls` returns; its kernel calls become the program of that name."""
         self.programs[name] = _C.Program()
-        with recorded(self.programs[name]):
-            yield
+        return self.programs[name].record(calls)
+
+    def at(self, parameter: Tensor | None) -> Tensor | None:
+        return parameter
+
+    def grad_of(self, parameter: Tensor | None) -> Tensor | None:
+        return None if parameter is None else self.grads.get(parameter)
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -194,10 +201,10 @@ class _Compiled:
             if parameter.dtype is not self._dtype or self._dtype not in dtypes:
                 names = ", ".join(sorted(str(dtype)[6:] for dtype in dtypes))
                 raise NotCompilable(f"model: expected parameters all of one dtype of {names}, got {parameter.dtype}")
-            dense = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
-            if not dense:
+            if not lies_as_kernels_read(parameter):
                 raise NotCompilable("model: expected parameters in contiguous or channels_last memory")
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
+        self._grads: dict[Tensor, Tensor] = {}
         self._recordings: dict[tuple[int, ...], _Recording] = {}
 
     def _prepare(self, images: Tensor, batch_size: int) -> None:
@@ -229,19 +236,19 @@ class _Compiled:
         if len(shape) != 4 or shape[0] < 1:
             raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
         images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=torch.channels_last)
-        recording = _Recording(images, self._precision)
+        recording = _Recording(images, self._precision, self._grads)
         self._record_programs(recording)
         return recording
 
     def _record_programs(self, recording: _Recording) -> None:
         raise NotImplementedError
 
-    def _record_forward(self, recording: _Recording, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, list[Backward]]:
-        """The model's output, and how to record each stage's backward."""
+    def _forward(self, recording: _Recording) -> tuple[Tensor, list[Backward]]:
+        """The model's output, and each stage's backward pass."""
         output = recording.images
         backwards = []
         for stage, _ in self._stages:
-            output, backward = stage(recording, output, grads)
+            output, backward = stage(recording, output)
             backwards.append(backward)
         return output, backwards
 
@@ -275,8 +282,7 @@ class CompiledForward(_Compiled):
         return recording.results["output"]
 
     def _record_programs(self, recording: _Recording) -> None:
-        with recording.records("forward"):
-            recording.results["output"], _ = self._record_forward(recording, {})
+        recording.results["output"], _ = recording.record("forward", partial(self._forward, recording))
 
 
 class _Rates:
@@ -406,7 +412,7 @@ class CompiledStep(_Compiled):
         self._loss = loss
         self._optimizer = optimizer
         self._before_update = before_update
-        self._grads: dict[Tensor, Tensor] = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
+        self._grads = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
         self._has_own_update = type(optimizer) in (optim.Adam, optim.AdamW, optim.SGD)
         self._rates = _Rates(optimizer, self._device) if self._has_own_update else None
 
@@ -535,8 +541,7 @@ class CompiledStep(_Compiled):
 
     def _record_programs(self, recording: _Recording) -> None:
         """The parts of a step. Each step of a replay has a loss of its own and so a program that writes it."""
-        with recording.records("forward"):
-            output, backwards = self._record_forward(recording, self._grads)
+        output, backwards = recording.record("forward", partial(self._forward, recording))
         if output.dim() != 2:
             raise NotCompilable(f"model: expected an output (n, classes), got {tuple(output.shape)}")
         losses = recording.new((STEPS_PER_REPLAY,), self._dtype)
@@ -546,18 +551,22 @@ class CompiledStep(_Compiled):
         options = (self._loss.weight, self._loss.ignore_index, REDUCTIONS.index("mean"), self._loss.label_smoothing)
         statistics = empty_statistics(output, targets)
         recording.tensors.append(statistics)
+
+        def loss(step: int) -> None:
+            _C.cross_entropy_forward(losses[step], statistics, output, targets, *options)
+            _C.count_correct(correct[step], output, targets)
+
         for step in range(STEPS_PER_REPLAY):
-            with recording.records(f"loss of {step}"):
-                _C.cross_entropy_forward(losses[step], statistics, output, targets, *options)
-                _C.count_correct(correct[step], output, targets)
+            recording.record(f"loss of {step}", partial(loss, step))
         one = recording.new((), self._dtype).fill_(1)
-        grad = recording.new_like(output)
-        with recording.records("backward"):
+        # A stage's input needs a gradient where a stage before it has parameters that are trained.
+        trained = [trains for _, trains in self._stages]
+
+        def backward() -> None:
+            grad: Tensor | None = recording.new_like(output)
             _C.cross_entropy_backward(grad, None, one, statistics, output, targets, *options)
-            # A stage's input needs a gradient where a stage before it has parameters that are trained.
-            trained = [trains for _, trains in self._stages]
             for i in reversed(range(len(backwards))):
-                grad_input = backwards[i](grad, any(trained[:i]))
-                if grad_input is None:
-                    break
-                grad = grad_input
+                if grad is not None:
+                    grad = backwards[i](grad, any(trained[:i]))
+
+        recording.record("backward", backward)

@@ -19,6 +19,7 @@ import torch
 from fastnn import nn
 from fastnn.fusion import Step, window_argument
 from fastnn.layer_fusion import plan_fusions
+from fastnn.sequential import PARTS
 from fastnn.tracing import Calls, calls_of
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
@@ -78,11 +79,11 @@ def convert(
     """The model with fastnn's layers in the place of torch's, fused where that is right.
 
     Every ``torch.nn`` layer that :mod:`fastnn.nn` has is replaced where it stands: ``Conv2d``, ``Linear``,
-    ``MaxPool2d``, ``ReLU``, ``Softmax``, ``LogSoftmax`` and the losses; so is every ``Sequential``, which the report
-    leaves out. A ``Conv2d`` takes over a ``ReLU`` and a
-    ``MaxPool2d`` that follow it, in either order, and a ``Linear`` a ``ReLU``; these become ``Identity``. Parameters
-    are the same objects, also in a copy, so that optimizers go on and tied weights stay tied; so are buffers and
-    hooks. Device, dtype, training mode, names and ``state_dict`` keys stay.
+    ``MaxPool2d``, ``ReLU``, ``Softmax``, ``LogSoftmax`` and the losses; so is, without a word in the report, a
+    ``Sequential`` that holds some of them. A ``Conv2d`` takes over a ``ReLU`` and a ``MaxPool2d`` that follow it, in
+    either order, and a ``Linear`` a ``ReLU``; these become ``Identity``. Parameters are the same objects, also in a
+    copy, so that optimizers go on and tied weights stay tied; so are buffers and hooks. Device, dtype, training mode,
+    names and ``state_dict`` keys stay.
 
     Fusing follows the calls that ``forward`` makes as torch.fx traces them, in training and evaluation, with and
     without optional arguments, all of which must agree. It needs layers that are modules: a ReLU called as a function
@@ -123,10 +124,7 @@ def convert(
     report = ConversionReport()
     for name, module in modules.items():
         reason = _reason_to_keep(name, module, filter_fn)
-        if type(module) is torch.nn.Sequential and "forward" not in vars(module):
-            _remember(module)
-            module.__class__ = nn.Sequential
-        elif reason:
+        if reason:
             report.kept[name] = reason
         elif type(module) in _LAYERS:
             report.replaced[name] = type(module).__name__
@@ -136,6 +134,11 @@ def convert(
                 module.activation = None
             if isinstance(module, nn.Conv2d):
                 module.max_pool = None
+    for module in modules.values():
+        has_ours = any(type(layer) in _OURS for layer in module.children())
+        if type(module) is torch.nn.Sequential and has_ours and "forward" not in vars(module):
+            _remember(module)
+            module.__class__ = nn.Sequential
     kept = {name: reason for name, reason in report.kept.items() if reason != _NO_BATCH_NORM}
     fusions, report.not_fused = plan_fusions(modules, _calls(model), kept, fold_batch_norm)
     for name, fusion in fusions.items():
@@ -181,7 +184,7 @@ def revert(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
         if before is None:
             continue
         module.__class__ = before.layer
-        for name in _ARGUMENTS:
+        for name in (*_ARGUMENTS, PARTS):
             vars(module).pop(name, None)
         vars(module).update(before.arguments)
         if before.tensors is not None:

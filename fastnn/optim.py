@@ -122,6 +122,10 @@ def _is_profiled() -> bool:
     return torch.compiler.is_compiling() or torch._C._autograd._profiler_enabled()
 
 
+# The code of what torch makes of a class's step.
+_TORCHS_WRAPPER = torch.optim.Optimizer.profile_hook_step(lambda self: None).__code__  # type: ignore[attr-defined]
+
+
 class _KernelUpdate(torch.optim.Optimizer):
     """``step`` of the optimizers below: torch's update for what no kernel serves, then one kernel call a dtype."""
 
@@ -152,12 +156,13 @@ class _KernelUpdate(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient; `closure` reevaluates the model and returns the loss."""
-        # What an overriding class has for a step is wrapped by torch, and hooks are called there.
-        if type(self).step is _KernelUpdate.step and (_is_profiled() or is_hooked(self)):
+        # An overriding class's step, which calls this one, is wrapped by torch: hooks are called there.
+        is_wrapped = getattr(type(self).step, "__code__", None) is _TORCHS_WRAPPER
+        if not is_wrapped and (_is_profiled() or is_hooked(self)):
             return self._wrapped_step() if closure is None else self._wrapped_step(closure)
         return self._step(closure)
 
-    # Torch would wrap it to call hooks and to note it for the profiler, also where there is neither: 10 microseconds.
+    # Keeps torch from wrapping it to call hooks and tell the profiler, also where there is neither: 6 microseconds.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -1,14 +1,13 @@
 """Layers of a Sequential that follow each other as one node of autograd.
 
-To call layers as modules, with a node and tensors for each, takes a small network as long as half of its kernels. A run
-of layers records the calls of its stages (:mod:`fastnn.stages`) once for each shape of input, in one program for the
-forward and one for the backward pass, and then gives these the tensors of each call: no memory is kept between calls.
+To call layers as modules, with a node and tensors for each, takes a small network as long as half of its kernels. A
+chain of layers records the calls of its stages (:mod:`fastnn.stages`) once for each shape of input, in one program for
+the forward and one for the backward pass, and gives these the tensors of each call: no memory is kept between calls.
 """
 
 from __future__ import annotations
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,55 +25,71 @@ from fastnn.autograd.common import (
     goes_through_torch,
 )
 from fastnn.autograd.conv2d import channels_last, prefers_channels_last
-from fastnn.stages import NotCompilable, Stage, recorded, stages_of, watched
+from fastnn.stages import Stage, lies_as_kernels_read, stages_of, watched
 
-__all__ = ["run_in_order"]
+__all__ = ["PARTS", "call_in_order"]
 
-# That a run keeps: one for each shape of input. More, and it starts anew.
+# That a chain keeps: one for each shape of input. With another it starts anew.
 MOST_PLANS = 32
 
+_hooks_on_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
+_WEIGHTED = (torch.nn.Conv2d, torch.nn.Linear)
 
-def run_in_order(model: torch.nn.Sequential, input: Any) -> Any:
+
+def call_in_order(model: torch.nn.Sequential, input: Any) -> Any:
     """What the model's layers make of `input`, one after another."""
     for part in _parts_of(model):
         input = part(input)
     return input
 
 
-# ------------------------------------------------------------------------------------------------------------- a run
+# ------------------------------------------------------------------------------------------------------------ a plan
 
 
-class _Pieces:
-    """Memory for the stages of one pass: pieces of one tensor of bytes, which each run of the program takes anew."""
+class _StandIns:
+    """Memory for stages that are recorded: each tensor has an address of its own, and nothing is there."""
 
     precision = "fp32"
 
-    def __init__(self, like: Tensor) -> None:
-        self._like = like  # of this device
-        self.tensors: list[Tensor] = []
+    def __init__(self, parameters: Sequence[Tensor], trained: Sequence[Tensor]) -> None:
+        self.made: list[Tensor] = []
+        self.parameters = {parameter: _stand_in(parameter) for parameter in parameters}
+        self.grads = {parameter: _stand_in(parameter) for parameter in trained}
+
+    def at(self, parameter: Tensor | None) -> Tensor | None:
+        return None if parameter is None else self.parameters[parameter]
+
+    def grad_of(self, parameter: Tensor | None) -> Tensor | None:
+        return None if parameter is None else self.grads.get(parameter)
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
+        # The layout that a tensor without memory has; the address comes from a tensor of no elements on the device.
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        tensor = torch.empty(shape, dtype=dtype, device=self._like.device, memory_format=memory_format)
-        self.tensors.append(tensor)
-        return tensor
+        strides = torch.empty(shape, device="meta", memory_format=memory_format).stride()
+        device = next(iter(self.parameters.values())).device
+        self.made.append(_C.stand_in(torch.empty(0, dtype=dtype, device=device), shape, strides))
+        return self.made[-1]
 
     def new_like(self, tensor: Tensor) -> Tensor:
         return self.new(tuple(tensor.shape), tensor.dtype, channels_last=tensor.dim() == 4)
 
 
-def _bytes_of(tensor: Tensor) -> int:
-    """With what is left of the last 256: every piece begins where memory of an allocator's may."""
+def _stand_in(tensor: Tensor) -> Tensor:
+    return _C.stand_in(tensor, tensor.shape, tensor.stride())
+
+
+def _room(tensor: Tensor) -> int:
+    """Bytes for a tensor that others follow: every one begins where an allocator might put it."""
     return -(tensor.numel() * tensor.element_size() // -256) * 256
 
 
 class _Plan:
-    """The forward and backward pass of a run as programs, for one shape of input and choice of gradients.
+    """The passes of a chain as programs, for one shape of input and choice of gradients.
 
     Args:
-        stages: of the run.
+        stages: of the chain.
         source: an input as the first stage reads it.
-        parameters: with the number of the stage that each belongs to.
+        parameters: of the chain, with the number of the stage that each belongs to.
         needed: whether the input's gradient, and each parameter's, is wanted.
         saves_output: whether the backward pass reads the output.
     """
@@ -89,40 +104,47 @@ class _Plan:
     ) -> None:
         self._needs_input, *self._needs = needed
         trained = [pair for pair, need in zip(parameters, self._needs, strict=True) if need]
-        given = [source, *(parameter for _, parameter in parameters)]
-        grads: dict[Tensor, Tensor] = {}
+        memory = _StandIns([p for _, p in parameters], [p for _, p in trained])
+        given = [_stand_in(source), *memory.parameters.values()]
 
-        self._forward, memory = _C.Program(), _Pieces(source)
-        output, backwards = source, []
-        with recorded(self._forward):
+        output, backwards = given[0], []
+
+        def forward() -> None:
+            nonlocal output
             for stage in stages:
-                output, backward = stage(memory, output, grads)
+                output, backward = stage(memory, output)
                 backwards.append(backward)
-        activations = [tensor for tensor in memory.tensors if tensor is not output]
-        *offsets, self._activation_bytes = itertools.accumulate(map(_bytes_of, activations), initial=0)
-        placed = list(zip(activations, offsets, strict=True))
-        self._output_layout = tuple(output.shape), output.stride()
-        slots = [*given, output]
-        self._forward.place(slots, [(tensor, len(slots), offset) for tensor, offset in placed])
 
-        self._backward, memory.tensors = _C.Program(), []
-        grads.update((parameter, torch.empty_like(parameter)) for _, parameter in trained)
-        first = -1 if self._needs_input else min(number for number, _ in trained)
-        grad_output = torch.empty_like(output)
+        self._forward = _C.Program()
+        self._forward.record(forward)
+        self._output_layout = tuple(output.shape), output.stride()
+        activations = [tensor for tensor in memory.made if tensor is not output]
+        *offsets, self._activation_bytes = itertools.accumulate(map(_room, activations), initial=0)
+        slots = [*given, output]
+        self._forward.place(slots, [(t, len(slots), i) for t, i in zip(activations, offsets, strict=True)])
+
+        memory.made = []
+        grad_output = _stand_in(output)
         grad: Tensor | None = grad_output
-        with recorded(self._backward):
+        first = -1 if self._needs_input else min(number for number, _ in trained)
+
+        def backward_pass() -> None:
+            nonlocal grad
             for number in reversed(range(max(first, 0), len(stages))):
                 assert grad is not None
                 grad = backwards[number](grad, number > first)
+
+        self._backward = _C.Program()
+        self._backward.record(backward_pass)
         # A stage makes at most one tensor. When it makes it, the one before the last has been read.
-        self._half = max(map(_bytes_of, memory.tensors), default=0)
-        between = [tensor for tensor in memory.tensors if tensor is not grad]
+        between = [tensor for tensor in memory.made if tensor is not grad]
+        self._between_bytes = 2 * max(map(_room, between), default=0)
         optional = [output if saves_output else None, grad if self._needs_input else None]
-        slots = [*given, grad_output, *grads.values(), *(tensor for tensor in optional if tensor is not None)]
+        slots = [*given, grad_output, *memory.grads.values(), *(tensor for tensor in optional if tensor is not None)]
         self._backward.place(
             slots,
-            [(tensor, len(slots), offset) for tensor, offset in placed]
-            + [(tensor, len(slots) + 1, i % 2 * self._half) for i, tensor in enumerate(between)],
+            [(t, len(slots), i) for t, i in zip(activations, offsets, strict=True)]
+            + [(t, len(slots) + 1, i % 2 * self._between_bytes // 2) for i, t in enumerate(between)],
         )
 
     def forward(self, source: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -138,108 +160,142 @@ class _Plan:
         parameters: Sequence[Tensor],
         output: Tensor | None,
         activations: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        """The gradients of the input and of the parameters; None for those that the plan leaves out."""
+    ) -> tuple[Tensor | None, ...] | None:
+        """The gradients of the input and of the parameters, None for those that the plan leaves out; or None."""
         grads = [torch.empty_like(p) if need else None for p, need in zip(parameters, self._needs, strict=True)]
         grad_input = torch.empty_like(source) if self._needs_input else None
-        between = source.new_empty(2 * self._half, dtype=torch.uint8)
+        between = source.new_empty(self._between_bytes, dtype=torch.uint8)
         tensors = (source, *parameters, grad_output, *grads, output, grad_input, activations, between)
-        if not self._backward.run_on([tensor for tensor in tensors if tensor is not None]):
-            raise RuntimeError("Sequential: expected saved tensors as they were, got some of another shape or dtype")
-        return grad_input, *grads
+        done = self._backward.run_on([tensor for tensor in tensors if tensor is not None])
+        return (grad_input, *grads) if done else None
 
 
-class _Run:
-    """Layers that follow each other, with the stages of each, as one call."""
+# ----------------------------------------------------------------------------------------------------------- a chain
 
-    def __init__(self, layers: Sequence[tuple[torch.nn.Module, list[Stage]]]) -> None:
-        self._layers = [layer for layer, _ in layers]
-        self._stages: list[Stage] = []
-        self._weighted: list[tuple[int, torch.nn.Module]] = []  # with the number of their stage
-        for layer, stages in layers:
-            if isinstance(layer, _WEIGHTED):
-                self._weighted.append((len(self._stages), layer))
-            self._stages += stages
-        self._input_dims = _input_dims(self._layers[0])
-        last: Any = self._layers[-1]
+_Staged = tuple[torch.nn.Module, list[Stage]]  # a layer and its stages
+
+
+class _Chain:
+    """Layers that follow each other as one call. The first and the last have stages."""
+
+    def __init__(self, layers: Sequence[_Staged]) -> None:
+        self._layers = layers
+        self._stages = [stage for _, stages in layers for stage in stages]
+        self._input_dims = _input_dims(layers[0][0])
+        last: Any = layers[-1][0]
         # Whether the backward pass reads the output, as a ReLU's does.
         self.saves_output = isinstance(last, torch.nn.ReLU) or (
             getattr(last, "activation", None) is not None and getattr(last, "max_pool", None) is None
         )
+        # Each parameter's place: the number of the stage that it belongs to, that of the layer, and its name.
+        self._places: list[tuple[int, int, str]] = []
+        number = 0
+        for i, (layer, stages) in enumerate(layers):
+            if isinstance(layer, _WEIGHTED):
+                named = layer._parameters.items()
+                self._places += [(number, i, name) for name, p in named if p is not None and name in _NAMES]
+            number += len(stages)
+        self._owners = [(layers[i][0], name) for _, i, name in self._places]
         self._plans: dict[Any, _Plan] = {}
+        self._tails: dict[int, list[Callable[[Any], Any]]] = {}
 
     def __call__(self, input: Any) -> Any:
-        parameters = [p for _, layer in self._weighted for p in _parameters_of(layer) if p is not None]
-        done = self._run(input, parameters) if self._is_recorded(input, parameters) else None
-        if done is not None:
-            return _RunFunction.run(input, (self, *done), *parameters)
-        for layer in self._layers:
-            input = layer(input)
-        return input
+        parameters: list[Any] = [layer._parameters[name] for layer, name in self._owners]
+        if not self._is_recorded(input, parameters):
+            for layer, _ in self._layers:
+                input = layer(input)
+            return input
+        needed = tuple([tensor.requires_grad for tensor in (input, *parameters)])
+        first = needed.index(True)
+        begin = 0 if first == 0 else self._places[first - 1][1]
+        if begin > 0:  # autograd sees nothing of the layers before it
+            return self._call_from(begin, input)
+        results = self._compute(input, parameters, needed)
+        if results is None:
+            for layer, _ in self._layers:
+                input = layer(input)
+            return input
+        return _ChainFunction.run(input, (self, *results), *parameters)
 
     def _is_recorded(self, input: Any, parameters: list[Tensor]) -> bool:
         """Whether kernels serve the call, autograd records it, and a plan can express it."""
         return (
             forward_ad._current_level < 0
+            and _hooks_on_saved_tensors(True) is None
             and _C.quick_way(input, *parameters) == "record"
             and input.dim() == self._input_dims
             and input.numel() > 0
             and len(set(parameters)) == len(parameters)
-            and all(map(_lies_as_kernels_read, parameters))
+            and all(map(lies_as_kernels_read, parameters))
         )
 
-    def _run(self, input: Tensor, parameters: list[Tensor]) -> tuple[_Plan, Tensor, Tensor] | None:
+    def _call_from(self, begin: int, input: Any) -> Any:
+        """As a call, with the layers before `begin` one by one."""
+        for layer, _ in self._layers[:begin]:
+            input = layer(input)
+        if begin not in self._tails:
+            self._tails[begin] = _parts_from(self._layers[begin:])
+        for part in self._tails[begin]:
+            input = part(input)
+        return input
+
+    def _compute(
+        self, input: Tensor, parameters: list[Tensor], needed: tuple[bool, ...]
+    ) -> tuple[_Plan, Tensor, Tensor] | None:
         """The plan for this call, the output, and memory with what the backward pass needs; None where the layers have
         to say what does not fit."""
         source = _as_read(input)
-        needed = tuple([tensor.requires_grad for tensor in (input, *parameters)])
         key = source.shape, needed, allows_tf32(source, "conv"), allows_tf32(source, "matmul")
         plan = self._plans.get(key)
         results = None if plan is None else plan.forward(source, parameters)
         if plan is None or results is None:
-            numbered = [(i, p) for i, layer in self._weighted for p in _parameters_of(layer) if p is not None]
+            numbered = [(number, p) for (number, _, _), p in zip(self._places, parameters, strict=True)]
             try:
                 plan = _Plan(self._stages, source, numbered, needed, self.saves_output)
-            except (ValueError, RuntimeError):
+            except (ValueError, IndexError, RuntimeError):
                 return None
+            results = plan.forward(source, parameters)
             if len(self._plans) == MOST_PLANS:
                 self._plans.clear()
             self._plans[key] = plan
-            results = plan.forward(source, parameters)
         return None if results is None else (plan, *results)
 
-    def result_format(self, input: Tensor) -> torch.memory_format:
+    def result_format(self, input: Tensor, parameters: Sequence[Tensor]) -> torch.memory_format:
         """torch's rule for the images that convolutions make."""
-        return _result_format(input, *(_parameters_of(layer)[0] for _, layer in self._weighted))
+        return _result_format(input, *(p for p in parameters if p.dim() == 4))
 
     def layer_by_layer(self, input: Tensor, *parameters: Tensor) -> Tensor:
         """The output by the layers' own operators, with these for their parameters."""
-        given = iter(parameters)
-        for layer in self._layers:
-            named: dict[str, Tensor] = {}
-            if isinstance(layer, _WEIGHTED):
-                named = {name: next(given) for name in ("weight", "bias") if layer._parameters[name] is not None}
-            input = torch.func.functional_call(layer, named, (input,))
+        named: list[dict[str, Tensor]] = [{} for _ in self._layers]
+        for (_, i, name), parameter in zip(self._places, parameters, strict=True):
+            named[i][name] = parameter
+        for (layer, _), own in zip(self._layers, named, strict=True):
+            input = torch.func.functional_call(layer, own, (input,))
         return input
 
 
-class _RunFunction(KernelFunction):
+class _ChainFunction(KernelFunction):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, done: tuple[_Run, _Plan, Tensor, Tensor], *parameters: Tensor) -> Tensor:
-        run, plan, output, activations = done
-        ctx.run, ctx.plan = run, plan
-        ctx.save_for_backward(input, *parameters, activations, output if run.saves_output else None)
-        return output if output.dim() == 2 else output.contiguous(memory_format=run.result_format(input))
+    def forward(ctx: Any, input: Tensor, done: tuple[_Chain, _Plan, Tensor, Tensor], *parameters: Tensor) -> Tensor:
+        chain, plan, output, activations = done
+        ctx.chain, ctx.plan = chain, plan
+        ctx.save_for_backward(input, *parameters, activations, output if chain.saves_output else None)
+        if output.dim() == 2:
+            return output
+        return output.contiguous(memory_format=chain.result_format(input, parameters))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, *parameters, activations, output = ctx.saved_tensors
-        grads: Sequence[Tensor | None]
+        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]
+        grads: Sequence[Tensor | None] | None
         if goes_through_op(grad_output) or goes_through_torch(grad_output):
-            needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]
-            grads = differentiable_backward(ctx.run.layer_by_layer, (input, *parameters), needed, grad_output)
+            grads = differentiable_backward(ctx.chain.layer_by_layer, (input, *parameters), needed, grad_output)
         else:
             grads = ctx.plan.backward(_as_read(grad_output), _as_read(input), parameters, output, activations)
+            if grads is None:  # a parameter is laid out in another way than it was
+                grads = differentiable_backward(ctx.chain.layer_by_layer, (input, *parameters), needed, grad_output)
+                grads = [None if grad is None else grad.detach() for grad in grads]
         grad_input, *rest = grads
         if grad_input is not None and grad_input.dim() == 4:
             grad_input = grad_input.contiguous(memory_format=_result_format(input, parameters[0]))
@@ -251,86 +307,93 @@ def _as_read(tensor: Tensor) -> Tensor:
     return channels_last(tensor) if tensor.dim() == 4 else dense(tensor)
 
 
-_WEIGHTED = (torch.nn.Conv2d, torch.nn.Linear)
-
-
-def _parameters_of(layer: Any) -> tuple[Tensor, Tensor | None]:
-    return layer._parameters["weight"], layer._parameters["bias"]
-
-
-def _lies_as_kernels_read(parameter: Tensor) -> bool:
-    return parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
-
-
 def _result_format(*tensors: Tensor) -> torch.memory_format:
-    """torch's rule for what convolutions make of an input and weights."""
     return torch.channels_last if any(map(prefers_channels_last, tensors)) else torch.contiguous_format
 
 
-# ------------------------------------------------------------------------------------------------ a Sequential's runs
+# --------------------------------------------------------------------------------------------- a Sequential's chains
 
+_NAMES = ("weight", "bias")
 # What stages are made from, of all layers.
 _ARGUMENTS = (
     *("activation", "max_pool", "kernel_size", "stride", "padding", "padding_mode", "dilation", "groups"),
-    *("out_channels", "out_features", "ceil_mode", "return_indices", "start_dim", "end_dim"),
+    *("out_channels", "ceil_mode", "return_indices", "start_dim", "end_dim"),
 )
-_State = list[tuple[Any, ...]]  # what tells whether a Sequential's layers are as they were
 
-_parts: weakref.WeakKeyDictionary[torch.nn.Module, tuple[_State, list[Callable[[Any], Any]]]]
-_parts = weakref.WeakKeyDictionary()
+
+class _Parts:
+    """What a Sequential calls one after another - chains, and layers that are in none -, kept in its ``__dict__``.
+
+    A copy of the Sequential, which has other layers, begins without.
+    """
+
+    def __init__(self) -> None:
+        self.state: list[tuple[Any, ...]] | None = None
+        self.parts: list[Callable[[Any], Any]] = []
+
+    def __deepcopy__(self, memo: Any) -> _Parts:
+        return _Parts()
+
+    def __reduce__(self) -> tuple[type[_Parts], tuple[()]]:
+        return _Parts, ()
 
 
 def _parts_of(model: torch.nn.Sequential) -> list[Callable[[Any], Any]]:
-    """The model's layers, runs of them together; made anew where a layer, its class, hooks or arguments changed."""
+    """Made anew where a layer, its class, hooks or arguments changed."""
+    known: _Parts | None = vars(model).get(PARTS)
+    if known is None:
+        known = vars(model)[PARTS] = _Parts()
     state = [_state_of(layer) for layer in model._modules.values()]
-    known = _parts.get(model)
-    if known is None or known[0] != state:
-        known = _parts[model] = state, list(_split(model._modules.values()))
-    return known[1]
+    if known.state != state:
+        known.parts = list(_split(model._modules.values()))
+        known.state = state
+    return known.parts
+
+
+PARTS = "_parts_in_order"  # where a Sequential has them
 
 
 def _state_of(layer: Any) -> tuple[Any, ...]:
-    attributes = vars(layer)
-    if not _may_be_stages(type(layer)):
-        return (layer,)
-    replaced = "forward" in attributes, *layer._parameters
-    return layer, type(layer), watched(layer), replaced, *map(attributes.get, _ARGUMENTS)
-
-
-def _may_be_stages(kind: type) -> bool:
-    return "_stages" in vars(kind) or kind in (torch.nn.Flatten, torch.nn.Identity)
+    kind, attributes = type(layer), vars(layer)
+    if "_stages" not in vars(kind) and kind not in (torch.nn.Flatten, torch.nn.Identity):
+        return layer, kind
+    parameters = layer._parameters
+    present = "weight" in parameters, parameters.get("bias") is None, len(parameters)
+    replaced = "forward" in attributes, layer._compiled_call_impl
+    return layer, kind, watched(layer), replaced, present, *map(attributes.get, _ARGUMENTS)
 
 
 def _split(layers: Iterable[Any]) -> Iterator[Callable[[Any], Any]]:
-    """Runs, which a convolution or a linear layer begins, and the layers that are in none."""
-    run: list[tuple[torch.nn.Module, list[Stage]]] = []
-    dims: int | None = None  # that the run's output has
-
-    def end() -> list[Callable[[Any], Any]]:
-        after: list[Callable[[Any], Any]] = []
-        while run and isinstance(run[-1][0], (torch.nn.Flatten, torch.nn.Identity)):  # the output is not theirs
-            after.insert(0, run.pop()[0])
-        several = sum(bool(stages) for _, stages in run) > 1
-        parts = [_Run(run)] if several else [layer for layer, _ in run]
-        run.clear()
-        return [*parts, *after]
-
+    """Chains, which a convolution or a linear layer begins, and the layers that are in none."""
+    chain: list[_Staged] = []
+    dims: int | None = None  # that the chain's output has
     for layer in layers:
         takes = _input_dims(layer)
         try:
             stages = stages_of(layer)
-        except NotCompilable:
-            yield from end()
+        except ValueError:
+            stages = None
+        if any(isinstance(value, list) for value in map(vars(layer).get, _ARGUMENTS)):  # it may change in place
+            stages = None
+        if stages is None or (takes is not None and takes != dims):
+            yield from _parts_from(chain)
+            chain = []
+        if stages is None or not (chain or isinstance(layer, _WEIGHTED)):
             yield layer
             continue
-        if takes is not None and takes != dims:
-            yield from end()
-        if not run and not isinstance(layer, _WEIGHTED):
-            yield layer
-            continue
-        run.append((layer, stages))
+        chain.append((layer, stages))
         dims = 2 if isinstance(layer, torch.nn.Flatten) else takes or dims
-    yield from end()
+    yield from _parts_from(chain)
+
+
+def _parts_from(layers: Sequence[_Staged]) -> list[Callable[[Any], Any]]:
+    """A chain, if there is enough for one; what comes after its last kernel is called by itself."""
+    end = len(layers)
+    while end > 0 and isinstance(layers[end - 1][0], (torch.nn.Flatten, torch.nn.Identity)):
+        end -= 1
+    several = sum(bool(stages) for _, stages in layers[:end]) > 1
+    begin: list[Callable[[Any], Any]] = [_Chain(layers[:end])] if several else [layer for layer, _ in layers[:end]]
+    return [*begin, *(layer for layer, _ in layers[end:])]
 
 
 def _input_dims(layer: torch.nn.Module) -> int | None:

@@ -7,8 +7,7 @@ given: :mod:`fastnn.compiled` keeps them and records the calls, :mod:`fastnn.seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,7 @@ from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
 from fastnn.tracing import has_hooks
 
-__all__ = ["Backward", "Memory", "NotCompilable", "Stage", "recorded", "stages_of"]
+__all__ = ["Backward", "Memory", "NotCompilable", "Stage", "lies_as_kernels_read", "stages_of", "watched"]
 
 
 class NotCompilable(ValueError):  # noqa: N818 - names the verdict, not a failure
@@ -33,6 +32,12 @@ class Memory(Protocol):
 
     precision: str  # "fp32", or "bf16" for what rounds factors on the way forward
 
+    def at(self, parameter: Tensor | None) -> Any:
+        """What kernels are called with for a parameter."""
+
+    def grad_of(self, parameter: Tensor | None) -> Tensor | None:
+        """What a parameter's gradient is written to; None where it is not wanted."""
+
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         """Uninitialised memory, row-major or channels_last."""
 
@@ -40,21 +45,10 @@ class Memory(Protocol):
         """The same for a tensor's shape and dtype: images channels_last, others row-major."""
 
 
-# Given grad_output and whether the input's gradient is wanted, computes the gradients of the parameters that the stage
-# was given memory for, and returns that of the input or None.
+# Given grad_output and whether the input's gradient is wanted, returns that or None.
 Backward = Callable[[Tensor, bool], "Tensor | None"]
-# Given where gradients of parameters go.
-Stage = Callable[[Memory, Tensor, Mapping[Tensor, Tensor]], tuple[Tensor, Backward]]
-
-
-@contextmanager
-def recorded(program: _C.Program) -> Iterator[None]:
-    """Appends kernel calls in the block to the program instead of making them."""
-    program.start_recording()
-    try:
-        yield
-    finally:
-        program.stop_recording()
+# Given the input, returns the output and what computes the gradients.
+Stage = Callable[[Memory, Tensor], tuple[Tensor, Backward]]
 
 
 def conv2d_stages(layer: Any) -> list[Stage]:
@@ -71,7 +65,7 @@ def conv2d_stages(layer: Any) -> list[Stage]:
     depthwise = layer.groups == layer.out_channels and layer.groups > 1
     fused = pool == FUSED_POOL and not depthwise
 
-    def stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    def stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
         if input.dim() != 4:
             raise NotCompilable(f"{layer}: expected images, got shape {tuple(input.shape)}")
         sizes = output_shape(input.shape, layer.weight.shape, geometry, fused)
@@ -80,18 +74,18 @@ def conv2d_stages(layer: Any) -> list[Stage]:
         winner = memory.new(shape, torch.uint8, channels_last=True) if fused else None
         weight, bias = layer.weight, layer.bias
         precision = "tf32" if allows_tf32(input, "conv") else memory.precision
-        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu, precision)
+        _C.conv2d_forward(output, winner, input, memory.at(weight), memory.at(bias), *geometry, relu, precision)
         kept = output if relu and not fused else None
 
         def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
             grad_input = memory.new_like(input) if needs_input else None
             _C.conv2d_backward(
                 grad_input,
-                grads.get(weight),
-                None if bias is None else grads.get(bias),
+                memory.grad_of(weight),
+                memory.grad_of(bias),
                 grad_output,
                 input,
-                weight,
+                memory.at(weight),
                 kept,
                 winner,
                 *geometry,
@@ -110,24 +104,24 @@ def linear_stages(layer: Any) -> list[Stage]:
     """Of a ``fastnn.nn.Linear``."""
     relu = wants_relu(layer.activation)
 
-    def stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    def stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
         if input.dim() != 2:
             raise NotCompilable(f"{layer}: expected rows, got shape {tuple(input.shape)}")
         weight, bias = layer.weight, layer.bias
-        output = memory.new((len(input), layer.out_features), input.dtype)
+        output = memory.new((len(input), len(weight)), input.dtype)
         tf32 = allows_tf32(input, "matmul")
-        _C.linear_forward(output, input, weight, bias, relu, tf32)
+        _C.linear_forward(output, input, memory.at(weight), memory.at(bias), relu, tf32)
         kept = output if relu else None
 
         def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
             grad_input = memory.new(tuple(input.shape), input.dtype) if needs_input else None
             _C.linear_backward(
                 grad_input,
-                grads.get(weight),
-                None if bias is None else grads.get(bias),
+                memory.grad_of(weight),
+                memory.grad_of(bias),
                 grad_output,
                 input,
-                weight,
+                memory.at(weight),
                 kept,
                 tf32,
             )
@@ -141,7 +135,7 @@ def linear_stages(layer: Any) -> list[Stage]:
 def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Stage:
     window = (kernel_size, stride, padding, dilation)
 
-    def stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+    def stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
         height, width = pool_size(input.shape[2], input.shape[3], *window, ceil_mode)
         shape = (input.shape[0], input.shape[1], height, width)
         output = memory.new(shape, input.dtype, channels_last=True)
@@ -160,7 +154,7 @@ def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any
     return stage
 
 
-def _relu_stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+def _relu_stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
     output = memory.new_like(input)
     _C.relu_forward(output, input)
 
@@ -174,14 +168,14 @@ def _relu_stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -
     return output, backward
 
 
-def _flatten_stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]) -> tuple[Tensor, Backward]:
+def _flatten_stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
     if input.dim() == 2:
         return input, lambda grad_output, needs_input: grad_output
     batch, channels, height, width = input.shape
     pixels = height * width
-    stored = input.permute(0, 2, 3, 1).reshape(batch, pixels, channels)
+    stored = input.permute(0, 2, 3, 1).view(batch, pixels, channels)
     if pixels == 1 or channels == 1:  # the same order either way
-        flat = stored.reshape(batch, channels * pixels)
+        flat = stored.view(batch, channels * pixels)
     else:
         flat = memory.new((batch, channels * pixels), input.dtype)
         _C.transpose(flat.view(batch, channels, pixels), stored)
@@ -192,7 +186,7 @@ def _flatten_stage(memory: Memory, input: Tensor, grads: Mapping[Tensor, Tensor]
         if flat.data_ptr() == stored.data_ptr():
             return grad_output.view(batch, height, width, channels).permute(0, 3, 1, 2)
         grad_input = memory.new_like(input)
-        to = grad_input.permute(0, 2, 3, 1).reshape(batch, pixels, channels)
+        to = grad_input.permute(0, 2, 3, 1).view(batch, pixels, channels)
         _C.transpose(to, grad_output.view(batch, channels, pixels))
         return grad_input
 
@@ -221,7 +215,7 @@ def stages_of(layer: torch.nn.Module) -> list[Stage]:
     """
     if watched(layer):
         raise NotCompilable(f"{layer}: expected a layer without hooks")
-    if "forward" in vars(layer):
+    if "forward" in vars(layer) or layer._compiled_call_impl is not None:
         raise NotCompilable(f"{layer}: expected a layer with the forward of its class")
     if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) and not layer._parameters.keys() >= {"weight", "bias"}:
         raise NotCompilable(f"{layer}: expected weight and bias that are its parameters")
@@ -237,3 +231,9 @@ def stages_of(layer: torch.nn.Module) -> list[Stage]:
 def watched(module: torch.nn.Module) -> bool:
     """Whether hooks see the module's calls, its own or everybody's."""
     return has_hooks(module) or bool(torch.nn.modules.module._has_any_global_hook())
+
+
+def lies_as_kernels_read(parameter: Tensor) -> bool:
+    """Whether a parameter's memory is its values in row-major or channels_last order."""
+    in_order = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
+    return in_order and not parameter.is_neg()

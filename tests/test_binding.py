@@ -433,7 +433,7 @@ PYTHON_LAYERS = {
     "compiled": {"_C", "autograd", "nn", "optim", "runtime", "stages", "tracing"},
     "fusion": {"arguments"},
     "layer_fusion": {"fusion", "nn", "tracing"},
-    "convert": {"fusion", "layer_fusion", "nn", "tracing"},
+    "convert": {"fusion", "layer_fusion", "nn", "sequential", "tracing"},
     "dynamo": {"autograd", "functional", "fusion"},
 }
 # Modules that build on the operators: none of those may import one of these.

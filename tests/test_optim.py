@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -281,16 +282,29 @@ def test_hooks_run_once_and_are_told_what_torchs_tell() -> None:
                     parameter.grad.mul_(0.5)
             return super().step(closure)
 
+    class Copied(optim.Adam):
+        @functools.wraps(optim.Adam.step)
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class Assigned(optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
     seen: dict[type, list[Any]] = {}
-    for kind in (torch.optim.Adam, optim.Adam, Halved):
+    for kind in (torch.optim.Adam, optim.Adam, Halved, Copied, Assigned):
         parameter = torch.nn.Parameter(torch.ones(3))
-        optimizer, calls = kind([parameter]), seen.setdefault(kind, [])
+        optimizer = optim.Adam([parameter]) if kind is Assigned else kind([parameter])
+        optimizer.__class__ = kind
+        calls = seen.setdefault(kind, [])
         optimizer.register_step_pre_hook(lambda _, args, kwargs, calls=calls: calls.append((len(args), kwargs)))
         optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append("post"))
         parameter.grad = torch.ones(3)
         optimizer.step()
     assert seen[optim.Adam] == seen[torch.optim.Adam] == [(1, {}), "post"]
     assert seen[Halved] == [(1, {}), "post"]
+    for kind in (Copied, Assigned):
+        assert [call for call in seen[kind] if call == "post"] == ["post"]
 
 
 def test_the_profiler_sees_steps_and_zero_grad() -> None:

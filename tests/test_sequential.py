@@ -1,4 +1,4 @@
-"""nn.Sequential: runs of layers as one node of autograd, with the bits of the layers one by one, and when not."""
+"""nn.Sequential: chains of layers as one node of autograd, with the bits of the layers one by one, and when not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dispatch_log import ran_kernels
 from tolerance import assert_identical
 
 import fastnn
-from fastnn import nn, sequential
+from fastnn import _C, nn, sequential
 
 NETWORKS: dict[str, tuple[Callable[[], list[torch.nn.Module]], tuple[int, ...]]] = {
     "digits": (
@@ -64,13 +64,13 @@ def both(name: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Sequen
     return plain, nn.Sequential(*plain), torch.randn(shape, dtype=dtype).to(DEVICE)
 
 
-def is_run(output: torch.Tensor) -> bool:
-    """Whether a run's node had a part in a result."""
+def is_chained(output: torch.Tensor) -> bool:
+    """Whether a chain's node had a part in a result."""
     nodes = [output.grad_fn]
     for node in nodes:
-        if node is not None and not node.name().startswith("_RunFunction"):
+        if node is not None and not node.name().startswith("_ChainFunction"):
             nodes += [function for function, _ in node.next_functions]
-    return any(node is not None and node.name().startswith("_RunFunction") for node in nodes)
+    return any(node is not None and node.name().startswith("_ChainFunction") for node in nodes)
 
 
 def results(model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, wants_input: bool) -> list[torch.Tensor]:
@@ -103,14 +103,14 @@ def test_bits_and_strides_are_those_of_the_layers_one_by_one(
     if x.dim() == 4:
         x = x.contiguous(memory_format=memory_format)
     expected = results(plain, x, wants_input)
-    for _ in range(3):  # recorded, and run again
+    for _ in range(3):  # recorded, and then run again
         with ran_kernels("conv2d_forward" if x.dim() == 4 else "linear_forward", dtype=dtype) as log:
             assert_same(results(model, x, wants_input), expected)
     with ran_kernels() as layers:
         results(plain, x, wants_input)
     copies = ("transpose",)  # of a Flatten, where layers one by one copy with torch
     assert [r.operator for r in log if r.operator not in copies] == [r.operator for r in layers]
-    assert is_run(model(x))
+    assert is_chained(model(x))
 
 
 def test_parameters_that_are_not_trained_get_no_gradient() -> None:
@@ -120,7 +120,7 @@ def test_parameters_that_are_not_trained_get_no_gradient() -> None:
             plain[number].requires_grad_(False)
         assert_same(results(model, x, False), results(plain, x, False))
         assert_same(results(model, x, True), results(plain, x, True))
-        assert is_run(model(x))
+        assert is_chained(model(x)) == (frozen != [0, 1, 3])  # one layer alone is no chain
     plain.requires_grad_(False)
     assert_same(results(model, x, True), results(plain, x, True))
     assert not model(x).requires_grad
@@ -156,7 +156,7 @@ def test_changes_to_the_layers_are_seen() -> None:
     for change in changes:
         change()
         output = model(x)
-        assert is_run(output)
+        assert is_chained(output)
         assert_same([output.detach()], [torch.nn.Sequential(*model)(x).detach()])
 
 
@@ -177,12 +177,12 @@ def test_layers_that_something_watches_are_called() -> None:
         assert seen == [name]
         seen.clear()
         handle.remove()
-        assert is_run(model(x))
+        assert is_chained(model(x))
     model[1].forward = lambda input: torch.zeros_like(nn.Conv2d.forward(model[1], input))  # type: ignore[method-assign]
     assert_identical(model(x).detach(), model[3:](torch.zeros(3, 16, device=DEVICE)).detach())
 
 
-def test_runs_end_at_layers_that_no_kernel_has() -> None:
+def test_chains_end_at_layers_that_no_kernel_has() -> None:
     torch.manual_seed(0)
     plain = torch.nn.Sequential(
         nn.Conv2d(1, 4, 3, activation="relu"),
@@ -202,20 +202,80 @@ def test_runs_end_at_layers_that_no_kernel_has() -> None:
         expected = results(plain, x, True)
         torch.manual_seed(1)
         assert_same(results(model, x, True), expected)
-    assert is_run(model(x))
+    assert is_chained(model(x))
     kinds = [type(part).__name__ for part in sequential._parts_of(model)]
-    assert kinds == ["_Run", "BatchNorm2d", "ReLU", "Conv2d", "Flatten", "Dropout", "_Run"]
+    assert kinds == ["_Chain", "BatchNorm2d", "ReLU", "Conv2d", "Flatten", "Dropout", "_Chain"]
 
 
 def test_tensors_that_are_no_parameters_of_a_layer_and_parameters_that_it_does_not_use() -> None:
     plain, model, x = both("digits")
     model[0].register_parameter("unused", torch.nn.Parameter(torch.ones(3, device=DEVICE)))
     assert_same(results(model, x, True), results(plain, x, True))
-    assert is_run(model(x)) and model[0].unused.grad is None
+    assert is_chained(model(x)) and model[0].unused.grad is None
     weight = model[1].weight.detach() * 2
     del model[1].weight  # as in the replicas of DataParallel
     model[1].weight = weight
     assert_same(results(model, x, True), results(plain, x, True))
+
+
+def test_tensors_that_share_memory_while_a_plan_is_made_are_told_apart_later() -> None:
+    plain = torch.nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)).to(DEVICE)
+    model, x = nn.Sequential(*plain), torch.randn(5, 5).to(DEVICE)
+    model(model[0].weight.detach())
+    assert_same(results(model, x, True), results(plain, x, True))
+    before, model[1].weight.data = model[1].weight.data, model[0].weight.data
+    model[0].requires_grad_(True)
+    assert_same(results(model, x, False), results(plain, x, False))
+    model[1].weight.data = before
+    assert_same(results(model, x, True), results(plain, x, True))
+
+
+def test_parameters_with_the_negative_bit() -> None:
+    layer = nn.Linear(5, 5).to(DEVICE)
+    layer.weight = torch.nn.Parameter(torch._neg_view(torch.randn(5, 5).to(DEVICE)))
+    plain = torch.nn.Sequential(layer, nn.Linear(5, 4).to(DEVICE))
+    x = torch.randn(3, 5).to(DEVICE)
+    assert_same(results(nn.Sequential(*plain), x, True), results(plain, x, True))
+
+
+def test_layers_that_differ_from_what_they_say() -> None:
+    """Arguments that change in place or hold what a constructor would not leave there, weights of another size."""
+    plain, model, x = both("many kinds")
+    model[4].kernel_size = sizes = [2, 2]
+    model[4].stride = None
+    assert_same(results(model, x, True), results(plain, x, True))
+    sizes[0] = 1
+    with pytest.raises(ValueError, match="weight") as theirs:
+        plain(x)
+    with pytest.raises(ValueError, match="weight") as ours:
+        model(x)
+    assert str(ours.value) == str(theirs.value)
+    plain, model, x = both("rows out of a ReLU")
+    model[1].weight = torch.nn.Parameter(torch.randn(3, 5, device=DEVICE))
+    model[1].bias = None
+    assert_same(results(model, x, True), results(plain, x, True))
+    assert is_chained(model(x))
+    plain, model, x = both("images out")
+    model[1].weight = torch.nn.Parameter(torch.randn(3, 36, device=DEVICE))
+    with pytest.raises(ValueError, match="weight: expected"):
+        model(x)
+    nothing = torch.nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 0)).to(DEVICE)
+    x = torch.randn(3, 5).to(DEVICE)
+    assert_same(results(nn.Sequential(*nothing), x, True), results(nothing, x, True))
+
+
+def test_a_layer_that_is_compiled_by_itself_is_called() -> None:
+    _, model, x = both("digits")
+    assert is_chained(model(x))
+    seen: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        seen.append(len(inputs))
+        return graph.forward
+
+    model[3].compile(backend=backend)
+    model(x)
+    assert seen
 
 
 def test_a_linear_layer_on_images_is_torchs() -> None:
@@ -313,6 +373,56 @@ def test_what_changes_before_backward_is_noticed_and_what_may_change_may() -> No
         output.sum().backward()
 
 
+def test_what_comes_before_the_first_trained_layer_is_not_held() -> None:
+    _, model, x = both("digits")
+    model[0].requires_grad_(False)
+    output = model(x)
+    assert is_chained(output)
+    x.add_(1)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    output.sum().backward()
+    with torch.inference_mode():
+        inference = torch.randn(3, 1, 10, 10).to(DEVICE)
+    model[0].requires_grad_(False)
+    torch.nn.Sequential(*model)(inference).sum().backward()
+    model(inference).sum().backward()
+
+
+def test_weights_may_be_laid_out_anew_before_backward() -> None:
+    plain, model, x = both("images out")
+    plain.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    expected = results(plain, x, False)
+    output = model(x)
+    model.zero_grad()
+    model.to(memory_format=torch.channels_last)
+    output.backward(torch.linspace(-1, 1, output.numel()).to(output).view_as(output))
+    for parameter, grad in zip(model.parameters(), expected[1:], strict=True):
+        torch.testing.assert_close(parameter.grad, grad)
+        assert not parameter.grad.requires_grad
+
+
+def test_a_model_that_its_layers_refer_to_is_collected() -> None:
+    plain, model, x = both("digits")
+    model[0].__dict__["owner"] = model
+    model[1].register_forward_hook(lambda *_, owner=model: None)
+    model(x)
+    alive = weakref.ref(model)
+    del plain, model
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_recording_ends_with_an_error() -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _C.Program().record(fail)
+    _, model, x = both("digits")
+    assert is_chained(model(x))
+
+
 def test_a_graph_is_freed_without_the_garbage_collector() -> None:
     for name in NETWORKS:
         _, model, x = both(name)
@@ -333,11 +443,10 @@ def test_a_graph_is_freed_without_the_garbage_collector() -> None:
 def test_hooks_on_saved_tensors_and_checkpointing() -> None:
     plain, model, x = both("digits")
     expected = results(plain, x, True)
-    halve = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor[:1])
-    with halve, pytest.raises(RuntimeError, match="expected saved tensors as they were"):
-        results(model, x, False)
     with torch.autograd.graph.save_on_cpu(), torch.autograd.set_detect_anomaly(True):
         assert_same(results(model, x, True), expected)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t * 2, lambda t: t):
+        assert_same(results(model, x, True), results(plain, x, True))
 
     class Checkpointed(torch.nn.Module):
         def __init__(self) -> None:
@@ -407,9 +516,11 @@ def test_convert_takes_sequentials_and_revert_gives_them_back() -> None:
     x = torch.randn(2, 1, 10, 10).to(DEVICE)
     converted = fastnn.convert(model)
     assert [type(module) for module in (converted, converted[4])] == [nn.Sequential] * 2
-    assert is_run(converted(x))
+    assert is_chained(converted(x))
     torch.testing.assert_close(converted(x), model(x))
     assert fastnn.conversion_report(converted).replaced == {"0": "Conv2d", "4.0": "Linear", "4.2": "Linear"}
+    unchanged = fastnn.convert(model, filter_fn=lambda *_: False)
+    assert [type(module) for module in (unchanged, unchanged[4])] == [torch.nn.Sequential] * 2
     reverted = fastnn.revert(converted)
     assert [type(module) for module in (reverted, reverted[4])] == [torch.nn.Sequential] * 2
 

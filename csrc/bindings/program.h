@@ -5,7 +5,8 @@
 //
 //   run()     on the tensors that it was recorded on, which must stay alive and in place: its owner in Python keeps
 //             them. Compiled training steps do.
-//   run_on()  on others, after place() has said which tensors those of the recording stand for.
+//   run_on()  on others, where the recording was made of stand-ins, tensors with an address and no memory
+//             (stand_in()), and place() has said what stands for what. fastnn.nn.Sequential does.
 #pragma once
 
 #include <cstdint>
@@ -19,12 +20,17 @@ namespace fastnn {
 
 class Program {
  public:
-  // A tensor of the recording that is part of another one in a run, so many bytes from its begin.
+  // Memory of the recording: so many bytes of a run's tensor from an offset on.
   struct Piece {
-    Tensor tensor;
-    int in;
+    const char* begin;
+    int64_t bytes;
+    size_t in;  // the number of the tensor
     int64_t offset;
   };
+
+  Program() = default;
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
 
   void append(std::function<void()> call) { calls_.push_back(std::move(call)); }
   void append(const Program& other) { calls_.insert(calls_.end(), other.calls_.begin(), other.calls_.end()); }
@@ -33,10 +39,10 @@ class Program {
   }
   int64_t size() const { return static_cast<int64_t>(calls_.size()); }
 
-  // Says what all memory of the calls is: `slots`, for each of which a run takes one like it, or pieces of tensors of
-  // bytes that a run takes after those.
-  void place(const std::vector<Tensor>& slots, const std::vector<Piece>& pieces);
-  // False, and nothing is run, where a tensor has another shape, strides, dtype or device than its slot.
+  // What all memory of the calls is: `slots`, for each of which a run brings a tensor like it, and pieces of those or
+  // of tensors of bytes that a run brings after them.
+  void place(const std::vector<Tensor>& slots, std::vector<Piece> pieces);
+  // False, and nothing is run, where a tensor is not like its slot, or a piece does not fit.
   bool run_on(const std::vector<Tensor>& tensors) const;
 
   // The program that records on this thread, or null.
@@ -46,16 +52,9 @@ class Program {
   }
 
  private:
-  struct Range {
-    const char* begin;
-    int64_t bytes;
-    int in;  // the number of a run's tensor
-    int64_t offset;
-  };
-
   std::vector<std::function<void()>> calls_;
   std::vector<TensorLayout> slots_;
-  std::vector<Range> ranges_;
+  std::vector<Piece> pieces_;  // in the order of addresses
 };
 
 }  // namespace fastnn

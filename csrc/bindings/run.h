@@ -43,7 +43,8 @@ void dispatch(const char* name, const Tensor& tensor, const Body& body) {
             tensor.dtype_string());
 }
 
-// Makes a call without the GIL, or records it. `call` owns all it needs: it captures by value.
+// Makes a call without the GIL, or records it. `call` owns all it needs: it captures by value. Of a Tensor it may use
+// data(), dtype and device, but neither shape nor strides, which are gone when a recorded call is made.
 template <class Call>
 void run_or_record(const Call& call) {
   if (Program* program = Program::recording()) {

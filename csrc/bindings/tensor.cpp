@@ -1,5 +1,7 @@
 #include "bindings/tensor.h"
 
+#include <atomic>
+
 namespace py = pybind11;
 
 namespace fastnn {
@@ -175,9 +177,38 @@ bool TensorLayout::is_of(const Tensor& tensor) const {
       view.dtype.bits != dtype_.bits || view.device.device_type != device_.device_type ||
       view.device.device_id != device_.device_id)
     return false;
+  const bool has_elements = tensor.numel() > 0;
   for (size_t d = 0; d < shape_.size(); ++d)
-    if (view.shape[d] != shape_[d] || (shape_[d] != 1 && view.strides[d] != strides_[d])) return false;
+    if (view.shape[d] != shape_[d] || (has_elements && shape_[d] != 1 && view.strides[d] != strides_[d])) return false;
   return true;
+}
+
+py::object stand_in(const Tensor& like, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+  static std::atomic<uintptr_t> next_address{uintptr_t{1} << 45};
+  struct Owned : DLManagedTensorVersioned {
+    std::vector<int64_t> shape, strides;
+  };
+  auto owned = std::make_unique<Owned>();
+  owned->shape = shape, owned->strides = strides;
+  owned->version = exchange_api->header.version;
+  owned->manager_context = nullptr;
+  owned->deleter = [](DLManagedTensorVersioned* tensor) { delete static_cast<Owned*>(tensor); };
+  owned->flags = 0;
+  int64_t bytes = like.item_size();
+  for (const int64_t size : shape) bytes *= size;
+  void* const address =
+      bytes > 0 ? reinterpret_cast<void*>(next_address.fetch_add((bytes / 256 + 2) * 256)) : nullptr;  // with a gap
+  owned->tensor = {address,
+                   like.view_.device,
+                   static_cast<int32_t>(shape.size()),
+                   like.view_.dtype,
+                   owned->shape.data(),
+                   owned->strides.data(),
+                   0};
+  void* object = nullptr;
+  if (exchange_api->managed_tensor_to_py_object_no_sync(owned.get(), &object) != 0) throw py::error_already_set();
+  owned.release();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
 bool Tensor::has_shape_of(const Tensor& other) const {

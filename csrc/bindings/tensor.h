@@ -67,10 +67,12 @@ class Tensor {
 
  private:
   friend class TensorLayout;
+  friend pybind11::object stand_in(const Tensor& like, const std::vector<int64_t>& shape,
+                                   const std::vector<int64_t>& strides);
   DLTensor view_;
 };
 
-// All that a tensor is but for its memory.
+// Shape, strides, dtype and device.
 class TensorLayout {
  public:
   explicit TensorLayout(const Tensor& tensor);
@@ -90,6 +92,9 @@ void initialise_tensors(pybind11::handle tensor_type, pybind11::handle parameter
 // The common case of autograd.common.route: "kernel" where all tensors (or None) are plain, on one device, of one dtype
 // that its kernels have, and no mode is on; "record" where autograd must record the call, too; None for all else.
 pybind11::handle quick_way(const pybind11::args& tensors);
+
+// A tensor of torch with this dtype and device that has an address of its own and no memory, for a program to record.
+pybind11::object stand_in(const Tensor& like, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides);
 
 // Memory for a CUDA kernel from torch's allocator (from the CPU's where the emulator stands for the GPU). Neither
 // taking it nor giving it back needs the GIL.

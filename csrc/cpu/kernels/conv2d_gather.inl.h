@@ -383,11 +383,13 @@ struct TaskPlan {
   int64_t block, blocks, column_parts;
 };
 
-// Blocks of at most `most` out of `count`, multiples of `multiple` where there are several.
+// Blocks of at most `most` out of `count`, multiples of `multiple` where that keeps them about equal: each reads all
+// weights, also the one that gets what is left.
 inline TaskPlan plan_tasks(int64_t images, int64_t count, int64_t most, int64_t multiple, int64_t panels) {
   TaskPlan plan{0, (count + most - 1) / most, 1};
   for (;;) {
-    plan.block = ((count + plan.blocks - 1) / plan.blocks + multiple - 1) / multiple * multiple;
+    const int64_t equal = (count + plan.blocks - 1) / plan.blocks, whole = (equal + multiple - 1) / multiple * multiple;
+    plan.block = equal < multiple || whole * plan.blocks - count <= count / 8 ? whole : equal;
     plan.blocks = (count + plan.block - 1) / plan.block;
     if (images * plan.blocks * plan.column_parts >= kTasks) return plan;
     if (2 * plan.column_parts <= panels)

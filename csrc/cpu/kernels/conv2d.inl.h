@@ -3,7 +3,8 @@
 //   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, depthwise, else the gather
 //   grad_input            scatter where a weight is not finite
 //   grad_weight           winograd for 3x3 of stride 1 with channels enough, packed for a vector of input channels and
-//                         more - direct where packing would not pay -, depthwise, else outer products
+//                         more - direct where packing would not pay -, depthwise, else outer products, also where the
+//                         output channels fill vectors better
 //
 // The input gradient of stride s is s * s gathers, one per phase: input pixel (s * q + phase) receives
 // grad[q + (phase + padding - ky * dilation) / s] through each tap ky for which that division is exact.

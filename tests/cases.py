@@ -190,6 +190,11 @@ CONV2D_CASES = (
     Conv2dCase("large_3x3_odd_groups", (3, 34, 9, 7), (66, 17, 3, 3), kwargs={"padding": 2, "groups": 2}),
     Conv2dCase("pointwise_odd", (3, 37, 7, 5), (41, 37, 1, 1)),
     Conv2dCase("5x5_outside", (3, 19, 7, 7), (21, 19, 5, 5), kwargs={"padding": (4, 2), "stride": (1, 2)}),
+    Conv2dCase("17_to_32_stride2", (3, 34, 9, 8), (64, 17, 3, 3), kwargs={"padding": 1, "stride": 2, "groups": 2}),
+    Conv2dCase("wide_3x3", (1, 3, 4, 105), (37, 3, 3, 3), kwargs={"padding": 1}),
+    Conv2dCase("wide_3x3_stride2", (2, 3, 9, 102), (32, 3, 3, 3), kwargs={"padding": 1, "stride": 2}),
+    Conv2dCase("wide_5x5", (1, 2, 3, 210), (5, 2, 5, 5), kwargs={"padding": 2}),
+    Conv2dCase("wide_dilation2", (1, 2, 5, 206), (3, 2, 3, 3), kwargs={"padding": (1, 2), "dilation": 2}),
     Conv2dCase("relu", (2, 3, 7, 6), (4, 3, 3, 3), kwargs={"activation": "relu"}),
     Conv2dCase(
         "relu_groups2",

@@ -3,7 +3,8 @@
 //   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, depthwise, else the gather
 //   grad_input            scatter where a weight is not finite
 //   grad_weight           winograd for 3x3 of stride 1 with channels enough, packed for a vector of input channels and
-//                         more - direct where packing would not pay -, depthwise, else outer products
+//                         more - direct where packing would not pay -, depthwise, else outer products, also where the
+//                         output channels fill vectors better
 //
 // The input gradient of stride s is s * s gathers, one per phase: input pixel (s * q + phase) receives
 // grad[q + (phase + padding - ky * dilation) / s] through each tap ky for which that division is exact.
@@ -29,31 +30,28 @@ inline bool is_depthwise(const Conv2dShape& s) {
 
 inline int64_t multiply_adds(const Conv2dShape& s) { return s.batch * s.out_height * s.out_width * weight_elements(s); }
 
-// Transforms the weights in conv.panels and convolves. Returns whether all outputs were finite before activation.
+// Convolves one group with tiles up to `largest`. Returns whether all outputs were finite before activation; where
+// `weights_finite` is set to false, tiles of 4 are not begun, nor those of 2 unless `always`.
 template <class T, class Products, int largest>
-bool run_winograd(const GatherConv<T>& conv) {
-  const int64_t panels = panels_of<T>(conv.columns);
+bool run_winograd(const GatherConv<T>& conv, const WinogradKernels<T>& kernels, bool always, bool* weights_finite) {
   const int64_t padded = winograd_groups<Products>(conv.depth) * Products::kGroup;
   const Scratch<typename Products::Element> transformed(
-      panels * winograd_places(largest) * winograd_step<typename Products::Element>(padded * kTileColumns<T>));
-  winograd_weights<T, Products, largest>(panels, conv.depth, conv.panels, transformed);
-  return winograd_conv<T, Products, largest>(conv, transformed);
+      panels_of<T>(conv.columns) * winograd_places(largest) *
+      winograd_step<typename Products::Element>(padded * kTileColumns<T>));
+  *weights_finite = winograd_weights<T, Products, largest>(conv.columns, conv.depth, kernels, transformed);
+  return (*weights_finite || always) && winograd_conv<T, Products, largest>(conv, transformed);
 }
 
-// Runs one group's gather with the kernel that suits it; `panels` are packed for the direct kernel.
+// Convolves one group with tiles up to `largest`; returns the kernel's name. Where a weight is not finite, only
+// `always`, else the name is null.
 template <class T, class Products = FullProducts<T>>
-const char* run_gather(GatherConv<T> conv, const T* panels) {
-  conv.panels = panels;
-  const int largest = winograd_tile<T, Products>(conv);
-  if (largest == 0) {
-    gather_conv(conv);
-    return "gather";
-  }
+const char* winograd(const GatherConv<T>& conv, const WinogradKernels<T>& kernels, int largest, bool always) {
+  bool finite = true;
   if constexpr (Products::kLargestTile == 4) {
-    if (largest == 4 && run_winograd<T, Products, 4>(conv)) return Products::name(4);
+    if (largest == 4 && run_winograd<T, Products, 4>(conv, kernels, false, &finite)) return Products::name(4);
   }
-  run_winograd<T, Products, 2>(conv);
-  return Products::name(2);
+  if (finite || always) run_winograd<T, Products, 2>(conv, kernels, always, &finite);
+  return finite || always ? Products::name(2) : nullptr;
 }
 
 template <class T, class Products = FullProducts<T>>
@@ -100,6 +98,10 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
   const Scratch<T> panels(panels_of<T>(outputs) * taps * inputs * kTileColumns<T>);
+  conv.panels = panels;
+  const int64_t panel_tap = inputs * kTileColumns<T>;
+  const WinogradKernels<T> kernels{panels, 9 * panel_tap, kTileColumns<T>, 3 * panel_tap, panel_tap};
+  const int largest = winograd_tile<T, Products>(conv);
   const char* variant = "gather";
   for (int64_t group = 0; group < s.groups; ++group) {
     pack_forward_panels<T>(outputs, inputs, taps, weight + group * outputs * taps * inputs, panels);
@@ -107,7 +109,10 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
     conv.out = t.output + group * outputs;
     if (s.pool) conv.winner = t.winner + group * outputs;
     if (t.bias) conv.bias = t.bias + group * outputs;
-    variant = run_gather<T, Products>(conv, panels);
+    if (largest == 0)
+      gather_conv(conv);
+    else
+      variant = winograd<T, Products>(conv, kernels, largest, true);
   }
   trace<T>("conv2d_forward", variant);
 }
@@ -223,13 +228,22 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .stream = worth_streaming(grad_input, s.batch * s.in_height * s.in_width * s.in_channels, inputs),
           .winner = nullptr,
       };
+      const int largest = winograd_tile<T, FullProducts<T>>(conv);
       for (int64_t group = 0; group < s.groups; ++group) {
-        if (!pack_gradient_panels<T>(outputs, inputs, taps, weight + group * outputs * taps * inputs, count, places,
-                                     panels))
-          return scatter();
+        const T* of_group = weight + group * outputs * taps * inputs;
         conv.source = grad.data + group * outputs;
         conv.out = first + group * inputs;
-        variant = run_gather<T>(conv, panels);
+        if (largest == 0) {
+          if (!pack_gradient_panels<T>(outputs, inputs, taps, of_group, count, places, panels)) return scatter();
+          gather_conv(conv);
+          variant = "gather";
+          continue;
+        }
+        // OHWI has a panel's columns side by side: nothing is packed.
+        const WinogradKernels<T> kernels{of_group + places[0] * inputs, kTileColumns<T>, taps * inputs,
+                                         (places[3] - places[0]) * inputs, (places[1] - places[0]) * inputs};
+        variant = winograd<T>(conv, kernels, largest, false);
+        if (!variant) return scatter();
       }
     }
   }

@@ -120,51 +120,79 @@ FASTNN_INLINE void depthwise_row(const DepthwiseRow<T>& row, const T* from, int6
   }
 }
 
-// One output row, all channels. weight: [kernel place][channels].
+// The source rows that the output row `step` source rows on reads and this one does not.
+template <class T>
+FetchAhead<T> next_rows(const DepthwiseRow<T>& row, int64_t step) {
+  if (row.vertical.count == 0) return {};
+  const int64_t next = row.source_row + row.vertical.offset(row.vertical.count - 1) + 1;
+  return rows_ahead(row.source, next, next + step);
+}
+
+// Where output goes: pixels and rows so many elements apart.
+template <class T>
+struct DepthwiseOutput {
+  T* data;
+  int64_t pixel_stride, row_stride;
+};
+
+// `rows` output rows from `row` on, `row_step` source rows apart, all channels. weight: [kernel place][channels]. A
+// tile of all rows comes before the next tile: the source rows that it shares with the row before are in L1 still. What
+// comes from memory is better read row by row, and fetched ahead.
 template <class T, int width, int step>
-void depthwise_pixels(const DepthwiseRow<T>& row, const T* weight, int64_t kernel_width, const T* bias, bool with_relu,
-                      T* out, int64_t out_stride) {
-  const TapSpan span = taps_inside(row.vertical, row.source_row, row.source.height);
+void depthwise_pixels(const DepthwiseRow<T>& row, int64_t rows, int64_t row_step, const T* weight, int64_t kernel_width,
+                      const T* bias, bool with_relu, const DepthwiseOutput<T>& out) {
   const int64_t reach = row.horizontal.count > 0 ? row.horizontal.offset(row.horizontal.count - 1) : 0;
   const int64_t left = row.channels < kLanes<T> ? row.channels : kLanes<T>;
   const int64_t weight_stride = row.horizontal.place_step * row.channels;
-  for (int64_t tile = 0; tile < tiles_of(row.pixels); ++tile) {
+  const int64_t tiles = tiles_of(row.pixels), vectors = vectors_of<T>(row.channels), out_step = out.pixel_stride;
+  const bool stream = row.stream;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
     const TilePlace place = tile_place(row.pixels, tile);
     const int64_t column = place.first * row.source_step + row.horizontal.first_offset;
     const bool is_inside = column >= 0 && (place.first + place.pixels - 1) * row.source_step + reach < row.source.width;
     with_count<kTilePixels>(place.pixels, [&](auto constant) {
       constexpr int pixels = decltype(constant)::value;
-      const auto run = [&](auto inside) {
-        for (int64_t i = 0; i < vectors_of<T>(row.channels); ++i) {
+      const auto run = [&](auto inside, int64_t y) {
+        const int64_t source_row = row.source_row + y * row_step;
+        const TapSpan span = taps_inside(row.vertical, source_row, row.source.height);
+        for (int64_t i = 0; i < vectors; ++i) {
           const int64_t c = vector_start<T>(i, row.channels);
-          row.next_source.fetch(tile * vectors_of<T>(row.channels) + i,
-                                tiles_of(row.pixels) * vectors_of<T>(row.channels));
+          row.next_source.fetch(tile * vectors + i, tiles * vectors);
           Vec<T> acc[pixels];
           const Vec<T> start = bias ? load_upto(bias + c, left) : Vec<T>{};
           FASTNN_UNROLL
           for (int p = 0; p < pixels; ++p) acc[p] = start;
           for (int64_t ky = span.first; ky < span.end; ++ky) {
-            const T* from = row.source.data + (row.source_row + row.vertical.offset(ky)) * row.source.row_stride +
+            const T* from = row.source.data + (source_row + row.vertical.offset(ky)) * row.source.row_stride +
                             column * row.source.pixel_stride + c;
             const T* w =
                 weight + (row.vertical.place(ky) * kernel_width + row.horizontal.first_place) * row.channels + c;
             depthwise_row<T, pixels, width, step, decltype(inside)::value>(row, from, column, w, weight_stride, left,
                                                                            acc);
           }
-          T* to = out + place.first * out_stride + c;
-          if (row.stream) {
+          T* to = out.data + y * out.row_stride + place.first * out_step + c;
+          if (with_relu) {
             FASTNN_UNROLL
-            for (int p = 0; p < pixels; ++p) store_streamed(to + p * out_stride, with_relu ? relu(acc[p]) : acc[p]);
+            for (int p = 0; p < pixels; ++p) acc[p] = relu(acc[p]);
+          }
+          if (stream) {
+            FASTNN_UNROLL
+            for (int p = 0; p < pixels; ++p) store_streamed(to + p * out_step, acc[p]);
+          } else if (left == kLanes<T>) {
+            FASTNN_UNROLL
+            for (int p = 0; p < pixels; ++p) store(to + p * out_step, acc[p]);
           } else {
             FASTNN_UNROLL
-            for (int p = 0; p < pixels; ++p) store_upto(to + p * out_stride, with_relu ? relu(acc[p]) : acc[p], left);
+            for (int p = 0; p < pixels; ++p) store_first(to + p * out_step, acc[p], left);
           }
         }
       };
-      if (is_inside)
-        run(Constant<1>{});
-      else
-        run(Constant<0>{});
+      for (int64_t y = 0; y < rows; ++y) {
+        if (is_inside)
+          run(Constant<1>{}, y);
+        else
+          run(Constant<0>{}, y);
+      }
     });
   }
 }
@@ -189,14 +217,6 @@ FASTNN_INLINE void with_taps(const DepthwiseRow<T>& row, const Body& body) {
     }
   }
   body(Constant<0>{}, Constant<0>{});
-}
-
-// The source rows that the output row `step` source rows on reads and this one does not.
-template <class T>
-FetchAhead<T> next_rows(const DepthwiseRow<T>& row, int64_t step) {
-  if (row.vertical.count == 0) return {};
-  const int64_t next = row.source_row + row.vertical.offset(row.vertical.count - 1) + 1;
-  return rows_ahead(row.source, next, next + step);
 }
 
 // Rows of the output in one task: few enough that eight threads share the work evenly.
@@ -240,13 +260,14 @@ void depthwise_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
         s.out_width,
         s.in_channels,
         stream};
-    for (int64_t y = first; y < end; ++y) {
+    const int64_t run = fetch ? 1 : end - first;
+    for (int64_t y = first; y < end; y += run) {
       row.source_row = y * s.stride_height;
       if (fetch) row.next_source = next_rows(row, s.stride_height);
       with_taps(row, [&](auto width, auto step) {
         depthwise_pixels<T, decltype(width)::value, decltype(step)::value>(
-            row, weight, s.kernel_width, t.bias, s.relu, t.output + (image * s.out_height + y) * out_row,
-            s.in_channels);
+            row, run, s.stride_height, weight, s.kernel_width, t.bias, s.relu,
+            {t.output + (image * s.out_height + y) * out_row, s.in_channels, out_row});
       });
     }
     if (stream) finish_streaming();
@@ -268,7 +289,8 @@ void depthwise_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stri
     const int64_t end = first + block < s.in_height ? first + block : s.in_height;
     const int64_t source_row = s.out_width * grad_stride;
     const Image<T> source{grad + image * s.out_height * source_row, s.out_height, s.out_width, source_row, grad_stride};
-    for (int64_t y = first; y < end; ++y) {
+    const int64_t run = s.stride_height == 1 && !fetch ? end - first : 1;  // rows that read through the same taps
+    for (int64_t y = first; y < end; y += run) {
       const TapAxis vertical =
           phase_taps(s.kernel_height, s.stride_height, s.padding_height, s.dilation_height, y % s.stride_height);
       T* out = grad_input + (image * s.in_height + y) * s.in_width * s.in_channels;
@@ -284,7 +306,8 @@ void depthwise_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stri
         if (fetch && phase == 0 && y % s.stride_height == 0) row.next_source = next_rows(row, 1);
         with_taps(row, [&](auto width, auto step) {
           depthwise_pixels<T, decltype(width)::value, decltype(step)::value>(
-              row, weight, s.kernel_width, nullptr, false, out + phase * s.in_channels, s.stride_width * s.in_channels);
+              row, run, 1, weight, s.kernel_width, nullptr, false,
+              {out + phase * s.in_channels, s.stride_width * s.in_channels, s.in_width * s.in_channels});
         });
       }
     }

@@ -55,6 +55,8 @@ struct GatherConv {
 
 // Pixels of a block: enough to reuse a panel from L2 for some twenty tiles.
 constexpr int64_t kBlockPixels = 192;
+// One of so many columns may be made of tiles of one pixel, which take four times as long as a pixel of a full tile.
+constexpr int64_t kColumnsOfEdge = 50;
 
 struct TapRange {
   int64_t y_min, y_max, x_min, x_max;
@@ -177,29 +179,33 @@ inline Runs runs_inside(const Runs& runs, int64_t source_row, int64_t height) {
 // leave out the taps above and below the image; narrower rows follow each other in a tile.
 template <class T, int vectors, int depth>
 void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs& all_runs, const T* panel,
-                   int64_t column, int64_t row, int64_t rows_in_block, T* out) {
+                   int64_t column, int64_t row, int64_t rows_in_block, int64_t width, T* out) {
   const int64_t columns = conv.columns - column;
-  const int64_t y_step = conv.step_y * window.row_stride, x_step = conv.step_x * window.pixel_stride;
+  const bool whole = columns >= vectors * kLanes<T>, with_relu = conv.relu, stream = conv.stream;
+  const int64_t x_step = conv.step_x * window.pixel_stride, out_step = conv.out_pixel_stride;
+  const int64_t source_turn = conv.step_y * window.row_stride - width * x_step;  // from a row to the next
+  const int64_t out_turn = conv.out_row_stride - width * out_step;
   Vec<T> bias[vectors];
   load_bias<T, vectors>(conv.bias ? conv.bias + column : nullptr, columns, bias);
   const bool by_row = conv.out_width > kTileRows / 2;
   const int64_t strips = by_row ? rows_in_block : 1;
-  const int64_t strip_pixels = rows_in_block * conv.out_width / strips;
+  const int64_t strip_pixels = rows_in_block * width / strips;
   const int64_t tiles = (strip_pixels + kTileRows - 1) / kTileRows;
-  int64_t y = 0, x = 0;
+  const int64_t least = strip_pixels / tiles, longer = strip_pixels % tiles;  // pixels of a tile; tiles of one more
+  const T* from = window.data;
+  int64_t x = 0;
   for (int64_t strip = 0; strip < strips; ++strip) {
     const Runs runs = by_row ? runs_inside(all_runs, (row + strip) * conv.step_y, conv.source_height) : all_runs;
     for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t begin = strip_pixels * tile / tiles, end = strip_pixels * (tile + 1) / tiles;  // even shares
-      with_rows(end - begin, [&](auto constant) {
+      with_rows(least + (tile < longer), [&](auto constant) {
         constexpr int rows = decltype(constant)::value;
         const T* pixels[rows];
         T* outs[rows];
         FASTNN_UNROLL
         for (int r = 0; r < rows; ++r) {
-          pixels[r] = window.data + y * y_step + x * x_step;
-          outs[r] = out + y * conv.out_row_stride + x * conv.out_pixel_stride;
-          if (++x == conv.out_width) x = 0, ++y;
+          pixels[r] = from, outs[r] = out;
+          from += x_step, out += out_step;
+          if (++x == width) x = 0, from += source_turn, out += out_turn;
         }
         Vec<T> acc[rows][vectors];
         FASTNN_UNROLL
@@ -208,21 +214,19 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs
           for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
         }
         gather_accumulate<T, rows, vectors, depth>(runs, pixels, panel, acc);
-        const auto store_all = [&](auto store_vector) {
+        const auto each = [&](const auto& body) {
           FASTNN_UNROLL
           for (int r = 0; r < rows; ++r) {
             FASTNN_UNROLL
-            for (int v = 0; v < vectors; ++v) {
-              const int64_t left = columns - v * kLanes<T>;
-              const Vec<T> value = conv.relu ? relu(acc[r][v]) : acc[r][v];
-              if (left > 0) store_vector(outs[r] + v * kLanes<T>, value, left < kLanes<T> ? left : kLanes<T>);
-            }
+            for (int v = 0; v < vectors; ++v) body(outs[r] + v * kLanes<T>, acc[r][v], columns - v * kLanes<T>);
           }
         };
-        if (conv.stream)
-          store_all([](T* to, Vec<T> value, int64_t) { store_streamed(to, value); });
-        else
-          store_all([](T* to, Vec<T> value, int64_t count) { store_upto(to, value, count); });
+        if (with_relu) each([](T*, Vec<T>& value, int64_t) { value = relu(value); });
+        if (stream) return each([](T* to, Vec<T> value, int64_t) { store_streamed(to, value); });
+        if (whole) return each([](T* to, Vec<T> value, int64_t) { store(to, value); });
+        each([](T* to, Vec<T> value, int64_t left) {
+          if (left > 0) store_upto(to, value, left < kLanes<T> ? left : kLanes<T>);
+        });
       });
     }
   }
@@ -343,13 +347,25 @@ bool is_grey(const GatherConv<T>& conv, const Runs& runs) {
          runs.count == 3 && runs.common_depth == 3 && conv.taps.y[8] == conv.taps.y[0] + 2;
 }
 
-// The taps of a window as runs; `table` holds one a tap.
+// The taps of a window as runs; `table` holds one a tap. Where the window lies `in_place`, without a border, those
+// taps alone that find the image under output column `first`.
 template <class T>
-Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& window, Run* table) {
+Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& window, bool in_place, int64_t first,
+             Run* table) {
   Runs runs{0, table, 0};
   bool same = true;
+  const auto is_outside = [&](int64_t t) {
+    const int64_t x = first * conv.step_x + conv.taps.x[t];
+    return in_place && (x < 0 || x >= conv.source_width);
+  };
   for (int64_t t = 0; t < conv.taps.count;) {
-    const int64_t length = window.pixel_stride == conv.depth ? tap_run(conv.taps, t) : 1;
+    if (is_outside(t)) {
+      ++t;
+      continue;
+    }
+    int64_t length = 1;
+    if (window.pixel_stride == conv.depth)
+      for (const int64_t most = tap_run(conv.taps, t); length < most && !is_outside(t + length);) ++length;
     table[runs.count] = {
         (conv.taps.y[t] - range.y_min) * window.row_stride + (conv.taps.x[t] - range.x_min) * window.pixel_stride,
         length * conv.depth, conv.taps.y[t], t * conv.depth * kTileColumns<T>};
@@ -357,7 +373,7 @@ Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& w
     ++runs.count;
     t += length;
   }
-  if (same) runs.common_depth = table[0].depth;
+  if (same && runs.count > 0) runs.common_depth = table[0].depth;
   return runs;
 }
 
@@ -367,11 +383,13 @@ struct TaskPlan {
   int64_t block, blocks, column_parts;
 };
 
-// Blocks of at most `most` out of `count`, multiples of `multiple` where there are several.
+// Blocks of at most `most` out of `count`, multiples of `multiple` where that keeps them about equal: each reads all
+// weights, also the one that gets what is left.
 inline TaskPlan plan_tasks(int64_t images, int64_t count, int64_t most, int64_t multiple, int64_t panels) {
   TaskPlan plan{0, (count + most - 1) / most, 1};
   for (;;) {
-    plan.block = ((count + plan.blocks - 1) / plan.blocks + multiple - 1) / multiple * multiple;
+    const int64_t equal = (count + plan.blocks - 1) / plan.blocks, whole = (equal + multiple - 1) / multiple * multiple;
+    plan.block = equal < multiple || whole * plan.blocks - count <= count / 8 ? whole : equal;
     plan.blocks = (count + plan.block - 1) / plan.block;
     if (images * plan.blocks * plan.column_parts >= kTasks) return plan;
     if (2 * plan.column_parts <= panels)
@@ -383,6 +401,53 @@ inline TaskPlan plan_tasks(int64_t images, int64_t count, int64_t most, int64_t 
   }
 }
 
+// Columns of the output.
+struct ColumnRange {
+  int64_t first, count;
+};
+
+// The columns under which every tap finds the image, where wide images are read as they lie; {0, 0} where windows are
+// copied. Tiles leave out the taps above and below the image, and a tile of one pixel those at the sides: in each of
+// the other columns, which are few. What a kernel copied it would read at once, behind all the stores of outputs that
+// still wait for their lines: up to a fifth of a first layer's time.
+template <class T>
+ColumnRange columns_in_place(const GatherConv<T>& conv, const TapRange& range) {
+  if (conv.winner || conv.source_pixel_stride != conv.depth || conv.out_width <= kTileRows / 2) return {0, 0};
+  const int64_t first = range.x_min < 0 ? -floor_div(range.x_min, conv.step_x) : 0;
+  int64_t end = floor_div(conv.source_width - 1 - range.x_max, conv.step_x) + 1;
+  if (end > conv.out_width) end = conv.out_width;
+  const int64_t edges = conv.out_width - (end - first);
+  return edges * kColumnsOfEdge <= conv.out_width ? ColumnRange{first, end - first} : ColumnRange{0, 0};
+}
+
+// Some rows of an image for one panel; `place` is where the first is stored.
+template <class T>
+void gather_panel(const GatherConv<T>& conv, const Image<T>& window, const Runs& runs, int64_t index, int64_t row,
+                  int64_t rows, int64_t width, int64_t place) {
+  const int64_t column = index * kTileColumns<T>;
+  const T* panel = conv.panels + column * conv.taps.count * conv.depth;
+  T* out = conv.out + place + column;
+  if (is_grey(conv, runs)) {
+    for (int v = 0; v < kTileVectors && column + v * kLanes<T> < conv.columns; v += kGreyVectors)
+      grey_windows<T, 3, kGreyVectors>(conv, window, panel + v * kLanes<T>, column + v * kLanes<T>, rows,
+                                       out + v * kLanes<T>, conv.winner + place + column + v * kLanes<T>);
+    return;
+  }
+  const auto run = [&](auto vectors, auto depth) {
+    constexpr int kVectors = decltype(vectors)::value, kDepth = decltype(depth)::value;
+    if (conv.winner)
+      gather_windows<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out, conv.winner + place + column);
+    else
+      gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, row, rows, width, out);
+  };
+  if (conv.columns - column <= kLanes<T>) return run(Constant<1>{}, Constant<0>{});
+  switch (runs.common_depth) {
+    case 3: return run(Constant<2>{}, Constant<3>{});  // 3x3 on a grey image
+    case 9: return run(Constant<2>{}, Constant<9>{});  // 3x3 on three colours
+    default: return run(Constant<2>{}, Constant<0>{});
+  }
+}
+
 template <class T>
 void gather_conv(const GatherConv<T>& conv) {
   const int64_t pooling = conv.winner ? 2 : 1;
@@ -390,13 +455,14 @@ void gather_conv(const GatherConv<T>& conv) {
   if (conv.batch == 0 || height == 0 || width == 0 || conv.columns == 0) return;
   const TapRange range = tap_range(conv.taps);
   const int64_t panels = panels_of<T>(conv.columns);
-  const int64_t panel_elements = conv.taps.count * conv.depth * kTileColumns<T>;
 
   const int64_t rows_of_block = (kBlockPixels + width - 1) / width;
   const TaskPlan plan = plan_tasks(conv.batch, height, rows_of_block, 1, panels);
+  const ColumnRange whole = columns_in_place(conv, range);
+  const bool in_place = whole.count > 0;
   const int64_t window_width = (conv.out_width - 1) * conv.step_x + range.x_max - range.x_min + 1;
   const int64_t window_rows = (plan.block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
-  const int64_t window_elements = window_rows * window_width * conv.depth;
+  const int64_t window_elements = in_place ? 0 : window_rows * window_width * conv.depth;
   // Products of several taps hide the time of the memory.
   const bool fetch = conv.taps.count == 1 && !conv.winner && plan.column_parts == 1 &&
                      exceeds_caches<T>(conv.batch * conv.source_image_stride);
@@ -411,41 +477,21 @@ void gather_conv(const GatherConv<T>& conv) {
 
     const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
                           conv.source_row_stride, conv.source_pixel_stride};
-    const WindowRange window_range{row * pooling * conv.step_y + range.y_min, range.x_min,
-                                   (rows * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1, window_width};
-    const Image<T> window = window_of(source, window_range, conv.depth, windows + thread * window_elements);
-
     FetchAhead<T> next{};  // source rows of the next block
     if (fetch) next = rows_ahead(source, (row + rows) * conv.step_y, (row + 2 * rows) * conv.step_y);
-    const Runs runs = runs_of(conv, range, window, tables + thread * conv.taps.count);
+    const WindowRange window_range{row * pooling * conv.step_y + range.y_min, range.x_min,
+                                   (rows * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1, window_width};
+    const Image<T> window = in_place ? window_in_place(source, window_range)
+                                     : window_of(source, window_range, conv.depth, windows + thread * window_elements);
     const int64_t place = image * conv.out_image_stride + row * conv.out_row_stride;
-    for (int64_t i = panels * part / plan.column_parts; i < panels * (part + 1) / plan.column_parts; ++i) {
-      const int64_t column = i * kTileColumns<T>;
-      const T* panel = conv.panels + i * panel_elements;
-      next.fetch(i, panels);
-      T* out = conv.out + place + column;
-      if (is_grey(conv, runs)) {
-        for (int v = 0; v < kTileVectors && column + v * kLanes<T> < conv.columns; v += kGreyVectors)
-          grey_windows<T, 3, kGreyVectors>(conv, window, panel + v * kLanes<T>, column + v * kLanes<T>, rows,
-                                           out + v * kLanes<T>, conv.winner + place + column + v * kLanes<T>);
-        continue;
-      }
-      const auto run = [&](auto vectors, auto depth) {
-        constexpr int kVectors = decltype(vectors)::value, kDepth = decltype(depth)::value;
-        if (conv.winner)
-          gather_windows<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out,
-                                              conv.winner + place + column);
-        else
-          gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, row, rows, out);
-      };
-      if (conv.columns - column <= kLanes<T>) {
-        run(Constant<1>{}, Constant<0>{});
-      } else {
-        switch (runs.common_depth) {
-          case 3: run(Constant<2>{}, Constant<3>{}); break;  // 3x3 on a grey image
-          case 9: run(Constant<2>{}, Constant<9>{}); break;  // 3x3 on three colours
-          default: run(Constant<2>{}, Constant<0>{}); break;
-        }
+    for (int64_t x = 0, count; x < conv.out_width; x += count) {
+      count = !in_place ? conv.out_width : x == whole.first ? whole.count : 1;
+      Image<T> columns = window;
+      columns.data += x * conv.step_x * window.pixel_stride;
+      const Runs runs = runs_of(conv, range, window, in_place, x, tables + thread * conv.taps.count);
+      for (int64_t i = panels * part / plan.column_parts; i < panels * (part + 1) / plan.column_parts; ++i) {
+        next.fetch(i, panels);
+        gather_panel(conv, columns, runs, i, row, rows, count, place + x * conv.out_pixel_stride);
       }
     }
     if (conv.stream) finish_streaming();

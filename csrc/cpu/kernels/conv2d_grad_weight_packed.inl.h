@@ -1,4 +1,4 @@
-// Weight gradient of a convolution with at least a vector of input channels.
+// Weight gradient of a convolution with at least a vector of input channels, which fill their vectors.
 //
 //   grad_w[o][t][i] = sum over images, y, x of grad[y][x][o] * source[y * stride + tap_y[t]][x * stride + tap_x[t]][i]
 //
@@ -200,9 +200,33 @@ void packed_product(const PackedRuns& runs, const T* grad, const T* source, bool
   }
 }
 
+// Time of a tile's products with so many columns in all: of 8 for two vectors, a single one takes 5, since its products
+// wait for loads.
+template <class T>
+inline int64_t packed_column_time(int64_t columns) {
+  const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
+  return vectors / 2 * 8 + vectors % 2 * 5;
+}
+
+inline int64_t all_outputs_inside(const PackedAxis& axis, int64_t outs) {
+  int64_t sum = 0;
+  for (int64_t tap = 0; tap < axis.kernel; ++tap) sum += outputs_inside(axis, tap, 0, outs).count;
+  return sum;
+}
+
+// Outer products have the output channels for columns. They are the faster ones where these fill vectors better than
+// the input channels do, by more than the border's products cost, which they make.
 template <class T>
 inline bool packed_serves_grad_weight(const Conv2dShape& s) {
-  return group_inputs(s) >= kLanes<T>;
+  const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
+  if (inputs < kLanes<T>) return false;
+  if (taps == 1 || outputs % kLanes<T> != 0) return true;
+  const PackedAxis vertical{s.kernel_height, s.in_height, s.stride_height, s.padding_height, s.dilation_height};
+  const PackedAxis horizontal{s.kernel_width, s.in_width, s.stride_width, s.padding_width, s.dilation_width};
+  const int64_t packed = packed_column_time<T>(inputs) * outputs * all_outputs_inside(vertical, s.out_height) *
+                         all_outputs_inside(horizontal, s.out_width);
+  const int64_t outer = packed_column_time<T>(outputs) * inputs * taps * s.out_height * s.out_width;
+  return 10 * outer > 9 * packed;
 }
 
 // Packing is worth its time from this many products to a packed number on: it takes the larger part of the time, the

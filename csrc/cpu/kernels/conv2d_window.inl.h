@@ -54,13 +54,18 @@ inline void zero_run(int64_t count, T* to) {
   __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(T));
 }
 
+// The window where it lies. Rows of it that the image does not have must not be read.
+template <class T>
+inline Image<T> window_in_place(const Image<T>& image, const WindowRange& range) {
+  return {image.data + range.top * image.row_stride + range.left * image.pixel_stride, range.height, range.width,
+          image.row_stride, image.pixel_stride};
+}
+
 // The window as an image whose pixel (0, 0) is (top, left); `buffer` holds range.height * range.width * channels. With
 // `copy`, a copy even where the window lies inside: for kernels that read past the end of a row.
 template <class T>
 Image<T> window_of(const Image<T>& image, const WindowRange& range, int64_t channels, T* buffer, bool copy = false) {
-  if (!copy && lies_inside(image, range))
-    return {image.data + range.top * image.row_stride + range.left * image.pixel_stride, range.height, range.width,
-            image.row_stride, image.pixel_stride};
+  if (!copy && lies_inside(image, range)) return window_in_place(image, range);
   const int64_t row_elements = range.width * channels;
   const int64_t first = range.left < 0 ? -range.left < range.width ? -range.left : range.width : 0;
   int64_t end = image.width - range.left < range.width ? image.width - range.left : range.width;

@@ -179,33 +179,53 @@ int64_t winograd_groups(int64_t depth) {
   return (depth + Products::kGroup - 1) / Products::kGroup;
 }
 
-// packed: [panel][9][channel][columns] as pack_*_panels makes them. Where a last group has channels too few, the
-// missing ones are zeros.
+// 3x3 kernels as they lie: tap (y, x) of column c of panel p, channel k at
+// data + p * panel_step + k * channel_step + y * row_step + x * tap_step + c. The input gradient turns them by steps
+// below zero.
+template <class T>
+struct WinogradKernels {
+  const T* data;
+  int64_t panel_step, channel_step, row_step, tap_step;
+};
+
+// Returns whether all weights are finite. Where a last group has channels too few, the missing ones are zeros.
 template <class T, class Products, int largest>
-void winograd_weights(int64_t panels, int64_t depth, const T* packed, typename Products::Element* transformed) {
+bool winograd_weights(int64_t columns, int64_t depth, const WinogradKernels<T>& kernels,
+                      typename Products::Element* transformed) {
   constexpr int points = largest + 2;
   constexpr int64_t width = kTileColumns<T>;
-  const int64_t groups = winograd_groups<Products>(depth), from_step = depth * width;
+  const int64_t groups = winograd_groups<Products>(depth);
   const int64_t to_step = winograd_step<typename Products::Element>(groups * Products::kGroup * width);
-  parallel_ranges(panels * groups, 16, [&](int64_t begin, int64_t end) {
+  bool finite = true;
+  parallel_ranges(panels_of<T>(columns) * groups, 16, [&](int64_t begin, int64_t end) {
+    Vec<T> zero_or_nan{};
     for (int64_t i = begin; i < end; ++i) {
       typename Products::Element* group =
           transformed + i / groups * points * points * to_step + i % groups * width * Products::kGroup;
       for (int64_t member = 0; member < Products::kGroup; ++member) {
         const int64_t channel = i % groups * Products::kGroup + member;
         if (channel >= depth) break;
-        const T* from = packed + i / groups * 9 * from_step + channel * width;
+        const T* from = kernels.data + i / groups * kernels.panel_step + channel * kernels.channel_step;
         for (int64_t v = 0; v < width; v += kLanes<T>) {
+          const int64_t left = columns - i / groups * width - v;
+          const int64_t count = left < 0 ? 0 : left < kLanes<T> ? left : kLanes<T>;
           const auto axis = [](const auto& taps, auto& u) { WinogradAxis<largest>::template weight<T>(taps, u); };
           winograd_transform<T, 3, 3, points, points>(
-              [&](int y, int x) { return load(from + (3 * y + x) * from_step + v); }, axis, axis,
+              [&](int y, int x) {
+                const Vec<T> g = load_upto(from + y * kernels.row_step + x * kernels.tap_step + v, count);
+                zero_or_nan += g * T(0);
+                return g;
+              },
+              axis, axis,
               [&](int y, int x, Vec<T> u) {
                 Products::store_weight(group + (points * y + x) * to_step + v * Products::kGroup, u, member);
               });
         }
       }
     }
+    if (any_lane<T>(zero_or_nan != zero_or_nan)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
   });
+  return finite;
 }
 
 // body(pixel) for a patch of an image, where pixel(y, x) is the address of the patch's pixel; outside the image,
@@ -239,8 +259,10 @@ FASTNN_INLINE void winograd_input(const Pixel& pixel, int64_t depth, typename Pr
 template <class T, class Products, int vectors>
 FASTNN_INLINE void winograd_multiply(int64_t tiles, int64_t groups, const typename Products::Element* v,
                                      const typename Products::Element* u, T* m) {
-  for (int64_t tile = 0; tile < tiles; tile += kTileRows) {
-    with_rows(tiles - tile < kTileRows ? tiles - tile : kTileRows, [&](auto constant) {
+  const int64_t shares = (tiles + kTileRows - 1) / kTileRows;
+  for (int64_t share = 0; share < shares; ++share) {
+    const int64_t tile = tiles * share / shares;
+    with_rows(tiles * (share + 1) / shares - tile, [&](auto constant) {
       constexpr int rows = decltype(constant)::value;
       const typename Products::Element* sources[rows];
       FASTNN_UNROLL
@@ -312,11 +334,12 @@ struct WinogradTiles {
 };
 
 // One block of tiles, for some panels of columns. Returns whether all outputs were finite before activation; where
-// `largest` is 2, nobody asks.
+// `largest` is 2, nobody asks. `has_input` where v is the block's already.
 template <class T, class Products, int largest, int height, int width>
 bool winograd_block(const GatherConv<T>& conv, const typename Products::Element* transformed,
                     const WinogradTiles& tiles, int64_t block, int64_t first_tile, int64_t first_panel,
-                    int64_t end_panel, const T* zeros, bool stream, typename Products::Element* v, T* m) {
+                    int64_t end_panel, const T* zeros, bool stream, bool has_input, typename Products::Element* v,
+                    T* m) {
   using Element = typename Products::Element;
   constexpr int64_t panel_width = kTileColumns<T>;
   constexpr int places = (height + 2) * (width + 2);
@@ -327,9 +350,9 @@ bool winograd_block(const GatherConv<T>& conv, const typename Products::Element*
   const int64_t v_step = winograd_step<Element>(block * padded);
   const int64_t m_step = winograd_step<T>(block * panel_width);
   Vec<T> zero_or_nan{};
-  if (padded > depth) zero_run(places * v_step, v);
+  if (padded > depth && !has_input) zero_run(places * v_step, v);
 
-  for (int64_t tile = 0; tile < count; ++tile) {
+  for (int64_t tile = 0; tile < count && !has_input; ++tile) {
     const int64_t index = first_tile + tile, image = index / of_image;
     const int64_t y = tiles.first_y + index / tiles.columns % tiles.rows * height;
     const int64_t x = tiles.first_x + index % tiles.columns * width;
@@ -399,7 +422,7 @@ bool winograd_block(const GatherConv<T>& conv, const typename Products::Element*
   return !any_lane<T>(zero_or_nan != zero_or_nan);
 }
 
-// As gather_conv; `transformed` are winograd_weights<largest>() of conv.panels. Returns whether all outputs were finite
+// As gather_conv; `transformed` are winograd_weights<largest>(). Returns whether all outputs were finite
 // before activation.
 template <class T, class Products, int largest>
 bool winograd_conv(const GatherConv<T>& conv, const typename Products::Element* transformed) {
@@ -434,6 +457,9 @@ bool winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
   const int64_t m_elements = winograd_places(largest) * winograd_step<T>(block * kTileColumns<T>);
   const Scratch<Element> inputs(threads * v_elements);
   const Scratch<T> scratch(threads * m_elements);
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(int64_t));
+  const Scratch<int64_t> held(threads * kLine);  // the block whose V a thread has
+  for (int thread = 0; thread < threads; ++thread) held[thread * kLine] = -1;
   const Scratch<T> zeros(conv.depth);  // a pixel outside the image
   zero_run<T>(conv.depth, zeros);
   const bool stream = conv.stream && kVectorBytes == kLineBytes;  // vectors of a pixel are stored far apart in time
@@ -441,11 +467,13 @@ bool winograd_conv(const GatherConv<T>& conv, const typename Products::Element* 
   bool finite = true;
   parallel_tasks(blocks * column_parts, [&](int64_t task, int thread) {
     const int64_t index = task / column_parts, part = task % column_parts;
+    const bool has_input = held[thread * kLine] == index;
+    held[thread * kLine] = index;
     const auto run = [&](auto kind, auto height, auto width) {
       const WinogradTiles& of_kind = kinds[decltype(kind)::value];
       const bool block_finite = winograd_block<T, Products, largest, decltype(height)::value, decltype(width)::value>(
           conv, transformed, of_kind, block, (index - of_kind.first_block) * block, panels * part / column_parts,
-          panels * (part + 1) / column_parts, zeros, stream, inputs + thread * v_elements,
+          panels * (part + 1) / column_parts, zeros, stream, has_input, inputs + thread * v_elements,
           scratch + thread * m_elements);
       if (!block_finite) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     };

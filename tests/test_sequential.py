@@ -259,7 +259,8 @@ def test_layers_that_differ_from_what_they_say() -> None:
     model[1].weight = torch.nn.Parameter(torch.randn(3, 36, device=DEVICE))
     with pytest.raises(ValueError, match="weight: expected"):
         model(x)
-    nothing = torch.nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 0)).to(DEVICE)
+    nothing = torch.nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 1)).to(DEVICE)
+    nothing[1].weight, nothing[1].bias = (torch.nn.Parameter(p[:0].detach()) for p in nothing[1].parameters())
     x = torch.randn(3, 5).to(DEVICE)
     assert_same(results(nn.Sequential(*nothing), x, True), results(nothing, x, True))
 

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from fastnn import _C, nn, optim
+from fastnn.autograd.conv2d import lies_as_kernels_read
 from fastnn.autograd.cross_entropy import REDUCTIONS, empty_statistics
 from fastnn.runtime import capture_kernels, kernel_dtypes, note_kernels
-from fastnn.stages import Backward, NotCompilable, lies_as_kernels_read, stages_of, watched
+from fastnn.stages import Backward, Memory, NotCompilable, stages_of, watched
 from fastnn.tracing import runs_in_order
 
 __all__ = ["CompiledForward", "CompiledStep"]
@@ -74,7 +75,7 @@ def _captured_in_programs(steps: Iterable[Callable[[], object]]) -> Callable[[],
 
 
 @dataclass
-class _Recording:
+class _Recording(Memory):
     """One batch size's programs and the tensors they work in."""
 
     images: Tensor
@@ -90,20 +91,11 @@ class _Recording:
         self.programs[name] = _C.Program()
         return self.programs[name].record(calls)
 
-    def at(self, parameter: Tensor | None) -> Tensor | None:
-        return parameter
-
-    def grad_of(self, parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else self.grads.get(parameter)
-
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         tensor = torch.empty(shape, dtype=dtype, device=self.images.device, memory_format=memory_format)
         self.tensors.append(tensor)
         return tensor
-
-    def new_like(self, tensor: Tensor) -> Tensor:
-        return self.new(tuple(tensor.shape), tensor.dtype, channels_last=tensor.dim() == 4)
 
     def rows(self, index: Tensor) -> Tensor:
         """`index` where a replay reads it."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastnn import functional
 from fastnn.arguments import pool_arguments, wants_relu
 from fastnn.sequential import call_in_order
-from fastnn.stages import Stage, conv2d_stages, linear_stages, max_pool2d_stages, relu_stages
+from fastnn.stages import conv2d_stages, linear_stages, max_pool2d_stages, relu_stages
 
 __all__ = [
     "Conv2d",
@@ -62,8 +62,7 @@ class Linear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias, activation=self.activation)
 
-    def _stages(self) -> list[Stage]:
-        return linear_stages(self)
+    _stages = linear_stages
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
@@ -137,8 +136,7 @@ class Conv2d(torch.nn.Conv2d):
             max_pool=self.max_pool,
         )
 
-    def _stages(self) -> list[Stage]:
-        return conv2d_stages(self)
+    _stages = conv2d_stages
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -168,8 +166,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
             self.return_indices,
         )
 
-    def _stages(self) -> list[Stage]:
-        return max_pool2d_stages(self)
+    _stages = max_pool2d_stages
 
 
 class ReLU(torch.nn.ReLU):
@@ -185,8 +182,7 @@ class ReLU(torch.nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         return functional.relu(input, self.inplace)
 
-    def _stages(self) -> list[Stage]:
-        return relu_stages(self)
+    _stages = relu_stages
 
 
 class Sequential(torch.nn.Sequential):

@@ -24,8 +24,17 @@ from fastnn.autograd.common import (
     goes_through_op,
     goes_through_torch,
 )
-from fastnn.autograd.conv2d import channels_last, prefers_channels_last
-from fastnn.stages import Stage, lies_as_kernels_read, stages_of, watched
+from fastnn.autograd.conv2d import channels_last, layout_of, lies_as_kernels_read, result_format
+from fastnn.stages import (
+    PARAMETERS,
+    WEIGHTED,
+    Memory,
+    Stage,
+    everything_is_watched,
+    may_have_stages,
+    stages_of,
+)
+from fastnn.tracing import has_hooks
 
 __all__ = ["PARTS", "call_in_order"]
 
@@ -33,12 +42,18 @@ __all__ = ["PARTS", "call_in_order"]
 MOST_PLANS = 32
 
 _hooks_on_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
-_WEIGHTED = (torch.nn.Conv2d, torch.nn.Linear)
+# Where a Sequential has its parts, in its ``__dict__``.
+PARTS = "_parts_in_order"
+_Part = Callable[[Any], Any]
 
 
 def call_in_order(model: torch.nn.Sequential, input: Any) -> Any:
     """What the model's layers make of `input`, one after another."""
-    for part in _parts_of(model):
+    return _through(_parts_of(model), input)
+
+
+def _through(parts: Iterable[_Part], input: Any) -> Any:
+    for part in parts:
         input = part(input)
     return input
 
@@ -46,7 +61,7 @@ def call_in_order(model: torch.nn.Sequential, input: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ a plan
 
 
-class _StandIns:
+class _StandIns(Memory):
     """Memory for stages that are recorded: each tensor has an address of its own, and nothing is there."""
 
     precision = "fp32"
@@ -59,9 +74,6 @@ class _StandIns:
     def at(self, parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else self.parameters[parameter]
 
-    def grad_of(self, parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else self.grads.get(parameter)
-
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         # The layout that a tensor without memory has; the address comes from a tensor of no elements on the device.
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -69,9 +81,6 @@ class _StandIns:
         device = next(iter(self.parameters.values())).device
         self.made.append(_C.stand_in(torch.empty(0, dtype=dtype, device=device), shape, strides))
         return self.made[-1]
-
-    def new_like(self, tensor: Tensor) -> Tensor:
-        return self.new(tuple(tensor.shape), tensor.dtype, channels_last=tensor.dim() == 4)
 
 
 def _stand_in(tensor: Tensor) -> Tensor:
@@ -187,35 +196,29 @@ class _Chain:
         self.saves_output = isinstance(last, torch.nn.ReLU) or (
             getattr(last, "activation", None) is not None and getattr(last, "max_pool", None) is None
         )
-        # Each parameter's place: the number of the stage that it belongs to, that of the layer, and its name.
-        self._places: list[tuple[int, int, str]] = []
+        # Each parameter's place: the numbers of its stage and of its layer, the layer, and its name.
+        self._places: list[tuple[int, int, torch.nn.Module, str]] = []
         number = 0
         for i, (layer, stages) in enumerate(layers):
-            if isinstance(layer, _WEIGHTED):
-                named = layer._parameters.items()
-                self._places += [(number, i, name) for name, p in named if p is not None and name in _NAMES]
+            if isinstance(layer, WEIGHTED):
+                present = (name for name in PARAMETERS if layer._parameters[name] is not None)
+                self._places += [(number, i, layer, name) for name in present]
             number += len(stages)
-        self._owners = [(layers[i][0], name) for _, i, name in self._places]
         self._plans: dict[Any, _Plan] = {}
-        self._tails: dict[int, list[Callable[[Any], Any]]] = {}
+        self._tails: dict[int, list[_Part]] = {}
 
     def __call__(self, input: Any) -> Any:
-        parameters: list[Any] = [layer._parameters[name] for layer, name in self._owners]
-        if not self._is_recorded(input, parameters):
-            for layer, _ in self._layers:
-                input = layer(input)
-            return input
-        needed = tuple([tensor.requires_grad for tensor in (input, *parameters)])
-        first = needed.index(True)
-        begin = 0 if first == 0 else self._places[first - 1][1]
-        if begin > 0:  # autograd sees nothing of the layers before it
-            return self._call_from(begin, input)
-        results = self._compute(input, parameters, needed)
-        if results is None:
-            for layer, _ in self._layers:
-                input = layer(input)
-            return input
-        return _ChainFunction.run(input, (self, *results), *parameters)
+        parameters: list[Any] = [layer._parameters[name] for _, _, layer, name in self._places]
+        if self._is_recorded(input, parameters):
+            needed = tuple([tensor.requires_grad for tensor in (input, *parameters)])
+            first = needed.index(True)
+            begin = 0 if first == 0 else self._places[first - 1][1]
+            if begin > 0:  # autograd sees nothing of the layers before it
+                return self._call_from(begin, input)
+            results = self._compute(input, parameters, needed)
+            if results is not None:
+                return _ChainFunction.run(input, (self, *results), *parameters)
+        return _through((layer for layer, _ in self._layers), input)
 
     def _is_recorded(self, input: Any, parameters: list[Tensor]) -> bool:
         """Whether kernels serve the call, autograd records it, and a plan can express it."""
@@ -231,13 +234,10 @@ class _Chain:
 
     def _call_from(self, begin: int, input: Any) -> Any:
         """As a call, with the layers before `begin` one by one."""
-        for layer, _ in self._layers[:begin]:
-            input = layer(input)
         if begin not in self._tails:
             self._tails[begin] = _parts_from(self._layers[begin:])
-        for part in self._tails[begin]:
-            input = part(input)
-        return input
+        before = (layer for layer, _ in self._layers[:begin])
+        return _through(self._tails[begin], _through(before, input))
 
     def _compute(
         self, input: Tensor, parameters: list[Tensor], needed: tuple[bool, ...]
@@ -249,7 +249,7 @@ class _Chain:
         plan = self._plans.get(key)
         results = None if plan is None else plan.forward(source, parameters)
         if plan is None or results is None:
-            numbered = [(number, p) for (number, _, _), p in zip(self._places, parameters, strict=True)]
+            numbered = [(number, p) for (number, *_), p in zip(self._places, parameters, strict=True)]
             try:
                 plan = _Plan(self._stages, source, numbered, needed, self.saves_output)
             except (ValueError, IndexError, RuntimeError):
@@ -260,14 +260,10 @@ class _Chain:
             self._plans[key] = plan
         return None if results is None else (plan, *results)
 
-    def result_format(self, input: Tensor, parameters: Sequence[Tensor]) -> torch.memory_format:
-        """torch's rule for the images that convolutions make."""
-        return _result_format(input, *(p for p in parameters if p.dim() == 4))
-
     def layer_by_layer(self, input: Tensor, *parameters: Tensor) -> Tensor:
         """The output by the layers' own operators, with these for their parameters."""
         named: list[dict[str, Tensor]] = [{} for _ in self._layers]
-        for (_, i, name), parameter in zip(self._places, parameters, strict=True):
+        for (_, i, _, name), parameter in zip(self._places, parameters, strict=True):
             named[i][name] = parameter
         for (layer, _), own in zip(self._layers, named, strict=True):
             input = torch.func.functional_call(layer, own, (input,))
@@ -282,23 +278,23 @@ class _ChainFunction(KernelFunction):
         ctx.save_for_backward(input, *parameters, activations, output if chain.saves_output else None)
         if output.dim() == 2:
             return output
-        return output.contiguous(memory_format=chain.result_format(input, parameters))
+        images = (tensor for tensor in (input, *parameters) if tensor.dim() == 4)
+        return output.contiguous(memory_format=result_format(*map(layout_of, images)))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, *parameters, activations, output = ctx.saved_tensors
         needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]
-        grads: Sequence[Tensor | None] | None
-        if goes_through_op(grad_output) or goes_through_torch(grad_output):
-            grads = differentiable_backward(ctx.chain.layer_by_layer, (input, *parameters), needed, grad_output)
-        else:
+        by_layers = goes_through_op(grad_output) or goes_through_torch(grad_output)
+        grads: Sequence[Tensor | None] | None = None
+        if not by_layers:
             grads = ctx.plan.backward(_as_read(grad_output), _as_read(input), parameters, output, activations)
-            if grads is None:  # a parameter is laid out in another way than it was
-                grads = differentiable_backward(ctx.chain.layer_by_layer, (input, *parameters), needed, grad_output)
-                grads = [None if grad is None else grad.detach() for grad in grads]
+        if grads is None:  # or a parameter is laid out in another way than it was
+            grads = differentiable_backward(ctx.chain.layer_by_layer, (input, *parameters), needed, grad_output)
+            grads = grads if by_layers else [None if grad is None else grad.detach() for grad in grads]
         grad_input, *rest = grads
         if grad_input is not None and grad_input.dim() == 4:
-            grad_input = grad_input.contiguous(memory_format=_result_format(input, parameters[0]))
+            grad_input = grad_input.contiguous(memory_format=result_format(layout_of(input), layout_of(parameters[0])))
         return grad_input, None, *rest
 
 
@@ -307,13 +303,8 @@ def _as_read(tensor: Tensor) -> Tensor:
     return channels_last(tensor) if tensor.dim() == 4 else dense(tensor)
 
 
-def _result_format(*tensors: Tensor) -> torch.memory_format:
-    return torch.channels_last if any(map(prefers_channels_last, tensors)) else torch.contiguous_format
-
-
 # --------------------------------------------------------------------------------------------- a Sequential's chains
 
-_NAMES = ("weight", "bias")
 # What stages are made from, of all layers.
 _ARGUMENTS = (
     *("activation", "max_pool", "kernel_size", "stride", "padding", "padding_mode", "dilation", "groups"),
@@ -329,7 +320,7 @@ class _Parts:
 
     def __init__(self) -> None:
         self.state: list[tuple[Any, ...]] | None = None
-        self.parts: list[Callable[[Any], Any]] = []
+        self.parts: list[_Part] = []
 
     def __deepcopy__(self, memo: Any) -> _Parts:
         return _Parts()
@@ -338,32 +329,29 @@ class _Parts:
         return _Parts, ()
 
 
-def _parts_of(model: torch.nn.Sequential) -> list[Callable[[Any], Any]]:
+def _parts_of(model: torch.nn.Sequential) -> list[_Part]:
     """Made anew where a layer, its class, hooks or arguments changed."""
     known: _Parts | None = vars(model).get(PARTS)
     if known is None:
         known = vars(model)[PARTS] = _Parts()
-    state = [_state_of(layer) for layer in model._modules.values()]
+    state = [(everything_is_watched(),), *map(_state_of, model._modules.values())]
     if known.state != state:
         known.parts = list(_split(model._modules.values()))
         known.state = state
     return known.parts
 
 
-PARTS = "_parts_in_order"  # where a Sequential has them
-
-
 def _state_of(layer: Any) -> tuple[Any, ...]:
     kind, attributes = type(layer), vars(layer)
-    if "_stages" not in vars(kind) and kind not in (torch.nn.Flatten, torch.nn.Identity):
+    if not may_have_stages(kind):
         return layer, kind
     parameters = layer._parameters
     present = "weight" in parameters, parameters.get("bias") is None, len(parameters)
     replaced = "forward" in attributes, layer._compiled_call_impl
-    return layer, kind, watched(layer), replaced, present, *map(attributes.get, _ARGUMENTS)
+    return layer, kind, has_hooks(layer), replaced, present, *map(attributes.get, _ARGUMENTS)
 
 
-def _split(layers: Iterable[Any]) -> Iterator[Callable[[Any], Any]]:
+def _split(layers: Iterable[Any]) -> Iterator[_Part]:
     """Chains, which a convolution or a linear layer begins, and the layers that are in none."""
     chain: list[_Staged] = []
     dims: int | None = None  # that the chain's output has
@@ -378,7 +366,7 @@ def _split(layers: Iterable[Any]) -> Iterator[Callable[[Any], Any]]:
         if stages is None or (takes is not None and takes != dims):
             yield from _parts_from(chain)
             chain = []
-        if stages is None or not (chain or isinstance(layer, _WEIGHTED)):
+        if stages is None or not (chain or isinstance(layer, WEIGHTED)):
             yield layer
             continue
         chain.append((layer, stages))
@@ -386,13 +374,13 @@ def _split(layers: Iterable[Any]) -> Iterator[Callable[[Any], Any]]:
     yield from _parts_from(chain)
 
 
-def _parts_from(layers: Sequence[_Staged]) -> list[Callable[[Any], Any]]:
+def _parts_from(layers: Sequence[_Staged]) -> list[_Part]:
     """A chain, if there is enough for one; what comes after its last kernel is called by itself."""
     end = len(layers)
     while end > 0 and isinstance(layers[end - 1][0], (torch.nn.Flatten, torch.nn.Identity)):
         end -= 1
     several = sum(bool(stages) for _, stages in layers[:end]) > 1
-    begin: list[Callable[[Any], Any]] = [_Chain(layers[:end])] if several else [layer for layer, _ in layers[:end]]
+    begin: list[_Part] = [_Chain(layers[:end])] if several else [layer for layer, _ in layers[:end]]
     return [*begin, *(layer for layer, _ in layers[end:])]
 
 

@@ -2,13 +2,13 @@
 
 A stage computes a layer's output, and returns with it a function for the backward pass. Between stages activations stay
 in channels_last order; a Flatten is one transposition. Where its tensors lie is the business of the `Memory` that it is
-given: :mod:`fastnn.compiled` keeps them and records the calls, :mod:`fastnn.sequential` takes new ones at each call.
+given: :mod:`fastnn.compiled` keeps real ones for its programs, :mod:`fastnn.sequential` records on stand-ins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,35 +20,82 @@ from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
 from fastnn.tracing import has_hooks
 
-__all__ = ["Backward", "Memory", "NotCompilable", "Stage", "lies_as_kernels_read", "stages_of", "watched"]
+__all__ = [
+    "PARAMETERS",
+    "WEIGHTED",
+    "Backward",
+    "Memory",
+    "NotCompilable",
+    "Stage",
+    "everything_is_watched",
+    "may_have_stages",
+    "stages_of",
+    "watched",
+]
 
 
 class NotCompilable(ValueError):  # noqa: N818 - names the verdict, not a failure
     """The model, loss or optimizer is none that stages can express."""
 
 
-class Memory(Protocol):
+class Memory:
     """Where stages get their tensors from."""
 
     precision: str  # "fp32", or "bf16" for what rounds factors on the way forward
+    grads: Mapping[Tensor, Tensor]  # what the gradients of parameters are written to, of those that are wanted
 
     def at(self, parameter: Tensor | None) -> Any:
         """What kernels are called with for a parameter."""
+        return parameter
 
     def grad_of(self, parameter: Tensor | None) -> Tensor | None:
-        """What a parameter's gradient is written to; None where it is not wanted."""
+        return None if parameter is None else self.grads.get(parameter)
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         """Uninitialised memory, row-major or channels_last."""
+        raise NotImplementedError
 
     def new_like(self, tensor: Tensor) -> Tensor:
         """The same for a tensor's shape and dtype: images channels_last, others row-major."""
+        return self.new(tuple(tensor.shape), tensor.dtype, channels_last=tensor.dim() == 4)
 
 
 # Given grad_output and whether the input's gradient is wanted, returns that or None.
 Backward = Callable[[Tensor, bool], "Tensor | None"]
 # Given the input, returns the output and what computes the gradients.
 Stage = Callable[[Memory, Tensor], tuple[Tensor, Backward]]
+
+
+# A layer's parameters that kernels read.
+PARAMETERS = ("weight", "bias")
+WEIGHTED = (torch.nn.Conv2d, torch.nn.Linear)
+
+
+def _backward_with_weight(
+    kernel: Callable[..., None], memory: Memory, input: Tensor, weight: Tensor, bias: Tensor | None, *saved: Any
+) -> Backward:
+    """Calls ``kernel(grad_input, grad_weight, grad_bias, grad_output, input, weight, *saved)``."""
+
+    def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+        grad_input = memory.new_like(input) if needs_input else None
+        grads = grad_input, memory.grad_of(weight), memory.grad_of(bias)
+        kernel(*grads, grad_output, input, memory.at(weight), *saved)
+        return grad_input
+
+    return backward
+
+
+def _backward_to_input(kernel: Callable[..., None], memory: Memory, input: Tensor, *saved: Any) -> Backward:
+    """Calls ``kernel(grad_input, grad_output, *saved)`` if the input's gradient is wanted."""
+
+    def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
+        if not needs_input:
+            return None
+        grad_input = memory.new_like(input)
+        kernel(grad_input, grad_output, *saved)
+        return grad_input
+
+    return backward
 
 
 def conv2d_stages(layer: Any) -> list[Stage]:
@@ -75,25 +122,8 @@ def conv2d_stages(layer: Any) -> list[Stage]:
         weight, bias = layer.weight, layer.bias
         precision = "tf32" if allows_tf32(input, "conv") else memory.precision
         _C.conv2d_forward(output, winner, input, memory.at(weight), memory.at(bias), *geometry, relu, precision)
-        kept = output if relu and not fused else None
-
-        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
-            grad_input = memory.new_like(input) if needs_input else None
-            _C.conv2d_backward(
-                grad_input,
-                memory.grad_of(weight),
-                memory.grad_of(bias),
-                grad_output,
-                input,
-                memory.at(weight),
-                kept,
-                winner,
-                *geometry,
-                "tf32" if precision == "tf32" else "fp32",
-            )
-            return grad_input
-
-        return output, backward
+        saved = output if relu and not fused else None, winner, *geometry, "tf32" if precision == "tf32" else "fp32"
+        return output, _backward_with_weight(_C.conv2d_backward, memory, input, weight, bias, *saved)
 
     if pool is None or fused:
         return [stage]
@@ -111,23 +141,8 @@ def linear_stages(layer: Any) -> list[Stage]:
         output = memory.new((len(input), len(weight)), input.dtype)
         tf32 = allows_tf32(input, "matmul")
         _C.linear_forward(output, input, memory.at(weight), memory.at(bias), relu, tf32)
-        kept = output if relu else None
-
-        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
-            grad_input = memory.new(tuple(input.shape), input.dtype) if needs_input else None
-            _C.linear_backward(
-                grad_input,
-                memory.grad_of(weight),
-                memory.grad_of(bias),
-                grad_output,
-                input,
-                memory.at(weight),
-                kept,
-                tf32,
-            )
-            return grad_input
-
-        return output, backward
+        saved = output if relu else None, tf32
+        return output, _backward_with_weight(_C.linear_backward, memory, input, weight, bias, *saved)
 
     return [stage]
 
@@ -141,15 +156,7 @@ def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any
         output = memory.new(shape, input.dtype, channels_last=True)
         winners = memory.new(shape, winners_dtype(kernel_size, return_indices=False), channels_last=True)
         _C.max_pool2d_forward(output, winners, input, *window)
-
-        def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
-            if not needs_input:
-                return None
-            grad_input = memory.new_like(input)
-            _C.max_pool2d_backward(grad_input, grad_output, winners, *window)
-            return grad_input
-
-        return output, backward
+        return output, _backward_to_input(_C.max_pool2d_backward, memory, input, winners, *window)
 
     return stage
 
@@ -157,15 +164,7 @@ def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any
 def _relu_stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
     output = memory.new_like(input)
     _C.relu_forward(output, input)
-
-    def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
-        if not needs_input:
-            return None
-        grad_input = memory.new_like(input)
-        _C.relu_backward(grad_input, grad_output, output)
-        return grad_input
-
-    return output, backward
+    return output, _backward_to_input(_C.relu_backward, memory, input, output)
 
 
 def _flatten_stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
@@ -217,9 +216,9 @@ def stages_of(layer: torch.nn.Module) -> list[Stage]:
         raise NotCompilable(f"{layer}: expected a layer without hooks")
     if "forward" in vars(layer) or layer._compiled_call_impl is not None:
         raise NotCompilable(f"{layer}: expected a layer with the forward of its class")
-    if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) and not layer._parameters.keys() >= {"weight", "bias"}:
+    if isinstance(layer, WEIGHTED) and not layer._parameters.keys() >= set(PARAMETERS):
         raise NotCompilable(f"{layer}: expected weight and bias that are its parameters")
-    if "_stages" in vars(type(layer)):
+    if "_stages" in vars(type(layer)):  # see fastnn.nn
         return layer._stages()  # type: ignore[operator]
     if type(layer) is torch.nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
         return [_flatten_stage]
@@ -228,12 +227,16 @@ def stages_of(layer: torch.nn.Module) -> list[Stage]:
     raise NotCompilable(f"{layer}: expected a layer of fastnn.nn, Flatten or Identity")
 
 
+def may_have_stages(kind: type) -> bool:
+    """Whether layers of exactly this class are stages, if nothing about them stands against it."""
+    return "_stages" in vars(kind) or kind in (torch.nn.Flatten, torch.nn.Identity)
+
+
+def everything_is_watched() -> bool:
+    """Whether hooks see the calls of all modules."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
 def watched(module: torch.nn.Module) -> bool:
     """Whether hooks see the module's calls, its own or everybody's."""
-    return has_hooks(module) or bool(torch.nn.modules.module._has_any_global_hook())
-
-
-def lies_as_kernels_read(parameter: Tensor) -> bool:
-    """Whether a parameter's memory is its values in row-major or channels_last order."""
-    in_order = parameter.is_contiguous() or parameter.is_contiguous(memory_format=torch.channels_last)
-    return in_order and not parameter.is_neg()
+    return has_hooks(module) or everything_is_watched()

@@ -427,7 +427,7 @@ PYTHON_LAYERS = {
     "functional": {"arguments", "autograd", "reference", "runtime"},
     "tracing": set(),
     "stages": {"_C", "arguments", "autograd", "tracing"},
-    "sequential": {"_C", "autograd", "stages"},
+    "sequential": {"_C", "autograd", "stages", "tracing"},
     "nn": {"arguments", "functional", "sequential", "stages"},
     "optim": {"_C", "runtime"},
     "compiled": {"_C", "autograd", "nn", "optim", "runtime", "stages", "tracing"},

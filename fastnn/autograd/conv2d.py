@@ -56,13 +56,17 @@ def _runs_channels_last(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
+def lies_as_kernels_read(weight: Tensor) -> bool:
+    """Whether memory is the values in one of the two layouts that the kernels read."""
+    in_order = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    return in_order and not weight.is_neg()
+
+
 def _kernel_layout(weight: Tensor) -> Tensor:
     """The weight in one of the two layouts that the kernels read."""
     if weight.is_neg():
         weight = weight.resolve_neg()
-    if weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last):
-        return weight
-    return weight.contiguous()
+    return weight if lies_as_kernels_read(weight) else weight.contiguous()
 
 
 def output_shape(
@@ -81,13 +85,13 @@ _Sizes = tuple[int, ...]
 _Layout = tuple[_Sizes, _Sizes]  # shape and strides
 
 
-def _layout(tensor: Tensor) -> _Layout:
+def layout_of(tensor: Tensor) -> _Layout:
     return tensor.shape, tensor.stride()
 
 
-def _result_format(input: _Layout, weight: _Layout) -> torch.memory_format:
-    """torch's rule for a convolution's results: channels_last where the input or the weight is."""
-    prefers = _runs_channels_last(*input) or _runs_channels_last(*weight)
+def result_format(*layouts: _Layout) -> torch.memory_format:
+    """torch's rule for the results of convolutions: channels_last where the input or a weight is."""
+    prefers = any(_runs_channels_last(*layout) for layout in layouts)
     return torch.channels_last if prefers else torch.contiguous_format
 
 
@@ -99,7 +103,7 @@ def _output_layout(
     strides of input and weight; kept, for they take as long to work out as a tiny image."""
     shape = output_shape(input[0], weight[0], geometry, pool)
     output = torch.empty(shape, dtype=torch.uint8, device="meta", memory_format=torch.channels_last)
-    return shape, output.stride(), _result_format(input, weight)
+    return shape, output.stride(), result_format(input, weight)
 
 
 def _precision(input: Tensor) -> str:
@@ -111,7 +115,7 @@ def conv2d_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and with `pool` each maximum's place in its window (uint8, channels_last)."""
     try:
-        shape, strides, memory_format = _output_layout(_layout(input), _layout(weight), geometry, pool)
+        shape, strides, memory_format = _output_layout(layout_of(input), layout_of(weight), geometry, pool)
         output = input.new_empty_strided(shape, strides)
     except (IndexError, RuntimeError, ZeroDivisionError):  # not a convolution: the binding says in what way
         output, memory_format = input.new_empty((0, 0, 0, 0)), torch.contiguous_format
@@ -157,7 +161,7 @@ def conv2d_backward(
         _precision(input),
     )
     if grad_input is not None:
-        memory_format = _output_layout(_layout(input), _layout(weight), geometry, winner is not None)[2]
+        memory_format = _output_layout(layout_of(input), layout_of(weight), geometry, winner is not None)[2]
         grad_input = grad_input.contiguous(memory_format=memory_format)
     return grad_input, grad_weight, grad_bias
 
@@ -244,7 +248,7 @@ def _conv2d_fake(
     pool: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = output_shape(input.shape, weight.shape, Geometry(stride, padding, dilation, groups), pool)
-    memory_format = _result_format(_layout(input), _layout(weight))
+    memory_format = result_format(layout_of(input), layout_of(weight))
     output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format)
     if not pool:
         return output, input.new_empty(0, dtype=torch.uint8)
@@ -292,7 +296,7 @@ def _conv2d_backward_fake(
 ) -> tuple[Tensor, ...]:
     grad_input = empty_like_if(needed[0], input, input.shape)
     if needed[0]:
-        memory_format = _result_format(_layout(input), _layout(weight))
+        memory_format = result_format(layout_of(input), layout_of(weight))
         grad_input = grad_input.contiguous(memory_format=memory_format)
     grad_weight = torch.empty_like(_kernel_layout(weight)) if needed[1] else weight.new_empty(0)
     return grad_input, grad_weight, empty_like_if(needed[2], weight, weight.shape[:1])

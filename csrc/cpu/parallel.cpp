@@ -1,5 +1,6 @@
 // Threads. A loop's tasks are cut into one range a thread, so that consecutive loops over the same images find them in
-// the same cores' caches; a thread that is done helps with the others' ranges. Two crews run them:
+// the same cores' caches; a thread that is done helps with the others' ranges, from their ends, which are the same
+// tasks each time. Two crews run them:
 //
 //   OpenMP      the pool that torch's own operators use, for single operators between torch's: two pools side by side
 //               would fight for cores, since OpenMP's threads spin for a while after each region
@@ -17,6 +18,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -44,14 +46,35 @@ inline void pause_briefly() {
 }
 
 // What is left of one thread's range of tasks.
-struct alignas(64) Range {
-  std::atomic<int64_t> next;
-  int64_t end;
+class alignas(64) Range {
+ public:
+  struct Run {
+    int64_t begin, end;
+  };
+
+  Range(int64_t begin, int64_t end) : left_{{static_cast<uint32_t>(begin), static_cast<uint32_t>(end)}} {}
+
+  // An eighth of what is left: the first tasks for the thread whose range it is, the last ones for another. Large runs
+  // cost few claims, and small ones at the end even out what other processes take.
+  Run claim(bool own) {
+    Left left = left_.load(std::memory_order_relaxed), rest;
+    do {
+      const uint32_t run = (left.end - left.begin + 7) / 8;
+      rest = own ? Left{left.begin + run, left.end} : Left{left.begin, left.end - run};
+    } while (!left_.compare_exchange_weak(left, rest, std::memory_order_relaxed));
+    return own ? Run{left.begin, rest.begin} : Run{rest.end, left.end};
+  }
+
+ private:
+  struct Left {
+    uint32_t begin, end;
+  };
+  std::atomic<Left> left_;
 };
 
 // One parallel loop.
 struct Loop {
-  int64_t run;  // tasks claimed at a time
+  int64_t tasks, unit;  // a claim counts in units of so many tasks
   int threads;
   Work work;
   const void* context;
@@ -62,9 +85,9 @@ struct Loop {
     for (int i = 0; i < threads; ++i) {
       Range& range = ranges[(thread + i) % threads];
       for (;;) {
-        const int64_t begin = range.next.fetch_add(run, std::memory_order_relaxed);
-        if (begin >= range.end) break;
-        work(context, begin, std::min(begin + run, range.end), thread);
+        const auto [begin, end] = range.claim(i == 0);
+        if (begin == end) break;
+        work(context, begin * unit, std::min(end * unit, tasks), thread);
       }
     }
     in_task = false;
@@ -152,9 +175,9 @@ void run_tasks(int64_t tasks, Work work, const void* context) {
     return;
   }
   const Scratch<Range> ranges(threads);
-  for (int i = 0; i < threads; ++i) new (&ranges[i]) Range{tasks * i / threads, tasks * (i + 1) / threads};
-  // Eight runs a thread even out what other processes take, at little cost in claims.
-  Loop loop{std::max<int64_t>(1, tasks / (8 * threads)), threads, work, context, ranges};
+  const int64_t unit = tasks / UINT32_MAX + 1, units = (tasks + unit - 1) / unit;
+  for (int i = 0; i < threads; ++i) new (&ranges[i]) Range(units * i / threads, units * (i + 1) / threads);
+  Loop loop{tasks, unit, threads, work, context, ranges};
   if (use_own_threads) {
     if (!crew().run(loop)) work(context, 0, tasks, 0);
     return;

@@ -2,14 +2,22 @@
 #pragma once
 
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd/bytes.h"
+#include "cpu/simd/streaming.h"
+#include "cpu/kernels/tile.inl.h"
 #include "cpu/simd/transpose.h"
 #include "ops/batch.h"
 
 namespace fastnn::cpu {
 namespace {
 
-// Elements of a task: about a microsecond.
-constexpr int64_t kBatchGrain = 1 << 12;
+// Elements of a task: some tenths of a microsecond.
+constexpr int64_t kBatchGrain = 1 << 10;
+// Images of a batch lie anywhere in memory, each too short for the processor to fetch ahead by itself: the first bytes
+// of the next but one are asked for while one is read.
+constexpr int64_t kImagesAhead = 2;
+constexpr int64_t kBytesAhead = 4 << 10;
 
 template <class T>
 void transpose_batch(const TransposeShape& s, const TransposeBuffers<T>& t) {
@@ -23,18 +31,62 @@ void transpose_batch(const TransposeShape& s, const TransposeBuffers<T>& t) {
   });
 }
 
+// to[i] = from[i] / divisor
+template <class T, class Source>
+FASTNN_INLINE void divide_run(const Source* from, int64_t count, T divisor, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) {
+    if constexpr (sizeof(Source) == 1)
+      store<T>(to + i, __builtin_convertvector(widen_bytes<T>(from + i), Vec<T>) / divisor);
+    else
+      store<T>(to + i, load(from + i) / divisor);
+  }
+  for (; i < count; ++i) to[i] = static_cast<T>(from[i]) / divisor;
+}
+
+// to[p][c] = from[c * stride + p]
+template <class T>
+void interleave_planes(const T* from, int64_t stride, int64_t channels, int64_t pixels, T* to) {
+  if (channels > 4) return transpose_matrix(from, stride, channels, pixels, to, channels);
+  with_count<4>(channels, [&](auto constant) {
+    constexpr int planes = decltype(constant)::value;
+    for (int64_t p = 0; p < pixels; ++p) {
+      FASTNN_UNROLL
+      for (int c = 0; c < planes; ++c) to[p * planes + c] = from[c * stride + p];
+    }
+  });
+}
+
 template <class T, class Source>
 void gather_images_from(const GatherImagesShape& s, const GatherImagesBuffers<T>& t) {
-  const int64_t elements = s.channels * s.pixels;
+  const int64_t elements = s.channels * s.pixels, bytes = elements * static_cast<int64_t>(sizeof(Source));
   const T divisor = static_cast<T>(s.divisor);
-  parallel_ranges(s.batch, kBatchGrain / (elements + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const Source* from = static_cast<const Source*>(t.input) + t.index[b] * elements;
+  const auto image = [&](int64_t b) { return static_cast<const Source*>(t.input) + t.index[b] * elements; };
+  // Images of several channels are divided plane by plane, some pixels at a time, and then interleaved.
+  const int64_t run = (kBatchGrain / (s.channels + 1) / kLanes<T> + 1) * kLanes<T>;
+  const int64_t planes = s.channels > 1 ? s.channels * run : 0;
+  const Scratch<T> buffers(max_threads() * planes);
+
+  const int64_t grain = kBatchGrain / (elements + 1) + 1;
+  parallel_tasks((s.batch + grain - 1) / grain, [&](int64_t task, int thread) {
+    T* divided = buffers + thread * planes;
+    for (int64_t b = task * grain; b < (task + 1) * grain && b < s.batch; ++b) {
+      if (b + kImagesAhead < s.batch) {
+        const char* next = reinterpret_cast<const char*>(image(b + kImagesAhead));
+        for (int64_t i = 0; i < bytes && i < kBytesAhead; i += kLineBytes) __builtin_prefetch(next + i);
+      }
+      const Source* from = image(b);
       T* to = t.output + b * elements;
       if (t.target) t.target_output[b] = t.target[t.index[b]];
-      for (int64_t c = 0; c < s.channels; ++c)
-        for (int64_t p = 0; p < s.pixels; ++p)
-          to[p * s.channels + c] = static_cast<T>(from[c * s.pixels + p]) / divisor;
+      if (s.channels == 1) {
+        divide_run(from, s.pixels, divisor, to);
+        continue;
+      }
+      for (int64_t p = 0; p < s.pixels; p += run) {
+        const int64_t count = s.pixels - p < run ? s.pixels - p : run;
+        for (int64_t c = 0; c < s.channels; ++c) divide_run(from + c * s.pixels + p, count, divisor, divided + c * run);
+        interleave_planes(divided, run, s.channels, count, to + p * s.channels);
+      }
     }
   });
 }

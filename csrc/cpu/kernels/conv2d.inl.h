@@ -30,27 +30,15 @@ inline bool is_depthwise(const Conv2dShape& s) {
 
 inline int64_t multiply_adds(const Conv2dShape& s) { return s.batch * s.out_height * s.out_width * weight_elements(s); }
 
-// Convolves one group with tiles up to `largest`. Returns whether all outputs were finite before activation; where
-// `weights_finite` is set to false, tiles of 4 are not begun, nor those of 2 unless `always`.
-template <class T, class Products, int largest>
-bool run_winograd(const GatherConv<T>& conv, const WinogradKernels<T>& kernels, bool always, bool* weights_finite) {
-  const int64_t padded = winograd_groups<Products>(conv.depth) * Products::kGroup;
-  const Scratch<typename Products::Element> transformed(
-      panels_of<T>(conv.columns) * winograd_places(largest) *
-      winograd_step<typename Products::Element>(padded * kTileColumns<T>));
-  *weights_finite = winograd_weights<T, Products, largest>(conv.columns, conv.depth, kernels, transformed);
-  return (*weights_finite || always) && winograd_conv<T, Products, largest>(conv, transformed);
-}
-
 // Convolves one group with tiles up to `largest`; returns the kernel's name. Where a weight is not finite, only
 // `always`, else the name is null.
 template <class T, class Products = FullProducts<T>>
 const char* winograd(const GatherConv<T>& conv, const WinogradKernels<T>& kernels, int largest, bool always) {
   bool finite = true;
   if constexpr (Products::kLargestTile == 4) {
-    if (largest == 4 && run_winograd<T, Products, 4>(conv, kernels, false, &finite)) return Products::name(4);
+    if (largest == 4 && winograd_conv<T, Products, 4>(conv, kernels, false, &finite)) return Products::name(4);
   }
-  if (finite || always) run_winograd<T, Products, 2>(conv, kernels, always, &finite);
+  if (finite || always) winograd_conv<T, Products, 2>(conv, kernels, always, &finite);
   return finite || always ? Products::name(2) : nullptr;
 }
 
@@ -97,22 +85,22 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   };
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
-  const Scratch<T> panels(panels_of<T>(outputs) * taps * inputs * kTileColumns<T>);
-  conv.panels = panels;
-  const int64_t panel_tap = inputs * kTileColumns<T>;
-  const WinogradKernels<T> kernels{panels, 9 * panel_tap, kTileColumns<T>, 3 * panel_tap, panel_tap};
   const int largest = winograd_tile<T, Products>(conv);
+  const Scratch<T> panels(largest == 0 ? panels_of<T>(outputs) * taps * inputs * kTileColumns<T> : 0);
+  conv.panels = panels;
   const char* variant = "gather";
   for (int64_t group = 0; group < s.groups; ++group) {
-    pack_forward_panels<T>(outputs, inputs, taps, weight + group * outputs * taps * inputs, panels);
+    const T* of_group = weight + group * outputs * taps * inputs;
     conv.source = t.input + group * inputs;
     conv.out = t.output + group * outputs;
     if (s.pool) conv.winner = t.winner + group * outputs;
     if (t.bias) conv.bias = t.bias + group * outputs;
-    if (largest == 0)
+    if (largest == 0) {
+      pack_forward_panels<T>(outputs, inputs, taps, of_group, panels);
       gather_conv(conv);
-    else
-      variant = winograd<T, Products>(conv, kernels, largest, true);
+    } else {
+      variant = winograd<T, Products>(conv, {of_group, taps * inputs, 1, 3 * inputs, inputs}, largest, true);
+    }
   }
   trace<T>("conv2d_forward", variant);
 }
@@ -240,7 +228,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           continue;
         }
         // OHWI has a panel's columns side by side: nothing is packed.
-        const WinogradKernels<T> kernels{of_group + places[0] * inputs, kTileColumns<T>, taps * inputs,
+        const WinogradKernels<T> kernels{of_group + places[0] * inputs, 1, taps * inputs,
                                          (places[3] - places[0]) * inputs, (places[1] - places[0]) * inputs};
         variant = winograd<T>(conv, kernels, largest, false);
         if (!variant) return scatter();

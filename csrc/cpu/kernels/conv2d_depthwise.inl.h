@@ -416,7 +416,7 @@ void depthwise_grad_weight(const Conv2dShape& s, const T* input, const T* grad, 
       });
     }
   });
-  add_partials<T>(chunks, elements, partials);
+  add_partials<T>(chunks, elements, elements, partials, partials);
   for (int64_t i = 0; i < vectors; ++i) {
     const int64_t c = vector_start<T>(i, s.in_channels);
     const int64_t left = s.in_channels < kLanes<T> ? s.in_channels : kLanes<T>;

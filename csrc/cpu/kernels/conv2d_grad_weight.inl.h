@@ -135,7 +135,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
           }
         });
   });
-  add_partials<T>(plan.chunks, elements, partials);
+  add_partials<T>(plan.chunks, elements, elements, partials, partials);
   write_weight_gradient<T>(s, padded, partials, buffer, grad_weight);
 }
 

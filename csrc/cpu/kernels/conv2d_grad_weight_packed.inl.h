@@ -357,8 +357,7 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
     }
   });
   if (in_place) return;
-  add_partials<T>(plan.chunks, elements, partials);
-  write_ohwi_gradient<T>(s, outputs, partials, grad_weight);
+  write_ohwi_gradient<T>(s, outputs, plan.chunks, elements, partials, grad_weight);
 }
 
 }  // namespace

@@ -100,7 +100,7 @@ void winograd_grad_weight(const Conv2dShape& s, const T* source, const T* grad, 
       with_patch<6, 6>(of_input, y - s.padding_height, x - s.padding_width, zeros, [&](const auto& pixel) {
         for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t left = inputs - panel * width < width ? inputs - panel * width : width;
-          winograd_input<T, FullProducts<T>, 4, 4>(
+          winograd_input<T, FullProducts<T>, kWinograd4x4, 4>(
               [&](int64_t py, int64_t px) { return pixel(py, px) + panel * width; }, left,
               v + (panel * chunk + tile) * width, v_step);
         }
@@ -134,7 +134,7 @@ void winograd_grad_weight(const Conv2dShape& s, const T* source, const T* grad, 
           [&](int y, int x, Vec<T> g) { store_upto(ohwi + (o * 9 + 3 * y + x) * inputs + c, g, left); });
     }
   });
-  if (ohwi != grad_weight) write_ohwi_gradient<T>(s, outputs, sums, grad_weight);
+  if (ohwi != grad_weight) write_ohwi_gradient<T>(s, outputs, 1, 0, sums, grad_weight);
 }
 
 }  // namespace

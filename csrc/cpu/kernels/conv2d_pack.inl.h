@@ -89,7 +89,7 @@ template <class T>
 const T* weight_to_ohwi(const Conv2dShape& shape, const T* weight, T* buffer) {
   if (is_ohwi(shape)) return weight;
   const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape);
-  parallel_ranges(shape.out_channels, 16, [&](int64_t begin, int64_t end) {
+  parallel_ranges(shape.out_channels, 4, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o)
       transpose_matrix(weight + o * inputs * taps, taps, inputs, taps, buffer + o * inputs * taps, inputs);
   });
@@ -154,15 +154,16 @@ bool pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T
   return finite;
 }
 
-// partials[i] += the other chunks' partials[i], in chunk order; `elements` each. The sum stands in the first chunk.
+// to[i] = the sum of the chunks' partials[i], in chunk order; chunks are `step` elements apart. `to` may be the first.
 template <class T>
-void add_partials(int64_t chunks, int64_t elements, T* partials) {
-  parallel_ranges(elements, 1 << 12, [&](int64_t begin, int64_t end) {
+void add_partials(int64_t chunks, int64_t step, int64_t elements, const T* partials, T* to) {
+  if (chunks == 1 && to == partials) return;
+  parallel_ranges(elements, 1 << 10, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += kLanes<T>) {
       const int64_t left = end - i < kLanes<T> ? end - i : kLanes<T>;
       Vec<T> sum = load_upto(partials + i, left);
-      for (int64_t c = 1; c < chunks; ++c) sum += load_upto(partials + c * elements + i, left);
-      store_upto(partials + i, sum, left);
+      for (int64_t c = 1; c < chunks; ++c) sum += load_upto(partials + c * step + i, left);
+      store_upto(to + i, sum, left);
     }
   });
 }
@@ -181,14 +182,16 @@ void write_weight_gradient(const Conv2dShape& shape, int64_t padded_outputs, con
   });
 }
 
-// The same from sums that are OHWI already, of `outputs` channels.
+// The same from the sums of chunks, OHWI already, of `outputs` channels.
 template <class T>
-void write_ohwi_gradient(const Conv2dShape& shape, int64_t outputs, const T* sums, T* grad_weight) {
+void write_ohwi_gradient(const Conv2dShape& shape, int64_t outputs, int64_t chunks, int64_t step, T* partials,
+                         T* grad_weight) {
   const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape), depth = taps * inputs;
-  parallel_ranges(outputs, 16, [&](int64_t begin, int64_t end) {
-    if (is_ohwi(shape)) return copy_run(sums + begin * depth, (end - begin) * depth, grad_weight + begin * depth);
+  if (is_ohwi(shape)) return add_partials<T>(chunks, step, outputs * depth, partials, grad_weight);
+  add_partials<T>(chunks, step, outputs * depth, partials, partials);
+  parallel_ranges(outputs, 4, [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; ++o)
-      transpose_matrix(sums + o * depth, inputs, taps, inputs, grad_weight + o * depth, taps);
+      transpose_matrix(partials + o * depth, inputs, taps, inputs, grad_weight + o * depth, taps);
   });
 }
 

@@ -21,11 +21,11 @@
 namespace fastnn::cpu {
 namespace {
 
-// Images are cut into chunks by the shape alone; each chunk's partial gradient is added in order.
+// Images are cut into chunks, `most` at most, by the shape alone; each chunk's partial gradient is added in order.
 template <class T>
-int64_t image_chunks(const Conv2dShape& s, int64_t partial_elements) {
+int64_t image_chunks(const Conv2dShape& s, int64_t partial_elements, int64_t most) {
   int64_t chunks = kMaxPartialBytes / (partial_elements * static_cast<int64_t>(sizeof(T)));
-  if (chunks > kTasks) chunks = kTasks;
+  if (chunks > most) chunks = most;
   if (chunks > s.batch) chunks = s.batch;
   return chunks < 1 ? 1 : chunks;
 }
@@ -147,7 +147,9 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t pooled_width = s.out_width / 2, windows = s.out_height / 2 * pooled_width, channels = s.out_channels;
   const int64_t run = s.kernel_width * s.in_channels, elements = s.kernel_height * run;
   const int64_t partial_elements = channels * elements + channels;  // the weight's, then the bias's
-  const int64_t chunks = image_chunks<T>(s, partial_elements);
+  // Half as many copies of the sums where a task has half of the channels.
+  const int64_t tables = (channels + 31) / 32, parts = tables < 2 ? 1 : 2;
+  const int64_t chunks = image_chunks<T>(s, partial_elements, kTasks / parts);
   const WindowRange range = pooled_range(s);
   const int64_t window_elements = range.height * range.width * s.in_channels;
   const Scratch<T> buffers(max_threads() * (window_elements + 2 * kLanes<T>));
@@ -157,10 +159,15 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   // Runs are cut into even groups of at most kSparseVectors vectors.
   const int64_t vectors = (run + kLanes<T> - 1) / kLanes<T>, groups = (vectors + kSparseVectors - 1) / kSparseVectors;
 
-  parallel_tasks(chunks, [&](int64_t chunk, int thread) {
+  parallel_tasks(chunks * parts, [&](int64_t task, int thread) {
+    const int64_t chunk = task / parts, part = task % parts;
+    const int64_t first_channel = tables * part / parts * 32, beyond = tables * (part + 1) / parts * 32;
+    const int64_t end_channel = beyond < channels ? beyond : channels, width = end_channel - first_channel;
     T* partial = partials + chunk * partial_elements;
+    T* bias = partial + channels * elements + first_channel;
     T* buffer = buffers + thread * (window_elements + 2 * kLanes<T>);
-    zero_run(partial_elements, partial);
+    zero_run(width * elements, partial + first_channel * elements);
+    zero_run(width, bias);
     for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
       const Image<T> source = window_of(image_of(s, t.input, image), range, s.in_channels, buffer, copy);
       const int64_t y_step = s.stride_height * source.row_stride, x_step = s.stride_width * source.pixel_stride;
@@ -171,11 +178,11 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
         int64_t corners[32];
         for (int64_t q = 0; q < count; ++q) {
           corners[q] = (first + q) / pooled_width * 2 * y_step + (first + q) % pooled_width * 2 * x_step;
-          add_winners(grad + q * channels, winner + q * channels, channels, partial + channels * elements);
+          add_winners(grad + q * channels + first_channel, winner + q * channels + first_channel, width, bias);
         }
-        for (int64_t o = 0; o < channels; o += 32) {
+        for (int64_t o = first_channel; o < end_channel; o += 32) {
           WinnerTable<T> winners;
-          winners.width = channels - o < 32 ? channels - o : 32;
+          winners.width = end_channel - o < 32 ? end_channel - o : 32;
           winners.grad = grad + o, winners.grad_step = channels;
           fill_winners<T>(winner + o, channels, count, corners, x_step, y_step, winners);
           T* to = partial + o * elements;
@@ -195,9 +202,8 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
       }
     }
   });
-  add_partials<T>(chunks, partial_elements, partials);
-  write_ohwi_gradient<T>(s, s.out_channels, partials, t.grad_weight);
-  if (t.grad_bias) copy_run<T>(partials + channels * elements, channels, t.grad_bias);
+  write_ohwi_gradient<T>(s, channels, chunks, partial_elements, partials, t.grad_weight);
+  if (t.grad_bias) add_partials<T>(chunks, partial_elements, channels, partials + channels * elements, t.grad_bias);
 }
 
 // ----------------------------------------------------------------------------------------------- sparse_grad_input
@@ -416,7 +422,7 @@ void lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t windows = (s.out_height / 2) * (s.out_width / 2), depth = kernel_taps(s) * s.in_channels;
   const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const int64_t elements = (depth + 1) * padded;  // the weight's, then the bias's
-  const int64_t chunks = image_chunks<T>(s, elements);
+  const int64_t chunks = image_chunks<T>(s, elements, kTasks);
   const WindowRange range = pooled_range(s);
   const int64_t window_elements = range.height * range.width * s.in_channels;
   const Scratch<T> buffers(max_threads() * window_elements);
@@ -450,7 +456,7 @@ void lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
       }
     }
   });
-  add_partials<T>(chunks, elements, partials);
+  add_partials<T>(chunks, elements, elements, partials, partials);
   write_weight_gradient<T>(s, padded, partials, ohwi, t.grad_weight);
   if (t.grad_bias) copy_run<T>(partials + depth * padded, s.out_channels, t.grad_bias);
 }

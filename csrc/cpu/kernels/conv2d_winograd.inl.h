@@ -37,8 +37,11 @@ constexpr int64_t kWinogradChannels = 16;
 constexpr int64_t winograd_weight_cost(int64_t bytes) { return bytes <= 12 << 20 ? 16 : bytes <= 32 << 20 ? 64 : 320; }
 // V of a block is places * channels * tiles elements; M as much again where the channels are few. Both stay in L2.
 // Blocks of fewer tiles would read U, which may be megabytes, faster than L3 gives it.
-constexpr int64_t kWinogradBlockBytes = 120 << 10;
+constexpr int64_t kWinogradBlockBytes = 164 << 10;
 constexpr int64_t kWinogradTiles = 24;
+
+// All threads' copies of U, together.
+constexpr int64_t kWinogradOwnBytes = 8 << 20;
 
 constexpr int winograd_places(int tile) { return (tile + 2) * (tile + 2); }
 
@@ -151,9 +154,6 @@ FASTNN_INLINE void winograd_transform(const From& from, const Down& down, const 
   }
 }
 
-// Where U of tiles up to `largest` has point i of a tile of `tile` outputs.
-constexpr int winograd_point(int tile, int largest, int i) { return tile < largest && i == 3 ? 5 : i; }
-
 // How the sums over channels are formed: in T throughout. conv2d_winograd_bf16.inl.h has another.
 template <class T>
 struct FullProducts {
@@ -179,53 +179,69 @@ int64_t winograd_groups(int64_t depth) {
   return (depth + Products::kGroup - 1) / Products::kGroup;
 }
 
-// 3x3 kernels as they lie: tap (y, x) of column c of panel p, channel k at
-// data + p * panel_step + k * channel_step + y * row_step + x * tap_step + c. The input gradient turns them by steps
-// below zero.
+// 3x3 kernels as they lie: tap (y, x) from channel k to column c at
+// data + c * column_step + k * channel_step + y * row_step + x * tap_step. One of the first two steps is 1. The input
+// gradient turns the kernels by steps below zero.
 template <class T>
 struct WinogradKernels {
   const T* data;
-  int64_t panel_step, channel_step, row_step, tap_step;
+  int64_t column_step, channel_step, row_step, tap_step;
 };
 
-// Returns whether all weights are finite. Where a last group has channels too few, the missing ones are zeros.
+// Channels whose weights are transformed at a time.
+constexpr int64_t kWinogradUnit = 16;
+
+inline int64_t winograd_units(int64_t depth) { return (depth + kWinogradUnit - 1) / kWinogradUnit; }
+
+// U of one panel and the channels of one unit; returns whether these weights are finite. Where a last group has
+// channels too few, the missing ones are zeros.
 template <class T, class Products, int largest>
-bool winograd_weights(int64_t columns, int64_t depth, const WinogradKernels<T>& kernels,
-                      typename Products::Element* transformed) {
+bool winograd_weights(int64_t columns, int64_t depth, const WinogradKernels<T>& as_they_lie, int64_t panel,
+                      int64_t unit, typename Products::Element* transformed) {
   constexpr int points = largest + 2;
   constexpr int64_t width = kTileColumns<T>;
+  const int64_t first = unit * kWinogradUnit, end = first + kWinogradUnit < depth ? first + kWinogradUnit : depth;
   const int64_t groups = winograd_groups<Products>(depth);
-  const int64_t to_step = winograd_step<typename Products::Element>(groups * Products::kGroup * width);
-  bool finite = true;
-  parallel_ranges(panels_of<T>(columns) * groups, 16, [&](int64_t begin, int64_t end) {
-    Vec<T> zero_or_nan{};
-    for (int64_t i = begin; i < end; ++i) {
-      typename Products::Element* group =
-          transformed + i / groups * points * points * to_step + i % groups * width * Products::kGroup;
-      for (int64_t member = 0; member < Products::kGroup; ++member) {
-        const int64_t channel = i % groups * Products::kGroup + member;
-        if (channel >= depth) break;
-        const T* from = kernels.data + i / groups * kernels.panel_step + channel * kernels.channel_step;
-        for (int64_t v = 0; v < width; v += kLanes<T>) {
-          const int64_t left = columns - i / groups * width - v;
-          const int64_t count = left < 0 ? 0 : left < kLanes<T> ? left : kLanes<T>;
-          const auto axis = [](const auto& taps, auto& u) { WinogradAxis<largest>::template weight<T>(taps, u); };
-          winograd_transform<T, 3, 3, points, points>(
-              [&](int y, int x) {
-                const Vec<T> g = load_upto(from + y * kernels.row_step + x * kernels.tap_step + v, count);
-                zero_or_nan += g * T(0);
-                return g;
-              },
-              axis, axis,
-              [&](int y, int x, Vec<T> u) {
-                Products::store_weight(group + (points * y + x) * to_step + v * Products::kGroup, u, member);
-              });
-        }
-      }
+  const int64_t step = winograd_step<typename Products::Element>(groups * Products::kGroup * width);
+  WinogradKernels<T> kernels = as_they_lie;
+  kernels.data += panel * width * kernels.column_step + first * kernels.channel_step;
+  const auto columns_from = [&](int64_t v) {
+    const int64_t left = columns - panel * width - v;
+    return left < 0 ? 0 : left < kLanes<T> ? left : kLanes<T>;
+  };
+  T packed[9 * kWinogradUnit * width];
+  if (kernels.column_step != 1) {
+    for (int tap = 0; tap < 9; ++tap) {
+      const T* from = kernels.data + tap / 3 * kernels.row_step + tap % 3 * kernels.tap_step;
+      for (int64_t v = 0; v < width; v += kLanes<T>)
+        transpose_panel<T, true>(from + v * kernels.column_step, kernels.column_step, columns_from(v), end - first,
+                                 packed + tap * kWinogradUnit * width + v, width);
     }
-    if (any_lane<T>(zero_or_nan != zero_or_nan)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-  });
-  return finite;
+    kernels = {packed, 1, width, 3 * kWinogradUnit * width, kWinogradUnit * width};
+  }
+
+  Vec<T> zero_or_nan{};
+  for (int64_t channel = first; channel < end; ++channel) {
+    const T* from = kernels.data + (channel - first) * kernels.channel_step;
+    typename Products::Element* group =
+        transformed + panel * points * points * step + channel / Products::kGroup * width * Products::kGroup;
+    for (int64_t v = 0; v < width; v += kLanes<T>) {
+      const int64_t count = columns_from(v);
+      const auto axis = [](const auto& taps, auto& u) { WinogradAxis<largest>::template weight<T>(taps, u); };
+      winograd_transform<T, 3, 3, points, points>(
+          [&](int y, int x) {
+            const Vec<T> g = load_upto(from + y * kernels.row_step + x * kernels.tap_step + v, count);
+            zero_or_nan += g * T(0);
+            return g;
+          },
+          axis, axis,
+          [&](int y, int x, Vec<T> u) {
+            Products::store_weight(group + (points * y + x) * step + v * Products::kGroup, u,
+                                   channel % Products::kGroup);
+          });
+    }
+  }
+  return !any_lane<T>(zero_or_nan != zero_or_nan);
 }
 
 // body(pixel) for a patch of an image, where pixel(y, x) is the address of the patch's pixel; outside the image,
@@ -242,20 +258,45 @@ FASTNN_INLINE void with_patch(const Image<T>& image, int64_t top, int64_t left, 
   body([&](int64_t y, int64_t x) { return pixels[y][x]; });
 }
 
+// The tiles of up to four sizes, height by width; an order in which the sizes that have a place follow each other,
+// whichever place it is.
+constexpr int kWinogradSizes = 4;
+constexpr int kWinogradHeight[kWinogradSizes] = {4, 4, 2, 2}, kWinogradWidth[kWinogradSizes] = {2, 4, 4, 2};
+constexpr int kWinograd4x4 = 1;
+
+// body(Constant<size>{}) for each.
+template <class Body>
+FASTNN_INLINE void for_each_size(const Body& body) {
+  body(Constant<0>{});
+  body(Constant<1>{});
+  body(Constant<2>{});
+  body(Constant<3>{});
+}
+
+// Where point (y, x) of a tile of this size lies among the places of tiles up to `largest`.
+template <int size, int largest>
+constexpr int winograd_place(int y, int x) {
+  const auto point = [](int tile, int i) { return tile < largest && i == 3 ? 5 : i; };
+  return point(kWinogradHeight[size], y) * (largest + 2) + point(kWinogradWidth[size], x);
+}
+
 // V of one tile: to + place * stride.
-template <class T, class Products, int height, int width, class Pixel>
+template <class T, class Products, int size, int largest, class Pixel>
 FASTNN_INLINE void winograd_input(const Pixel& pixel, int64_t depth, typename Products::Element* to, int64_t stride) {
+  constexpr int height = kWinogradHeight[size], width = kWinogradWidth[size];
   for (int64_t c = 0; c < depth; c += kLanes<T>) {
     const int64_t left = depth - c < kLanes<T> ? depth - c : kLanes<T>;
     winograd_transform<T, height + 2, width + 2, height + 2, width + 2>(
         [&](int y, int x) { return load_upto(pixel(y, x) + c, left); },
         [](const auto& d, auto& v) { WinogradAxis<height>::template input<T>(d, v); },
         [](const auto& d, auto& v) { WinogradAxis<width>::template input<T>(d, v); },
-        [&](int y, int x, Vec<T> v) { Products::store_input(to + ((width + 2) * y + x) * stride + c, v, left); });
+        [&](int y, int x, Vec<T> v) {
+          Products::store_input(to + winograd_place<size, largest>(y, x) * stride + c, v, left);
+        });
   }
 }
 
-// M of one place for the tiles [0, tiles): m[tile][columns] = v[tile][channel] * u[channel][columns]
+// M of one place for some tiles: m[tile][columns] = v[tile][channel] * u[channel][columns]
 template <class T, class Products, int vectors>
 FASTNN_INLINE void winograd_multiply(int64_t tiles, int64_t groups, const typename Products::Element* v,
                                      const typename Products::Element* u, T* m) {
@@ -278,11 +319,11 @@ FASTNN_INLINE void winograd_multiply(int64_t tiles, int64_t groups, const typena
   }
 }
 
-// The outputs of one tile, before bias; m of place 0, `stride` apart.
-template <class T, int height, int width>
+// The outputs of one tile; m of place 0, `stride` apart.
+template <class T, int size, int largest, int height, int width>
 FASTNN_INLINE void winograd_output(const T* m, int64_t stride, Vec<T> bias, Vec<T> (&out)[height][width]) {
   winograd_transform<T, height + 2, width + 2, height, width>(
-      [&](int y, int x) { return load(m + (y * (width + 2) + x) * stride); },
+      [&](int y, int x) { return load(m + winograd_place<size, largest>(y, x) * stride); },
       [](const auto& column, auto& y) { WinogradAxis<height>::template output<T>(column, y); },
       [](const auto& row, auto& y) { WinogradAxis<width>::template output<T>(row, y); },
       [&](int y, int x, Vec<T> value) { out[y][x] = value + bias; });
@@ -326,165 +367,228 @@ int winograd_tile(const GatherConv<T>& conv) {
   return best;
 }
 
-// All tiles of one size.
+// All tiles of one size: `rows` times `columns` in an image, the first one at output (first_y, first_x).
 struct WinogradTiles {
-  int64_t rows, columns;     // of tiles in an image
-  int64_t first_y, first_x;  // output of the first
-  int64_t first_block;
+  int64_t rows, columns, first_y, first_x;
 };
 
-// One block of tiles, for some panels of columns. Returns whether all outputs were finite before activation; where
-// `largest` is 2, nobody asks. `has_input` where v is the block's already.
-template <class T, class Products, int largest, int height, int width>
-bool winograd_block(const GatherConv<T>& conv, const typename Products::Element* transformed,
-                    const WinogradTiles& tiles, int64_t block, int64_t first_tile, int64_t first_panel,
-                    int64_t end_panel, const T* zeros, bool stream, bool has_input, typename Products::Element* v,
-                    T* m) {
-  using Element = typename Products::Element;
-  constexpr int64_t panel_width = kTileColumns<T>;
-  constexpr int places = (height + 2) * (width + 2);
-  const int64_t depth = conv.depth, groups = winograd_groups<Products>(depth), padded = groups * Products::kGroup;
-  const int64_t of_image = tiles.rows * tiles.columns, end = conv.batch * of_image;
-  const int64_t count = end - first_tile < block ? end - first_tile : block;
-  const int64_t u_step = winograd_step<Element>(padded * panel_width);
-  const int64_t v_step = winograd_step<Element>(block * padded);
-  const int64_t m_step = winograd_step<T>(block * panel_width);
-  Vec<T> zero_or_nan{};
-  if (padded > depth && !has_input) zero_run(places * v_step, v);
+// A task's share of the tiles: of each size `count` from tile `first` on, which have the rows of V and M from `row` on.
+struct WinogradShare {
+  int64_t first[kWinogradSizes], count[kWinogradSizes], row[kWinogradSizes + 1];
+};
 
-  for (int64_t tile = 0; tile < count && !has_input; ++tile) {
-    const int64_t index = first_tile + tile, image = index / of_image;
-    const int64_t y = tiles.first_y + index / tiles.columns % tiles.rows * height;
-    const int64_t x = tiles.first_x + index % tiles.columns * width;
-    const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
-                          conv.source_row_stride, conv.source_pixel_stride};
-    with_patch<height + 2, width + 2>(source, y + conv.taps.y[0], x + conv.taps.x[0], zeros, [&](const auto& pixel) {
-      winograd_input<T, Products, height, width>(pixel, depth, v + tile * padded, v_step);
-    });
+inline WinogradShare winograd_share(const WinogradTiles* tiles, int64_t batch, int64_t share, int64_t shares) {
+  WinogradShare result{};
+  for (int size = 0; size < kWinogradSizes; ++size) {
+    const int64_t all = batch * tiles[size].rows * tiles[size].columns;
+    result.first[size] = all * share / shares;
+    result.count[size] = all * (share + 1) / shares - result.first[size];
+    result.row[size + 1] = result.row[size] + result.count[size];
   }
-  for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-    const int64_t column = panel * panel_width;
-    const int64_t columns = conv.columns - column < panel_width ? conv.columns - column : panel_width;
-    const Element* u = transformed + panel * winograd_places(largest) * u_step;
-    const bool narrow = columns <= kLanes<T>;
-    for (int place = 0; place < places; ++place) {
-      const int u_place = winograd_point(height, largest, place / (width + 2)) * (largest + 2) +
-                          winograd_point(width, largest, place % (width + 2));
-      const Element* v_at = v + place * v_step;
-      const Element* u_at = u + u_place * u_step;
-      T* m_at = m + place * m_step;
-      if (narrow)
-        winograd_multiply<T, Products, 1>(count, groups, v_at, u_at, m_at);
-      else
-        winograd_multiply<T, Products, 2>(count, groups, v_at, u_at, m_at);
+  return result;
+}
+
+// body(image, y, x, row) for each tile of one size, whose first output is (y, x).
+template <int size, class Body>
+FASTNN_INLINE void for_each_tile(const WinogradTiles* tiles, const WinogradShare& share, const Body& body) {
+  const auto [rows, columns, first_y, first_x] = tiles[size];
+  for (int64_t i = 0; i < share.count[size]; ++i) {
+    const int64_t tile = share.first[size] + i;
+    body(tile / columns / rows, first_y + tile / columns % rows * kWinogradHeight[size],
+         first_x + tile % columns * kWinogradWidth[size], share.row[size] + i);
+  }
+}
+
+// V of a share; places are v_step apart.
+template <class T, class Products, int largest>
+void winograd_inputs(const GatherConv<T>& conv, const WinogradTiles* tiles, const WinogradShare& share, const T* zeros,
+                     typename Products::Element* v, int64_t v_step) {
+  const int64_t padded = winograd_groups<Products>(conv.depth) * Products::kGroup;
+  if (padded > conv.depth) zero_run(winograd_places(largest) * v_step, v);
+  for_each_size([&](auto constant) {
+    constexpr int size = decltype(constant)::value;
+    for_each_tile<size>(tiles, share, [&](int64_t image, int64_t y, int64_t x, int64_t row) {
+      const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
+                            conv.source_row_stride, conv.source_pixel_stride};
+      with_patch<kWinogradHeight[size] + 2, kWinogradWidth[size] + 2>(
+          source, y + conv.taps.y[0], x + conv.taps.x[0], zeros, [&](const auto& pixel) {
+            winograd_input<T, Products, size, largest>(pixel, conv.depth, v + row * padded, v_step);
+          });
+    });
+  });
+}
+
+// M of a share for one panel. A place is one of the tiles whose height and width have its points: those of 4 alone, or
+// all. Not inlined: beside the transforms, whose loops want registers too, each product would wait for addresses.
+template <class T, class Products, int largest>
+__attribute__((noinline)) void winograd_products(int64_t groups, bool narrow, const WinogradShare& share,
+                                                 const typename Products::Element* v, int64_t v_step,
+                                                 const typename Products::Element* u, int64_t u_step, T* m,
+                                                 int64_t m_step) {
+  constexpr int points = largest + 2;
+  const auto of_all = [](int point) { return largest == 2 || (point != 3 && point != 4); };
+  for (int place = 0; place < winograd_places(largest); ++place) {
+    const bool any_height = of_all(place / points), any_width = of_all(place % points);
+    const int64_t row = share.row[any_width ? 0 : 1];
+    const int64_t rows = share.row[!any_height ? 2 : any_width ? 4 : 3] - row;
+    const typename Products::Element* v_at = v + place * v_step + row * groups * Products::kGroup;
+    T* m_at = m + place * m_step + row * kTileColumns<T>;
+    if (narrow)
+      winograd_multiply<T, Products, 1>(rows, groups, v_at, u + place * u_step, m_at);
+    else
+      winograd_multiply<T, Products, 2>(rows, groups, v_at, u + place * u_step, m_at);
+  }
+}
+
+// One tile's outputs to where they belong: windows pooled, or `stream`ed past the caches.
+template <class T, int height, int width>
+FASTNN_INLINE void winograd_store(const GatherConv<T>& conv, int64_t image, int64_t y, int64_t x, int64_t column,
+                                  int64_t left, bool stream, const Vec<T> (&out)[height][width]) {
+  T* to = conv.out + image * conv.out_image_stride + column;
+  if (conv.winner) {  // the cut is that of whole windows
+    uint8_t* winner = conv.winner + image * conv.out_image_stride + column;
+    FASTNN_UNROLL
+    for (int i = 0; i < height * width / 4; ++i) {
+      constexpr int windows = width / 2;
+      const int dy = i / windows * 2, dx = i % windows * 2;
+      const int64_t row = (y + dy) / 2, pixel = (x + dx) / 2;
+      if (row >= conv.out_height / 2 || pixel >= conv.out_width / 2) continue;
+      const int64_t at = row * conv.out_row_stride + pixel * conv.out_pixel_stride;
+      store_pooled<T>(out[dy][dx], out[dy][dx + 1], out[dy + 1][dx], out[dy + 1][dx + 1], conv.relu, left, to + at,
+                      winner + at);
     }
-    for (int64_t c = 0; c < columns; c += kLanes<T>) {
-      const int64_t left = columns - c < kLanes<T> ? columns - c : kLanes<T>;
-      const Vec<T> bias = conv.bias ? load_upto(conv.bias + column + c, left) : Vec<T>{};
-      for (int64_t tile = 0; tile < count; ++tile) {
-        const int64_t index = first_tile + tile, image = index / of_image;
-        const int64_t y = tiles.first_y + index / tiles.columns % tiles.rows * height;
-        const int64_t x = tiles.first_x + index % tiles.columns * width;
+    return;
+  }
+  FASTNN_UNROLL
+  for (int i = 0; i < height * width; ++i) {
+    const int64_t row = y + i / width, pixel = x + i % width;
+    if (row >= conv.out_height || pixel >= conv.out_width) continue;
+    T* at = to + row * conv.out_row_stride + pixel * conv.out_pixel_stride;
+    const Vec<T> value = conv.relu ? relu(out[i / width][i % width]) : out[i / width][i % width];
+    if (stream)
+      store_streamed(at, value);
+    else
+      store_upto(at, value, left);
+  }
+}
+
+// The outputs of a share in one panel's columns. Returns whether all were finite before activation; where `largest` is
+// 2, nobody asks.
+template <class T, int largest>
+bool winograd_outputs(const GatherConv<T>& conv, const WinogradTiles* tiles, const WinogradShare& share, int64_t panel,
+                      bool stream, const T* m, int64_t m_step) {
+  const int64_t begin = panel * kTileColumns<T>, beyond = begin + kTileColumns<T>;
+  const int64_t end = conv.columns < beyond ? conv.columns : beyond;
+  Vec<T> zero_or_nan{};
+  for (int64_t column = begin; column < end; column += kLanes<T>) {
+    const int64_t left = end - column < kLanes<T> ? end - column : kLanes<T>;
+    const Vec<T> bias = conv.bias ? load_upto(conv.bias + column, left) : Vec<T>{};
+    for_each_size([&](auto constant) {
+      constexpr int size = decltype(constant)::value, height = kWinogradHeight[size], width = kWinogradWidth[size];
+      for_each_tile<size>(tiles, share, [&](int64_t image, int64_t y, int64_t x, int64_t row) {
         Vec<T> out[height][width];
-        winograd_output<T, height, width>(m + tile * panel_width + c, m_step, bias, out);
+        winograd_output<T, size, largest>(m + row * kTileColumns<T> + column - begin, m_step, bias, out);
         FASTNN_UNROLL
         for (int i = 0; largest == 4 && i < height * width; ++i) zero_or_nan += out[i / width][i % width] * T(0);
-        T* to = conv.out + image * conv.out_image_stride + column + c;
-        if (conv.winner) {  // the cut is that of whole windows
-          uint8_t* winner = conv.winner + image * conv.out_image_stride + column + c;
-          FASTNN_UNROLL
-          for (int i = 0; i < height * width / 4; ++i) {
-            constexpr int windows = width / 2;
-            const int dy = i / windows * 2, dx = i % windows * 2;
-            const int64_t row = (y + dy) / 2, pixel = (x + dx) / 2;
-            if (row >= conv.out_height / 2 || pixel >= conv.out_width / 2) continue;
-            const int64_t at = row * conv.out_row_stride + pixel * conv.out_pixel_stride;
-            store_pooled<T>(out[dy][dx], out[dy][dx + 1], out[dy + 1][dx], out[dy + 1][dx + 1], conv.relu, left,
-                            to + at, winner + at);
-          }
-          continue;
-        }
-        FASTNN_UNROLL
-        for (int i = 0; i < height * width; ++i) {
-          const int64_t row = y + i / width, pixel = x + i % width;
-          if (row >= conv.out_height || pixel >= conv.out_width) continue;
-          T* at = to + row * conv.out_row_stride + pixel * conv.out_pixel_stride;
-          const Vec<T> value = conv.relu ? relu(out[i / width][i % width]) : out[i / width][i % width];
-          if (stream)
-            store_streamed(at, value);
-          else
-            store_upto(at, value, left);
-        }
-      }
-    }
+        winograd_store<T>(conv, image, y, x, column, left, stream, out);
+      });
+    });
   }
-  if (stream) finish_streaming();
   return !any_lane<T>(zero_or_nan != zero_or_nan);
 }
 
-// As gather_conv; `transformed` are winograd_weights<largest>(). Returns whether all outputs were finite
-// before activation.
+// What a thread has made in this call: V of the share before `end_share`, and U of some panels.
+struct alignas(kLineBytes) WinogradHeld {
+  int64_t end_share, first_panel, end_panel;
+
+  // Keeps one run of panels: the longer one where two do not meet.
+  void add_panels(int64_t first, int64_t end) {
+    if (first <= end_panel && end >= first_panel && end_panel > first_panel) {
+      if (first < first_panel) first_panel = first;
+      if (end > end_panel) end_panel = end;
+    } else if (end - first > end_panel - first_panel) {
+      first_panel = first, end_panel = end;
+    }
+  }
+};
+
+// Convolves one group with tiles up to `largest`. Returns whether all outputs were finite before activation; where
+// `weights_finite` is set to false, the outputs are to be made anew unless `always`.
+//
+// A task has its share of the tiles of every size, so that it is the same images that a thread has here and in the
+// loops before and after, and a place's weights are read once for all of them. Where all threads' copies of U are
+// small, each thread transforms the weights for itself: that takes less time than to read what others have written.
 template <class T, class Products, int largest>
-bool winograd_conv(const GatherConv<T>& conv, const typename Products::Element* transformed) {
+bool winograd_conv(const GatherConv<T>& conv, const WinogradKernels<T>& kernels, bool always, bool* weights_finite) {
   using Element = typename Products::Element;
+  constexpr int places = winograd_places(largest);
   // Pooling reads whole windows alone.
   const WinogradCut vertical = winograd_cut(conv.winner ? conv.out_height / 2 * 2 : conv.out_height, largest);
   const WinogradCut horizontal = winograd_cut(conv.winner ? conv.out_width / 2 * 2 : conv.out_width, largest);
-  const int64_t panels = panels_of<T>(conv.columns);
-  const int64_t padded = winograd_groups<Products>(conv.depth) * Products::kGroup;
+  const int64_t panels = panels_of<T>(conv.columns), groups = winograd_groups<Products>(conv.depth);
+  const int64_t padded = groups * Products::kGroup;
 
-  constexpr int kSizes[4][2] = {{4, 4}, {4, 2}, {2, 4}, {2, 2}};
-  WinogradTiles kinds[4];
-  for (int i = 0; i < 4; ++i) {
-    const auto [height, width] = kSizes[i];
-    kinds[i] = {vertical.tiles(height), horizontal.tiles(width), vertical.first(height), horizontal.first(width), 0};
+  WinogradTiles tiles[kWinogradSizes];
+  int64_t count = 0;
+  for (int size = 0; size < kWinogradSizes; ++size) {
+    const int height = kWinogradHeight[size], width = kWinogradWidth[size];
+    tiles[size] = {vertical.tiles(height), horizontal.tiles(width), vertical.first(height), horizontal.first(width)};
+    count += conv.batch * tiles[size].rows * tiles[size].columns;
   }
-  int64_t tiles = 0;
-  for (const WinogradTiles& kind : kinds) tiles += conv.batch * kind.rows * kind.columns;
-  if (tiles == 0) return true;
-  int64_t most = kWinogradBlockBytes / (winograd_places(largest) * padded * static_cast<int64_t>(sizeof(Element)));
+  if (count == 0) return true;
+  int64_t most = kWinogradBlockBytes / (places * padded * static_cast<int64_t>(sizeof(Element)));
   if (most < kWinogradTiles) most = kWinogradTiles;
-  const TaskPlan plan = plan_tasks(1, tiles, most, kTileRows, panels);
-  const int64_t block = plan.block, column_parts = plan.column_parts;
-  int64_t blocks = 0;
-  for (WinogradTiles& kind : kinds) {
-    kind.first_block = blocks;
-    blocks += (conv.batch * kind.rows * kind.columns + block - 1) / block;
-  }
+  const TaskPlan plan = plan_tasks(1, count, most, kTileRows, panels);
+  const int64_t shares = plan.blocks, column_parts = plan.column_parts;
+  const int64_t most_rows = count / shares + kWinogradSizes;  // of a share
 
   const int threads = max_threads();
-  const int64_t v_elements = winograd_places(largest) * winograd_step<Element>(block * padded);
-  const int64_t m_elements = winograd_places(largest) * winograd_step<T>(block * kTileColumns<T>);
-  const Scratch<Element> inputs(threads * v_elements);
-  const Scratch<T> scratch(threads * m_elements);
-  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(int64_t));
-  const Scratch<int64_t> held(threads * kLine);  // the block whose V a thread has
-  for (int thread = 0; thread < threads; ++thread) held[thread * kLine] = -1;
+  const int64_t u_step = winograd_step<Element>(padded * kTileColumns<T>), u_panel = places * u_step;
+  const int64_t v_step = winograd_step<Element>(most_rows * padded);
+  const int64_t m_step = winograd_step<T>(most_rows * kTileColumns<T>);
+  const bool own = threads * panels * u_panel * static_cast<int64_t>(sizeof(Element)) <= kWinogradOwnBytes;
+  const Scratch<Element> weights((own ? threads : 1) * panels * u_panel);
+  const Scratch<Element> inputs(threads * places * v_step);
+  const Scratch<T> sums(threads * places * m_step);
+  const Scratch<WinogradHeld> all_held(threads);
+  for (int thread = 0; thread < threads; ++thread) all_held[thread] = {};
   const Scratch<T> zeros(conv.depth);  // a pixel outside the image
   zero_run<T>(conv.depth, zeros);
   const bool stream = conv.stream && kVectorBytes == kLineBytes;  // vectors of a pixel are stored far apart in time
+  const int64_t units = winograd_units(conv.depth);
+  const auto transform = [&](int64_t panel, int64_t unit, Element* to) {
+    if (!winograd_weights<T, Products, largest>(conv.columns, conv.depth, kernels, panel, unit, to))
+      __atomic_store_n(weights_finite, false, __ATOMIC_RELAXED);
+  };
 
+  *weights_finite = true;
+  if (!own) {
+    parallel_for(panels * units, [&](int64_t task) { transform(task / units, task % units, weights); });
+    if (!*weights_finite && !always) return false;
+  }
   bool finite = true;
-  parallel_tasks(blocks * column_parts, [&](int64_t task, int thread) {
+  parallel_tasks(shares * column_parts, [&](int64_t task, int thread) {
     const int64_t index = task / column_parts, part = task % column_parts;
-    const bool has_input = held[thread * kLine] == index;
-    held[thread * kLine] = index;
-    const auto run = [&](auto kind, auto height, auto width) {
-      const WinogradTiles& of_kind = kinds[decltype(kind)::value];
-      const bool block_finite = winograd_block<T, Products, largest, decltype(height)::value, decltype(width)::value>(
-          conv, transformed, of_kind, block, (index - of_kind.first_block) * block, panels * part / column_parts,
-          panels * (part + 1) / column_parts, zeros, stream, has_input, inputs + thread * v_elements,
-          scratch + thread * m_elements);
-      if (!block_finite) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-    };
-    if constexpr (largest == 4) {
-      if (index < kinds[1].first_block) return run(Constant<0>{}, Constant<4>{}, Constant<4>{});
-      if (index < kinds[2].first_block) return run(Constant<1>{}, Constant<4>{}, Constant<2>{});
-      if (index < kinds[3].first_block) return run(Constant<2>{}, Constant<2>{}, Constant<4>{});
+    const int64_t first_panel = panels * part / column_parts, end_panel = panels * (part + 1) / column_parts;
+    const WinogradShare share = winograd_share(tiles, conv.batch, index, shares);
+    WinogradHeld& held = all_held[thread];
+    Element* u = weights + (own ? thread * panels * u_panel : 0);
+    Element* v = inputs + thread * places * v_step;
+    T* m = sums + thread * places * m_step;
+    if (held.end_share != index + 1) winograd_inputs<T, Products, largest>(conv, tiles, share, zeros, v, v_step);
+    held.end_share = index + 1;
+    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
+      if (own && (panel < held.first_panel || panel >= held.end_panel))
+        for (int64_t unit = 0; unit < units; ++unit) transform(panel, unit, u);
+      const bool narrow = conv.columns - panel * kTileColumns<T> <= kLanes<T>;
+      winograd_products<T, Products, largest>(groups, narrow, share, v, v_step, u + panel * u_panel, u_step, m, m_step);
+      if (!winograd_outputs<T, largest>(conv, tiles, share, panel, stream, m, m_step))
+        __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     }
-    run(Constant<3>{}, Constant<2>{}, Constant<2>{});
+    held.add_panels(first_panel, end_panel);
+    if (stream) finish_streaming();
   });
-  return finite;
+  return finite && *weights_finite;
 }
 
 }  // namespace

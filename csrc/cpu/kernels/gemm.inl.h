@@ -24,12 +24,14 @@ struct Matrix {
   int64_t row_stride, column_stride;
 };
 
-// From this many rows on, packing B costs less than reading it with large strides: one copy serves m/8 tiles.
+// From this many rows on, packing B costs less than reading it with large strides: one copy serves m/8 tiles. Not where
+// B is this shallow: a panel stays in L1 as it lies.
 constexpr int64_t kPackRows = 48;
+constexpr int64_t kPackDepth = 64;
 // Depth of one pass: a panel of 512 x 32 floats is 64 KiB, which stays in L2 beside the rows of A.
 constexpr int64_t kDepthBlock = 512;
 // Rows of C in one task.
-constexpr int64_t kRowBlock = 64;
+constexpr int64_t kRowBlock = 32;
 // What is packed at a time, or a panel for each thread: it stays in L3, and in the scratch memory that outlasts a call.
 constexpr int64_t kPackedBytes = int64_t{16} << 20;
 
@@ -112,7 +114,7 @@ void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& 
           T* c) {
   constexpr int64_t width = kTileColumns<T>;
   const int64_t panels = (n + width - 1) / width, row_blocks = (m + kRowBlock - 1) / kRowBlock;
-  const bool pack = b.column_stride != 1 || m >= kPackRows;
+  const bool pack = b.column_stride != 1 || (m >= kPackRows && k > kPackDepth);
   const int64_t read = pack ? 0 : n / width;  // panels that are read from B; a last, partial one is always packed
   const int64_t fitting = kPackedBytes / ((k + 1) * width * static_cast<int64_t>(sizeof(T)));
   const int64_t most = fitting > max_threads() ? fitting : max_threads();

@@ -18,6 +18,7 @@ import torch
 from fastnn import nn, optim
 from fastnn._tensor_files import ModelFileError, open_tensor_file, write_tensor_file
 from fastnn.compiled import wants_bf16
+from fastnn.runtime import thread_limit
 from fastnn.training import (
     Batches,
     EarlyStopping,
@@ -244,7 +245,7 @@ class CNNClassifier(nn.Sequential):
         if wants_bf16(precision):
             settings["precision"] = precision
         history = History()
-        with _threads(num_threads):
+        with thread_limit(None if num_threads is None else whole_number(num_threads, "num_threads", 1)):
             try:
                 return train(
                     self,
@@ -294,7 +295,8 @@ class CNNClassifier(nn.Sequential):
                 # Logits beyond the classes have never had an image.
                 logits[start : start + len(rows)] = forward(rows)[:, :classes]
                 start += len(rows)
-        return nn.Softmax(dim=1)(logits).float().numpy()
+        with thread_limit(1):
+            return nn.Softmax(dim=1)(logits).float().numpy()
 
     def evaluate(
         self, x: Any, y: Any, *, loss: str | Loss = "cross_entropy", batch_size: int = EVALUATION_BATCH
@@ -447,7 +449,8 @@ class CNNClassifier(nn.Sequential):
             raise ValueError(f"{name}: expected at least one image, got none (shape {got})")
         images = images.contiguous()
         if images.is_floating_point():
-            _check_finite(images, self._dtype, name)
+            with thread_limit(1):
+                _check_finite(images, self._dtype, name)
         return images
 
 
@@ -459,19 +462,6 @@ def _whole_numbers(values: Any, name: str) -> tuple[int, ...]:
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{name}: expected a sequence of whole numbers, got {values!r}")
     return tuple(whole_number(value, name, 1) for value in values)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    if count is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(whole_number(count, "num_threads", 1))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _as_tensor(x: Any, name: str) -> torch.Tensor:

@@ -11,8 +11,7 @@ import json
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
@@ -25,7 +24,7 @@ from fastnn._extras import MissingLibraryError, require
 from fastnn._files import atomic_path
 from fastnn._ranks import joined_ranks
 from fastnn.classifier import CNNClassifier
-from fastnn.runtime import kernel_dtypes
+from fastnn.runtime import kernel_dtypes, thread_limit
 from fastnn.training import History, TrainingError
 
 try:
@@ -310,17 +309,6 @@ def fit(
         if error.epoch > 1:
             raise ValueError(f"{error}, which {checkpoint} holds") from error
         raise
-
-
-@contextmanager
-def thread_limit(threads: int | None) -> Iterator[None]:
-    """Run the block with so many threads; with all where nothing was asked for."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def checkpoint_path(out: Path) -> Path:

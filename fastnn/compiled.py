@@ -34,9 +34,10 @@ __all__ = ["CompiledForward", "CompiledStep"]
 
 _Result = TypeVar("_Result")
 
-# Training steps that are replayed together. Starting a CUDA graph takes the CPU some 10 us, and the GPU idles for a
-# few; what Python does around a replay takes some 30 us.
-STEPS_PER_REPLAY = 8
+# Training steps that are replayed together, where so many are left: what Python does around a replay takes some 90 us
+# behind kernels that pushed it out of the caches. A CUDA graph is short, since its steps first run one by one, and
+# then are captured one by one.
+STEPS_PER_REPLAY = {"cpu": (32, 8), "cuda": (8,)}
 
 
 @dataclass
@@ -102,7 +103,7 @@ class _Recording(Memory):
         if index.dtype is not torch.int64 or index.dim() != 1:
             raise TypeError(f"index: expected int64 of one dimension, got {index.dtype} of shape {tuple(index.shape)}")
         if "rows" not in self.results:
-            self.results["rows"] = index.new_empty(STEPS_PER_REPLAY * len(self.images))
+            self.results["rows"] = index.new_empty(_most_steps(self.images.device) * len(self.images))
         return self.results["rows"][: len(index)].copy_(index)
 
     def launch(self, name: str, depends: tuple[Any, ...], steps: Sequence[Callable[[], bool]]) -> None:
@@ -123,6 +124,10 @@ class _Recording(Memory):
             if before.replay is None:
                 before.replay = (_captured_in_graph if on_gpu else _captured_in_programs)(steps)
             before.replay()
+
+
+def _most_steps(device: torch.device) -> int:
+    return max(STEPS_PER_REPLAY[device.type])
 
 
 def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
@@ -290,8 +295,9 @@ class _Rates:
 
     def _make_room(self) -> None:
         width = sum(len(self._scheduled(group)) for group in self._optimizer.param_groups)
-        self._numbers = torch.empty((STEPS_PER_REPLAY, width), dtype=torch.float64, device=self._device)
-        self._rows: list[list[float] | None] = [None] * STEPS_PER_REPLAY  # what it holds
+        steps = _most_steps(self._device)
+        self._numbers = torch.empty((steps, width), dtype=torch.float64, device=self._device)
+        self._rows: list[list[float] | None] = [None] * steps  # what it holds
 
     @staticmethod
     def _scheduled(group: dict[str, Any]) -> tuple[Any, ...]:
@@ -439,11 +445,11 @@ class CompiledStep(_Compiled):
         done = 0
         while done < steps:
             rest = index[done * batch_size :]
-            several = len(rest) >= STEPS_PER_REPLAY * batch_size and self._replays_several()
-            count = STEPS_PER_REPLAY if several else 1
+            several = STEPS_PER_REPLAY[self._device.type] if self._replays_several() else ()
+            count = next((n for n in several if len(rest) >= n * batch_size), 1)
             results = self._run_rows(images, targets, rest[: count * batch_size], count, schedule).results
             losses[done : done + count] = results["losses"][:count]
-            correct += results["correct"].sum() if several else results["correct"][0]
+            correct += results["correct"][:count].sum()
             done += count
         return losses, correct
 
@@ -536,8 +542,9 @@ class CompiledStep(_Compiled):
         output, backwards = recording.record("forward", partial(self._forward, recording))
         if output.dim() != 2:
             raise NotCompilable(f"model: expected an output (n, classes), got {tuple(output.shape)}")
-        losses = recording.new((STEPS_PER_REPLAY,), self._dtype)
-        correct = recording.new((STEPS_PER_REPLAY,), torch.int64)
+        most = _most_steps(self._device)
+        losses = recording.new((most,), self._dtype)
+        correct = recording.new((most,), torch.int64)
         targets = recording.new((len(output),), torch.int64)
         recording.results.update(losses=losses, correct=correct, targets=targets)
         options = (self._loss.weight, self._loss.ignore_index, REDUCTIONS.index("mean"), self._loss.label_smoothing)
@@ -548,7 +555,7 @@ class CompiledStep(_Compiled):
             _C.cross_entropy_forward(losses[step], statistics, output, targets, *options)
             _C.count_correct(correct[step], output, targets)
 
-        for step in range(STEPS_PER_REPLAY):
+        for step in range(most):
             recording.record(f"loss of {step}", partial(loss, step))
         one = recording.new((), self._dtype).fill_(1)
         # A stage's input needs a gradient where a stage before it has parameters that are trained.

@@ -72,6 +72,17 @@ def set_isa(name: str) -> None:
     _C.set_isa(name)
 
 
+@contextmanager
+def thread_limit(threads: int | None) -> Iterator[None]:
+    """Runs the block on so many of torch's threads; on as many as before where none are asked for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def build_info() -> dict[str, Any]:
     """Facts of this build and machine.
 

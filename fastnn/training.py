@@ -33,7 +33,7 @@ from fastnn._tensor_files import (
     write_tensor_file,
 )
 from fastnn.compiled import CompiledForward, CompiledStep, unscheduled
-from fastnn.runtime import note_fallback
+from fastnn.runtime import note_fallback, thread_limit
 from fastnn.stages import NotCompilable
 
 __all__ = [
@@ -444,6 +444,11 @@ class _Run:
         del self.history.epochs[snapshot.epoch :]
 
 
+def _without_spinning_threads() -> contextlib.AbstractContextManager[None]:
+    """For what torch would share among OpenMP's threads, which spin for milliseconds afterwards, where steps run."""
+    return thread_limit(1)
+
+
 def _copy_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -533,8 +538,9 @@ def train(
             order = batches.order(history.seed if shuffle else None, epoch)
             batch_scheduler = run.scheduler if isinstance(run.scheduler, BATCH_SCHEDULERS) else None
             record = _train_epoch(step, order, batches, epoch, batch_scheduler, bar.advance)
-            parameters = _copy_parameters(model)
-            _check_parameters(parameters, epoch, batches.steps)
+            with _without_spinning_threads():
+                parameters = _copy_parameters(model)
+                _check_parameters(parameters, epoch, batches.steps)
             if validation is not None:
                 record["val_loss"], record["val_accuracy"] = evaluate(model, validation, loss_function, ranks)
             if run.scheduler is not None and batch_scheduler is None:
@@ -543,7 +549,8 @@ def train(
                 early_stopping.update(record, parameters)
                 stopped = early_stopping.stopped
             history.epochs.append(record)
-            complete = run.snapshot(epoch, parameters)
+            with _without_spinning_threads():
+                complete = run.snapshot(epoch, parameters)
             if file is not None and ranks.first:
                 file.write(complete, history)
             bar.end_epoch(record)

@@ -45,6 +45,7 @@ def conv2d_forward(
     dilation: tuple[int, int],
     groups: int,
     relu: bool,
+    pool: bool,
     precision: str = "fp32",
 ) -> None: ...
 def conv2d_backward(

@@ -82,6 +82,7 @@ class _Recording(Memory):
     images: Tensor
     precision: str
     grads: Mapping[Tensor, Tensor]
+    backward_follows: bool
     programs: dict[str, _C.Program] = field(default_factory=dict)
     tensors: list[Tensor] = field(default_factory=list)  # kept alive for the programs
     results: dict[str, Tensor] = field(default_factory=dict)
@@ -172,6 +173,8 @@ def wants_bf16(precision: str) -> bool:
 class _Compiled:
     """Layers of a Sequential as stages, and a recording for each shape of images."""
 
+    _backward_follows: bool
+
     def __init__(self, model: torch.nn.Module, precision: str = "fp32") -> None:
         if not runs_in_order(model) or watched(model):
             raise NotCompilable(f"model: expected a Sequential without hooks, got {type(model).__name__}")
@@ -233,7 +236,7 @@ class _Compiled:
         if len(shape) != 4 or shape[0] < 1:
             raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
         images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=torch.channels_last)
-        recording = _Recording(images, self._precision, self._grads)
+        recording = _Recording(images, self._precision, self._grads, self._backward_follows)
         self._record_programs(recording)
         return recording
 
@@ -259,6 +262,8 @@ class CompiledForward(_Compiled):
     Raises:
         NotCompilable: where a program cannot express the model; says what stands in the way.
     """
+
+    _backward_follows = False
 
     def prepare_rows(self, images: Tensor, batch_size: int) -> None:
         """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
@@ -393,6 +398,8 @@ class CompiledStep(_Compiled):
         loss.backward()
         optimizer.step()
     """
+
+    _backward_follows = True
 
     def __init__(
         self,

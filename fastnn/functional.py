@@ -167,7 +167,7 @@ def conv2d(
     elif way == "record":
         output = Conv2dFunction.run(input, weight, bias, *geometry, relu, fused)
     else:
-        output = conv2d_forward(input, weight, bias, geometry, relu, fused)[0]
+        output = conv2d_forward(input, weight, bias, geometry, relu, fused, with_winner=False)[0]
     if pool is None or fused:
         return output
     return max_pool2d(output, *pool)

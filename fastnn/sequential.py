@@ -65,6 +65,7 @@ class _StandIns(Memory):
     """Memory for stages that are recorded: each tensor has an address of its own, and nothing is there."""
 
     precision = "fp32"
+    backward_follows = True
 
     def __init__(self, parameters: Sequence[Tensor], trained: Sequence[Tensor]) -> None:
         self.made: list[Tensor] = []

@@ -43,6 +43,7 @@ class Memory:
 
     precision: str  # "fp32", or "bf16" for what rounds factors on the way forward
     grads: Mapping[Tensor, Tensor]  # what the gradients of parameters are written to, of those that are wanted
+    backward_follows: bool
 
     def at(self, parameter: Tensor | None) -> Any:
         """What kernels are called with for a parameter."""
@@ -118,10 +119,10 @@ def conv2d_stages(layer: Any) -> list[Stage]:
         sizes = output_shape(input.shape, layer.weight.shape, geometry, fused)
         shape = tuple(max(size, 0) for size in sizes)  # where no output fits, the kernel's check says so
         output = memory.new(shape, input.dtype, channels_last=True)
-        winner = memory.new(shape, torch.uint8, channels_last=True) if fused else None
+        winner = memory.new(shape, torch.uint8, channels_last=True) if fused and memory.backward_follows else None
         weight, bias = layer.weight, layer.bias
         precision = "tf32" if allows_tf32(input, "conv") else memory.precision
-        _C.conv2d_forward(output, winner, input, memory.at(weight), memory.at(bias), *geometry, relu, precision)
+        _C.conv2d_forward(output, winner, input, memory.at(weight), memory.at(bias), *geometry, relu, fused, precision)
         saved = output if relu and not fused else None, winner, *geometry, "tf32" if precision == "tf32" else "fp32"
         return output, _backward_with_weight(_C.conv2d_backward, memory, input, weight, bias, *saved)
 

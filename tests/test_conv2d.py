@@ -71,7 +71,7 @@ def test_products_in_bf16_are_within_their_bound(shape: tuple[int, int, int, int
         y = torch.empty(expected.shape).contiguous(memory_format=torch.channels_last)
         winner = torch.empty_like(y, dtype=torch.uint8) if fused else None
         with ran_kernels("conv2d_forward", dtype=torch.float32) as records:
-            _C.conv2d_forward(y, winner, x, w, b, (1, 1), (padding, padding), (1, 1), 1, fused, precision)
+            _C.conv2d_forward(y, winner, x, w, b, (1, 1), (padding, padding), (1, 1), 1, fused, fused, precision)
         assert [record.kernel for record in records] == ["winograd_bf16" if precision == "bf16" else in_float32]
         results[precision] = y
     assert_close_bound(results["bf16"], expected, bound, "output")
@@ -83,7 +83,7 @@ def test_products_in_bf16_are_within_their_bound(shape: tuple[int, int, int, int
 def test_bf16_is_for_float32_and_its_isa() -> None:
     x = torch.ones(1, 16, 14, 14).contiguous(memory_format=torch.channels_last)
     w, y = torch.ones(16, 16, 3, 3), torch.empty(1, 16, 12, 12).contiguous(memory_format=torch.channels_last)
-    arguments = ((1, 1), (0, 0), (1, 1), 1, False, "bf16")
+    arguments = ((1, 1), (0, 0), (1, 1), 1, False, False, "bf16")
     with pytest.raises(TypeError, match="input: expected float32, got float64"):
         _C.conv2d_forward(y.double(), None, x.double(), w.double(), None, *arguments)
     before = fastnn.get_isa()
@@ -144,6 +144,21 @@ def test_fused_equals_separate_operators() -> None:
     reach = winograd_bound(x, w, torch.float32, ["winograd_4x4"])
     bound = rounding_bound(46, torch.float32, magnitude) + F.max_pool2d(reach, 3, 2, 1)
     assert_close_bound(fused, separate.double(), 2 * bound)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 16], ids="{} channels".format)
+@pytest.mark.parametrize("activation", [None, "relu"], ids=str)
+def test_pooling_without_winners_has_the_same_bits(channels: int, activation: str | None, isa: str) -> None:
+    """Where no backward pass follows, their places are neither sought nor stored."""
+    rng = generator("no winners", str(channels))
+    x, w = random((3, channels, 13, 12), torch.float32, rng), random((18, channels, 3, 3), torch.float32, rng)
+    x[1, 0, 4, 4], x[2, 0, 2, 7], x[2, 0, 9, 1] = float("nan"), float("inf"), -float("inf")
+    arguments = {"activation": activation, "max_pool": 2}
+    with ran_kernels("conv2d_forward", dtype=torch.float32):
+        expected = functional.conv2d(x, w.requires_grad_(), **arguments)
+        actual = functional.conv2d(x, w.detach(), **arguments)
+    assert expected.isnan().any() and torch.equal(expected.isnan(), actual.isnan())
+    assert torch.equal(expected.nan_to_num(), actual.nan_to_num())
 
 
 @pytest.mark.parametrize("case", find(CONV2D_CASES, "relu_pool2_32_to_64", "groups2", "5x5_stride2_pad2", "depthwise"))

@@ -75,7 +75,11 @@ def run(name: str, x: Tensor, w: Tensor, b: Tensor, grad: Tensor, precision: str
     s = SHAPES[name]
     y = torch.full_like(grad, float("nan"), memory_format=torch.channels_last)
     winner = torch.full_like(y, 99, dtype=torch.uint8) if s.pool else None
-    emulator.conv2d_forward(y, winner, x, w, b, *s.geometry(), s.relu, precision)
+    emulator.conv2d_forward(y, winner, x, w, b, *s.geometry(), s.relu, s.pool, precision)
+    if s.pool:
+        alone = torch.full_like(y, float("nan"))
+        emulator.conv2d_forward(alone, None, x, w, b, *s.geometry(), s.relu, s.pool, precision)
+        assert torch.equal(alone.nan_to_num(7), y.nan_to_num(7))
     grads = [torch.full_like(t, float("nan")) for t in (x, w, b)]
     output = y if s.relu and not s.pool else None
     grad = grad.contiguous(memory_format=torch.channels_last)

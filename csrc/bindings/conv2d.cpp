@@ -98,9 +98,8 @@ void run_forward(const Kernels& kernels, const Conv2dShape& shape, const Buffers
 
 void conv2d_forward(const Tensor& output, const std::optional<Tensor>& winner, const Tensor& input,
                     const Tensor& weight, const std::optional<Tensor>& bias, const Pair& stride, const Pair& padding,
-                    const Pair& dilation, int64_t groups, bool relu, const std::string& precision) {
-  const Conv2dShape shape =
-      conv2d_shape(input, weight, {stride, padding, dilation, groups}, relu, winner.has_value(), precision);
+                    const Pair& dilation, int64_t groups, bool relu, bool pool, const std::string& precision) {
+  const Conv2dShape shape = conv2d_shape(input, weight, {stride, padding, dilation, groups}, relu, pool, precision);
   if (shape.precision == Precision::bf16) {
     check_dtype("input", input, DType::float32);
     if (input.runs_on_cuda()) fail_value("precision", "'fp32' or 'tf32' on CUDA", "'bf16'");
@@ -109,6 +108,7 @@ void conv2d_forward(const Tensor& output, const std::optional<Tensor>& winner, c
                  "'bf16'");
   }
   check_output("output", output, input, shape);
+  if (winner && !pool) fail_value("winner", "None without pool", "a tensor");
   if (winner) check_winner(*winner, input, shape);
   if (bias) check_bias("bias", *bias, input, shape);
   dispatch("input", input, [&](auto zero) {
@@ -161,7 +161,7 @@ void conv2d_backward(const std::optional<Tensor>& grad_input, const std::optiona
 void bind_conv2d(py::module_& module) {
   module.def("conv2d_forward", &conv2d_forward, py::arg("output"), py::arg("winner"), py::arg("input"),
              py::arg("weight"), py::arg("bias"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-             py::arg("groups"), py::arg("relu"), py::arg("precision") = "fp32");
+             py::arg("groups"), py::arg("relu"), py::arg("pool"), py::arg("precision") = "fp32");
   module.def("conv2d_backward", &conv2d_backward, py::arg("grad_input"), py::arg("grad_weight"), py::arg("grad_bias"),
              py::arg("grad_output"), py::arg("input"), py::arg("weight"), py::arg("output"), py::arg("winner"),
              py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("groups"),

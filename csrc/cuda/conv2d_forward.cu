@@ -56,7 +56,7 @@ struct ForwardProblem {
     const bool cut = relu && best <= 0;
     const int64_t at = window * a.s.out_channels + channel;
     output[at] = narrow<T>(cut ? 0 : best);
-    winner[at] = cut ? kNoWinner : place;
+    if (winner) winner[at] = cut ? kNoWinner : place;
   }
 };
 

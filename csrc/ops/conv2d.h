@@ -36,7 +36,7 @@ constexpr uint8_t kNoWinner = 4;
 template <class T>
 struct Conv2dForward {
   T* output;        // (batch, out_height, out_width, out_channels), or with pool (batch, out_height / 2, ...)
-  uint8_t* winner;  // as output; with pool alone
+  uint8_t* winner;  // as output, with pool alone; null where no backward pass follows
   const T* input;   // (batch, in_height, in_width, in_channels)
   const T* weight;
   const T* bias;  // (out_channels), or null

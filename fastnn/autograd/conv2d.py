@@ -111,15 +111,21 @@ def _precision(input: Tensor) -> str:
 
 
 def conv2d_forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, relu: bool, pool: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+    pool: bool,
+    with_winner: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and with `pool` each maximum's place in its window (uint8, channels_last)."""
+    """The output, and with `pool` each maximum's place in its window (uint8, channels_last), which backward reads."""
     try:
         shape, strides, memory_format = _output_layout(layout_of(input), layout_of(weight), geometry, pool)
         output = input.new_empty_strided(shape, strides)
     except (IndexError, RuntimeError, ZeroDivisionError):  # not a convolution: the binding says in what way
         output, memory_format = input.new_empty((0, 0, 0, 0)), torch.contiguous_format
-    winner = torch.empty_like(output, dtype=torch.uint8) if pool else None
+    winner = torch.empty_like(output, dtype=torch.uint8) if pool and with_winner else None
     source = channels_last(input) if input.dim() == 4 else input
     _C.conv2d_forward(
         output,
@@ -129,6 +135,7 @@ def conv2d_forward(
         None if bias is None else dense(bias),
         *geometry,
         relu,
+        pool,
         _precision(input),
     )
     return output.contiguous(memory_format=memory_format), winner

@@ -116,6 +116,11 @@ void test_conv2d() {
     cpu::kernels<T>().conv2d_forward(s, {output.data(), winners, input.data(), weight.data(), bias.data()});
     report.close("conv2d_forward", output, expected.output, 0, rounds ? winograd_error(s.in_channels) : 0);
     report.exact("conv2d winner", winner, expected.winner);
+    if (s.pool) {
+      auto alone = unwritten<T>(out);
+      cpu::kernels<T>().conv2d_forward(s, {alone.data(), nullptr, input.data(), weight.data(), bias.data()});
+      report.that("conv2d_forward without winners", alone == output, "another output than with them");
+    }
     auto grad_input = unwritten<T>(static_cast<int64_t>(input.size()));
     auto grad_weight = unwritten<T>(static_cast<int64_t>(weight.size())), grad_bias = unwritten<T>(s.out_channels);
     cpu::kernels<T>().conv2d_backward(s, {grad_input.data(), grad_weight.data(), grad_bias.data(), grad.data(),

@@ -81,7 +81,8 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       .out_row_stride = stored_width * s.out_channels,
       .out_pixel_stride = s.out_channels,
       .stream = !s.pool && worth_streaming(t.output, s.batch * s.out_height * s.out_width * s.out_channels, outputs),
-      .winner = s.pool ? t.winner : nullptr,
+      .pool = s.pool,
+      .winner = t.winner,
   };
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
@@ -93,7 +94,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
     const T* of_group = weight + group * outputs * taps * inputs;
     conv.source = t.input + group * inputs;
     conv.out = t.output + group * outputs;
-    if (s.pool) conv.winner = t.winner + group * outputs;
+    if (t.winner) conv.winner = t.winner + group * outputs;
     if (t.bias) conv.bias = t.bias + group * outputs;
     if (largest == 0) {
       pack_forward_panels<T>(outputs, inputs, taps, of_group, panels);
@@ -214,6 +215,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .out_row_stride = s.stride_height * s.in_width * s.in_channels,
           .out_pixel_stride = s.stride_width * s.in_channels,
           .stream = worth_streaming(grad_input, s.batch * s.in_height * s.in_width * s.in_channels, inputs),
+          .pool = false,
           .winner = nullptr,
       };
       const int largest = winograd_tile<T, FullProducts<T>>(conv);

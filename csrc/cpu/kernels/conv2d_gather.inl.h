@@ -50,7 +50,8 @@ struct GatherConv {
   T* out;
   int64_t out_image_stride, out_row_stride, out_pixel_stride;
   bool stream;      // stores of `out` go past the caches
-  uint8_t* winner;  // with 2x2 pooling: the out_* sizes above are those before pooling, the strides those of the pooled
+  bool pool;        // in 2x2 windows: the out_* sizes above are those before pooling, the strides those of the pooled
+  uint8_t* winner;  // with pool, or null
 };
 
 // Pixels of a block: enough to reuse a panel from L2 for some twenty tiles.
@@ -108,15 +109,19 @@ FASTNN_INLINE void pool_window(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with
   *place = at;
 }
 
-// Stores the `count` channels of a window's maximum and its place, as pool_window has them.
+// Stores the `count` channels of a window's maximum and, unless `winner` is null, its place, as pool_window has them.
 template <class T>
 FASTNN_INLINE void store_pooled(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, int64_t count, T* out,
                                 uint8_t* winner) {
   Vec<T> best;
   Mask<T> place;
-  pool_window<T>(a, b, c, d, with_relu, &best, &place);
+  if (winner) {
+    pool_window<T>(a, b, c, d, with_relu, &best, &place);
+    store_bytes_upto<T>(winner, place, count);
+  } else {  // again, so that the compiler leaves out what finds the place
+    pool_window<T>(a, b, c, d, with_relu, &best, &place);
+  }
   store_upto(out, best, count);
-  store_bytes_upto<T>(winner, place, count);
 }
 
 // One run of taps: `offset` from a pixel's first tap, `depth` long, in source row y + tap_y; its weights start at
@@ -274,7 +279,7 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Run
         const int64_t width = left < kLanes<T> ? left : kLanes<T>;
         const int64_t at = places[w] + v * kLanes<T>;
         store_pooled<T>(acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v], conv.relu, width,
-                        out + at, winner + at);
+                        out + at, winner ? winner + at : nullptr);
       }
     }
   };
@@ -326,7 +331,8 @@ void grey_windows(const GatherConv<T>& conv, const Image<T>& window, const T* pa
         if (left <= 0) continue;
         const int64_t width = left < kLanes<T> ? left : kLanes<T>;
         const int64_t at = place + v * kLanes<T>;
-        store_pooled<T>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, width, out + at, winner + at);
+        store_pooled<T>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, width, out + at,
+                        winner ? winner + at : nullptr);
       }
     }
   }
@@ -343,7 +349,7 @@ constexpr int kGreyVectors = 1;
 // Whether grey_windows serves: a dense 3x3 kernel on one channel, step 1, pooled.
 template <class T>
 bool is_grey(const GatherConv<T>& conv, const Runs& runs) {
-  return conv.winner && conv.depth == 1 && conv.step_y == 1 && conv.step_x == 1 && conv.taps.count == 9 &&
+  return conv.pool && conv.depth == 1 && conv.step_y == 1 && conv.step_x == 1 && conv.taps.count == 9 &&
          runs.count == 3 && runs.common_depth == 3 && conv.taps.y[8] == conv.taps.y[0] + 2;
 }
 
@@ -412,7 +418,7 @@ struct ColumnRange {
 // still wait for their lines: up to a fifth of a first layer's time.
 template <class T>
 ColumnRange columns_in_place(const GatherConv<T>& conv, const TapRange& range) {
-  if (conv.winner || conv.source_pixel_stride != conv.depth || conv.out_width <= kTileRows / 2) return {0, 0};
+  if (conv.pool || conv.source_pixel_stride != conv.depth || conv.out_width <= kTileRows / 2) return {0, 0};
   const int64_t first = range.x_min < 0 ? -floor_div(range.x_min, conv.step_x) : 0;
   int64_t end = floor_div(conv.source_width - 1 - range.x_max, conv.step_x) + 1;
   if (end > conv.out_width) end = conv.out_width;
@@ -427,16 +433,17 @@ void gather_panel(const GatherConv<T>& conv, const Image<T>& window, const Runs&
   const int64_t column = index * kTileColumns<T>;
   const T* panel = conv.panels + column * conv.taps.count * conv.depth;
   T* out = conv.out + place + column;
+  uint8_t* winner = conv.winner ? conv.winner + place + column : nullptr;
   if (is_grey(conv, runs)) {
     for (int v = 0; v < kTileVectors && column + v * kLanes<T> < conv.columns; v += kGreyVectors)
       grey_windows<T, 3, kGreyVectors>(conv, window, panel + v * kLanes<T>, column + v * kLanes<T>, rows,
-                                       out + v * kLanes<T>, conv.winner + place + column + v * kLanes<T>);
+                                       out + v * kLanes<T>, winner ? winner + v * kLanes<T> : nullptr);
     return;
   }
   const auto run = [&](auto vectors, auto depth) {
     constexpr int kVectors = decltype(vectors)::value, kDepth = decltype(depth)::value;
-    if (conv.winner)
-      gather_windows<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out, conv.winner + place + column);
+    if (conv.pool)
+      gather_windows<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out, winner);
     else
       gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, row, rows, width, out);
   };
@@ -450,7 +457,7 @@ void gather_panel(const GatherConv<T>& conv, const Image<T>& window, const Runs&
 
 template <class T>
 void gather_conv(const GatherConv<T>& conv) {
-  const int64_t pooling = conv.winner ? 2 : 1;
+  const int64_t pooling = conv.pool ? 2 : 1;
   const int64_t height = conv.out_height / pooling, width = conv.out_width / pooling;  // of what is stored
   if (conv.batch == 0 || height == 0 || width == 0 || conv.columns == 0) return;
   const TapRange range = tap_range(conv.taps);
@@ -464,7 +471,7 @@ void gather_conv(const GatherConv<T>& conv) {
   const int64_t window_rows = (plan.block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
   const int64_t window_elements = in_place ? 0 : window_rows * window_width * conv.depth;
   // Products of several taps hide the time of the memory.
-  const bool fetch = conv.taps.count == 1 && !conv.winner && plan.column_parts == 1 &&
+  const bool fetch = conv.taps.count == 1 && !conv.pool && plan.column_parts == 1 &&
                      exceeds_caches<T>(conv.batch * conv.source_image_stride);
   const int threads = max_threads();
   const Scratch<T> windows(threads * window_elements);

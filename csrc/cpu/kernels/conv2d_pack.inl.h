@@ -173,6 +173,7 @@ template <class T>
 void write_weight_gradient(const Conv2dShape& shape, int64_t padded_outputs, const T* sums, T* buffer, T* grad_weight) {
   const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape), outputs = group_outputs(shape);
   const int64_t depth = taps * inputs;
+  const AloneIfSmall scope(outputs * depth);
   T* ohwi = is_ohwi(shape) ? grad_weight : buffer;
   parallel_ranges(outputs, kLanes<T>, [&](int64_t begin, int64_t end) {
     transpose_matrix(sums + begin, padded_outputs, depth, end - begin, ohwi + begin * depth, depth);

@@ -445,8 +445,8 @@ template <class T, int height, int width>
 FASTNN_INLINE void winograd_store(const GatherConv<T>& conv, int64_t image, int64_t y, int64_t x, int64_t column,
                                   int64_t left, bool stream, const Vec<T> (&out)[height][width]) {
   T* to = conv.out + image * conv.out_image_stride + column;
-  if (conv.winner) {  // the cut is that of whole windows
-    uint8_t* winner = conv.winner + image * conv.out_image_stride + column;
+  if (conv.pool) {  // the cut is that of whole windows
+    uint8_t* winner = conv.winner ? conv.winner + image * conv.out_image_stride + column : nullptr;
     FASTNN_UNROLL
     for (int i = 0; i < height * width / 4; ++i) {
       constexpr int windows = width / 2;
@@ -455,7 +455,7 @@ FASTNN_INLINE void winograd_store(const GatherConv<T>& conv, int64_t image, int6
       if (row >= conv.out_height / 2 || pixel >= conv.out_width / 2) continue;
       const int64_t at = row * conv.out_row_stride + pixel * conv.out_pixel_stride;
       store_pooled<T>(out[dy][dx], out[dy][dx + 1], out[dy + 1][dx], out[dy + 1][dx + 1], conv.relu, left, to + at,
-                      winner + at);
+                      winner ? winner + at : nullptr);
     }
     return;
   }
@@ -523,8 +523,8 @@ bool winograd_conv(const GatherConv<T>& conv, const WinogradKernels<T>& kernels,
   using Element = typename Products::Element;
   constexpr int places = winograd_places(largest);
   // Pooling reads whole windows alone.
-  const WinogradCut vertical = winograd_cut(conv.winner ? conv.out_height / 2 * 2 : conv.out_height, largest);
-  const WinogradCut horizontal = winograd_cut(conv.winner ? conv.out_width / 2 * 2 : conv.out_width, largest);
+  const WinogradCut vertical = winograd_cut(conv.pool ? conv.out_height / 2 * 2 : conv.out_height, largest);
+  const WinogradCut horizontal = winograd_cut(conv.pool ? conv.out_width / 2 * 2 : conv.out_width, largest);
   const int64_t panels = panels_of<T>(conv.columns), groups = winograd_groups<Products>(conv.depth);
   const int64_t padded = groups * Products::kGroup;
 

@@ -29,6 +29,7 @@ bool run_is_finite(int64_t count, const T* data) {
 
 template <class T>
 bool all_finite(int64_t count, const T* data) {
+  const AloneIfSmall scope(count);
   bool finite = true;
   parallel_ranges(count, kFiniteGrain, [&](int64_t begin, int64_t end) {
     if (!run_is_finite(end - begin, data + begin)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);

@@ -88,6 +88,7 @@ void linear_forward(const LinearShape& shape, const LinearForward<T>& t) {
 // sums[column] = sum over rows of matrix[row * row_stride + column], in row order
 template <class T>
 void column_sums(int64_t rows, int64_t columns, const T* matrix, int64_t row_stride, T* sums) {
+  const AloneIfSmall scope(rows * columns);
   const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
   parallel_for(vectors, [&](int64_t i) {
     const int64_t column = i * kLanes<T>;

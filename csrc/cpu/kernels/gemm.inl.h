@@ -63,6 +63,44 @@ struct Panel {
   int64_t stride;
 };
 
+// One tile of C, whose rows are n apart: `depth` products are added to act()'s argument so far, which is the bias, or
+// zero, where they are the first. All by value: what stores of C might change would be read again after each.
+template <class T, int rows>
+FASTNN_INLINE void gemm_tile(int64_t depth, Matrix<T> a, Panel<T> b, int64_t columns, bool first, const T* bias,
+                             bool with_relu, T* c, int64_t n) {
+  const bool whole = columns == kTileColumns<T>;
+  Vec<T> acc[rows][kTileVectors];
+  FASTNN_UNROLL
+  for (int v = 0; v < kTileVectors; ++v) {
+    const int64_t left = columns - v * kLanes<T> < 0 ? 0 : columns - v * kLanes<T>;
+    const int64_t lanes = left < kLanes<T> ? left : kLanes<T>;
+    const Vec<T> start = first && bias ? load_upto(bias + v * kLanes<T>, lanes) : Vec<T>{};
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) acc[r][v] = first ? start : load_upto(c + r * n + v * kLanes<T>, lanes);
+  }
+  const T* a_rows[rows];
+  FASTNN_UNROLL
+  for (int r = 0; r < rows; ++r) a_rows[r] = a.data + r * a.row_stride;
+  if (a.column_stride == 1)
+    multiply_add<T, rows, kTileVectors>(depth, a_rows, 1, b.data, b.stride, acc);
+  else
+    multiply_add<T, rows, kTileVectors>(depth, a_rows, a.column_stride, b.data, b.stride, acc);
+  FASTNN_UNROLL
+  for (int v = 0; v < kTileVectors; ++v) {
+    const int64_t left = columns - v * kLanes<T>;
+    if (left <= 0) break;
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T> value = with_relu ? relu(acc[r][v]) : acc[r][v];
+      T* to = c + r * n + v * kLanes<T>;
+      if (whole)
+        store(to, value);
+      else
+        store_upto(to, value, left < kLanes<T> ? left : kLanes<T>);
+    }
+  }
+}
+
 // Rows [row_begin, row_end) and up to kTileColumns columns of C.
 template <class T>
 void gemm_block(int64_t row_begin, int64_t row_end, int64_t column, int64_t n, int64_t k, const Matrix<T>& a,
@@ -73,35 +111,10 @@ void gemm_block(int64_t row_begin, int64_t row_end, int64_t column, int64_t n, i
     const bool last = k0 + kDepthBlock >= k;
     for (int64_t row = row_begin; row < row_end; row += kTileRows) {
       with_rows(row_end - row < kTileRows ? row_end - row : kTileRows, [&](auto constant) {
-        constexpr int rows = decltype(constant)::value;
-        Vec<T> acc[rows][kTileVectors];
-        const T* a_rows[rows];
-        FASTNN_UNROLL
-        for (int r = 0; r < rows; ++r) {
-          a_rows[r] = a.data + (row + r) * a.row_stride + k0 * a.column_stride;
-          FASTNN_UNROLL
-          for (int v = 0; v < kTileVectors; ++v) {
-            const int64_t first = v * kLanes<T>;
-            const int64_t left = columns - first < 0 ? 0 : columns - first < kLanes<T> ? columns - first : kLanes<T>;
-            acc[r][v] = k0 > 0 ? load_upto(c + (row + r) * n + column + first, left)
-                        : bias ? load_upto(bias + column + first, left)
-                               : Vec<T>{};
-          }
-        }
-        if (a.column_stride == 1)
-          multiply_add<T, rows, kTileVectors>(depth, a_rows, 1, b.data + k0 * b.stride, b.stride, acc);
-        else
-          multiply_add<T, rows, kTileVectors>(depth, a_rows, a.column_stride, b.data + k0 * b.stride, b.stride, acc);
-        FASTNN_UNROLL
-        for (int r = 0; r < rows; ++r) {
-          FASTNN_UNROLL
-          for (int v = 0; v < kTileVectors; ++v) {
-            const int64_t first = v * kLanes<T>;
-            const int64_t left = columns - first < kLanes<T> ? columns - first : kLanes<T>;
-            if (left > 0)
-              store_upto(c + (row + r) * n + column + first, last && with_relu ? relu(acc[r][v]) : acc[r][v], left);
-          }
-        }
+        gemm_tile<T, decltype(constant)::value>(
+            depth, {a.data + row * a.row_stride + k0 * a.column_stride, a.row_stride, a.column_stride},
+            {b.data + k0 * b.stride, b.stride}, columns, k0 == 0, bias ? bias + column : nullptr, last && with_relu,
+            c + row * n + column, n);
       });
     }
   }

@@ -17,13 +17,20 @@ constexpr int kDotRows = 3;
 #endif
 constexpr int kDotColumns = 4;
 
-// output[r][o] = act(bias[o] + input[r] . weight[o]) for rows x columns of the output
+// Numbers of an input's or weight's row in one pass: the rows of a tile, some 32 KiB, stay in L1 for the next tile.
+constexpr int64_t kDotBytes = 4 << 10;
+
+// output[r][o] = act(bias[o] + input[r] . weight[o]) for rows x columns of the output, from the numbers [begin, end) of
+// the rows. `sums` holds what the numbers before gave, and then these, unless they are the last.
 template <class T, int rows, int columns>
-void linear_dot_tile(const LinearShape& shape, const LinearForward<T>& t, int64_t row, int64_t column) {
+void linear_dot_tile(const LinearShape& shape, const LinearForward<T>& t, int64_t row, int64_t column, int64_t begin,
+                     int64_t end, Vec<T>* sums) {
   const int64_t depth = shape.in_features;
   const T* input = t.input + row * depth;
   const T* weight = t.weight + column * depth;
-  Vec<T> acc[rows][columns]{};
+  Vec<T> acc[rows][columns];
+  FASTNN_UNROLL
+  for (int i = 0; i < rows * columns; ++i) acc[i / columns][i % columns] = begin > 0 ? sums[i] : Vec<T>{};
   const auto step = [&](int64_t k, auto load_vector) {
     Vec<T> x[rows];
     FASTNN_UNROLL
@@ -35,9 +42,14 @@ void linear_dot_tile(const LinearShape& shape, const LinearForward<T>& t, int64_
       for (int r = 0; r < rows; ++r) acc[r][o] += x[r] * w;
     }
   };
-  int64_t k = 0;
-  for (; k + kLanes<T> <= depth; k += kLanes<T>) step(k, [](const T* p) { return load(p); });
-  if (k < depth) step(k, [left = depth - k](const T* p) { return load_first(p, left); });
+  int64_t k = begin;
+  for (; k + kLanes<T> <= end; k += kLanes<T>) step(k, [](const T* p) { return load(p); });
+  if (k < end) step(k, [left = end - k](const T* p) { return load_first(p, left); });
+  if (end < depth) {
+    FASTNN_UNROLL
+    for (int i = 0; i < rows * columns; ++i) sums[i] = acc[i / columns][i % columns];
+    return;
+  }
   FASTNN_UNROLL
   for (int r = 0; r < rows; ++r) {
     FASTNN_UNROLL
@@ -48,25 +60,32 @@ void linear_dot_tile(const LinearShape& shape, const LinearForward<T>& t, int64_
   }
 }
 
+// For fewer than kPackRows rows.
 template <class T>
 void linear_forward_dot(const LinearShape& shape, const LinearForward<T>& t) {
+  constexpr int64_t pass = kDotBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t depth = shape.in_features, passes = depth > 0 ? (depth + pass - 1) / pass : 1;
+  const auto end_of = [&](int64_t i) { return i < passes ? depth * i / passes / kLanes<T> * kLanes<T> : depth; };
   const int64_t column_tiles = (shape.out_features + kDotColumns - 1) / kDotColumns;
   parallel_for(column_tiles, [&](int64_t tile) {
-    const int64_t begin = tile * kDotColumns;
-    for (int64_t row = 0; row < shape.batch; row += kDotRows) {
-      const auto run = [&](auto rows) {
-        constexpr int kRows = decltype(rows)::value;
-        if (begin + kDotColumns <= shape.out_features) {
-          linear_dot_tile<T, kRows, kDotColumns>(shape, t, row, begin);
-        } else {
-          for (int64_t o = begin; o < shape.out_features; ++o) linear_dot_tile<T, kRows, 1>(shape, t, row, o);
+    const int64_t column = tile * kDotColumns;
+    Vec<T> sums[(kPackRows / kDotRows + 1) * kDotRows * kDotColumns];
+    for (int64_t i = 0; i < passes; ++i) {
+      for (int64_t row = 0; row < shape.batch; row += kDotRows) {
+        const auto run = [&](auto rows) {
+          constexpr int kRows = decltype(rows)::value;
+          if (column + kDotColumns <= shape.out_features)
+            return linear_dot_tile<T, kRows, kDotColumns>(shape, t, row, column, end_of(i), end_of(i + 1),
+                                                          sums + row * kDotColumns);
+          for (int64_t o = column; o < shape.out_features; ++o)
+            if (i == 0) linear_dot_tile<T, kRows, 1>(shape, t, row, o, 0, depth, sums);
+        };
+        switch (shape.batch - row) {
+          case 1: run(Constant<1>{}); break;
+          case 2: run(Constant<2>{}); break;
+          case 3: run(Constant<3>{}); break;
+          default: run(Constant<kDotRows>{}); break;
         }
-      };
-      switch (shape.batch - row) {
-        case 1: run(Constant<1>{}); break;
-        case 2: run(Constant<2>{}); break;
-        case 3: run(Constant<3>{}); break;
-        default: run(Constant<kDotRows>{}); break;
       }
     }
   });

@@ -74,9 +74,12 @@ def set_isa(name: str) -> None:
 
 @contextmanager
 def thread_limit(threads: int | None) -> Iterator[None]:
-    """Runs the block on so many of torch's threads; on as many as before where none are asked for."""
+    """Runs the block on so many of torch's threads; on as many as before where it is None."""
+    if threads is None:
+        yield
+        return
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:

@@ -325,8 +325,9 @@ def test_threads_limits_the_command_and_not_the_caller(
         "predict": [trained[0], tmp_path / "a.png"],
     }
     run_well(command, *arguments[command], "--threads", before + 1)
-    assert limits == [before + 1, before]
-    assert torch.get_num_threads() == before
+    assert limits[0] == before + 1
+    assert set(limits[1:-1]) <= {1, before + 1}  # what would leave OpenMP's threads spinning runs on one
+    assert limits[-1] == torch.get_num_threads() == before
 
 
 def test_precision_reaches_the_kernels_or_says_what_is_missing(tmp_path: Path) -> None:

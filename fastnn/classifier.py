@@ -18,7 +18,7 @@ import torch
 from fastnn import nn, optim
 from fastnn._tensor_files import ModelFileError, open_tensor_file, write_tensor_file
 from fastnn.compiled import wants_bf16
-from fastnn.runtime import thread_limit
+from fastnn.runtime import thread_limit, without_spinning_threads
 from fastnn.training import (
     Batches,
     EarlyStopping,
@@ -295,7 +295,7 @@ class CNNClassifier(nn.Sequential):
                 # Logits beyond the classes have never had an image.
                 logits[start : start + len(rows)] = forward(rows)[:, :classes]
                 start += len(rows)
-        with thread_limit(1):
+        with without_spinning_threads():
             return nn.Softmax(dim=1)(logits).float().numpy()
 
     def evaluate(
@@ -449,7 +449,7 @@ class CNNClassifier(nn.Sequential):
             raise ValueError(f"{name}: expected at least one image, got none (shape {got})")
         images = images.contiguous()
         if images.is_floating_point():
-            with thread_limit(1):
+            with without_spinning_threads():
                 _check_finite(images, self._dtype, name)
         return images
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,12 @@ def thread_limit(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def without_spinning_threads() -> AbstractContextManager[None]:
+    """For what torch would share among OpenMP's threads between compiled steps: they spin for milliseconds afterwards,
+    on cores that the steps need."""
+    return thread_limit(1)
 
 
 def build_info() -> dict[str, Any]:

@@ -33,7 +33,7 @@ from fastnn._tensor_files import (
     write_tensor_file,
 )
 from fastnn.compiled import CompiledForward, CompiledStep, unscheduled
-from fastnn.runtime import note_fallback, thread_limit
+from fastnn.runtime import note_fallback, without_spinning_threads
 from fastnn.stages import NotCompilable
 
 __all__ = [
@@ -444,11 +444,6 @@ class _Run:
         del self.history.epochs[snapshot.epoch :]
 
 
-def _without_spinning_threads() -> contextlib.AbstractContextManager[None]:
-    """For what torch would share among OpenMP's threads, which spin for milliseconds afterwards, where steps run."""
-    return thread_limit(1)
-
-
 def _copy_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -538,7 +533,7 @@ def train(
             order = batches.order(history.seed if shuffle else None, epoch)
             batch_scheduler = run.scheduler if isinstance(run.scheduler, BATCH_SCHEDULERS) else None
             record = _train_epoch(step, order, batches, epoch, batch_scheduler, bar.advance)
-            with _without_spinning_threads():
+            with without_spinning_threads():
                 parameters = _copy_parameters(model)
                 _check_parameters(parameters, epoch, batches.steps)
             if validation is not None:
@@ -549,7 +544,7 @@ def train(
                 early_stopping.update(record, parameters)
                 stopped = early_stopping.stopped
             history.epochs.append(record)
-            with _without_spinning_threads():
+            with without_spinning_threads():
                 complete = run.snapshot(epoch, parameters)
             if file is not None and ranks.first:
                 file.write(complete, history)

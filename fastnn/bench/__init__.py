@@ -32,6 +32,7 @@ from fastnn.bench.timing import (
     repeated,
     significant,
 )
+from fastnn.runtime import thread_limit
 
 __all__ = [
     "QUICK_ROUND_SECONDS",
@@ -119,14 +120,13 @@ def select(operators: Sequence[str], quick: bool) -> list[Case]:
 @contextmanager
 def threads_and_isa(threads: int | None = None, isa: str | None = None) -> Iterator[None]:
     """Runs the block with so many threads, of both sides, and these kernels; None leaves either as it is."""
-    threads_before, isa_before = torch.get_num_threads(), fastnn.get_isa()
-    torch.set_num_threads(threads or threads_before)
-    fastnn.set_isa(isa or isa_before)
+    before = fastnn.get_isa()
+    fastnn.set_isa(isa or before)
     try:
-        yield
+        with thread_limit(threads):
+            yield
     finally:
-        torch.set_num_threads(threads_before)
-        fastnn.set_isa(isa_before)
+        fastnn.set_isa(before)
 
 
 def run(cases: Sequence[Case], *, rounds: int, round_seconds: float, quick: bool = False) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 // Batch kernels (ops/batch.h): small passes over memory.
 #pragma once
 
+#include "cpu/kernels/tile.inl.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/bytes.h"
 #include "cpu/simd/streaming.h"
-#include "cpu/kernels/tile.inl.h"
 #include "cpu/simd/transpose.h"
 #include "ops/batch.h"
 

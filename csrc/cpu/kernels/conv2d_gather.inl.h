@@ -109,19 +109,20 @@ FASTNN_INLINE void pool_window(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with
   *place = at;
 }
 
-// Stores the `count` channels of a window's maximum and, unless `winner` is null, its place, as pool_window has them.
+// Stores at out[at] the `count` channels of a window's maximum and, unless `winner` is null, at winner[at] its place,
+// as pool_window has them.
 template <class T>
 FASTNN_INLINE void store_pooled(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, int64_t count, T* out,
-                                uint8_t* winner) {
+                                uint8_t* winner, int64_t at) {
   Vec<T> best;
   Mask<T> place;
   if (winner) {
     pool_window<T>(a, b, c, d, with_relu, &best, &place);
-    store_bytes_upto<T>(winner, place, count);
+    store_bytes_upto<T>(winner + at, place, count);
   } else {  // again, so that the compiler leaves out what finds the place
     pool_window<T>(a, b, c, d, with_relu, &best, &place);
   }
-  store_upto(out, best, count);
+  store_upto(out + at, best, count);
 }
 
 // One run of taps: `offset` from a pixel's first tap, `depth` long, in source row y + tap_y; its weights start at
@@ -278,8 +279,8 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Run
         if (left <= 0) continue;
         const int64_t width = left < kLanes<T> ? left : kLanes<T>;
         const int64_t at = places[w] + v * kLanes<T>;
-        store_pooled<T>(acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v], conv.relu, width,
-                        out + at, winner ? winner + at : nullptr);
+        store_pooled<T>(acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v], conv.relu, width, out,
+                        winner, at);
       }
     }
   };
@@ -331,8 +332,7 @@ void grey_windows(const GatherConv<T>& conv, const Image<T>& window, const T* pa
         if (left <= 0) continue;
         const int64_t width = left < kLanes<T> ? left : kLanes<T>;
         const int64_t at = place + v * kLanes<T>;
-        store_pooled<T>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, width, out + at,
-                        winner ? winner + at : nullptr);
+        store_pooled<T>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, width, out, winner, at);
       }
     }
   }

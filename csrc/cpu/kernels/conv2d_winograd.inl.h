@@ -444,18 +444,17 @@ __attribute__((noinline)) void winograd_products(int64_t groups, bool narrow, co
 template <class T, int height, int width>
 FASTNN_INLINE void winograd_store(const GatherConv<T>& conv, int64_t image, int64_t y, int64_t x, int64_t column,
                                   int64_t left, bool stream, const Vec<T> (&out)[height][width]) {
-  T* to = conv.out + image * conv.out_image_stride + column;
+  const int64_t first = image * conv.out_image_stride + column;
   if (conv.pool) {  // the cut is that of whole windows
-    uint8_t* winner = conv.winner ? conv.winner + image * conv.out_image_stride + column : nullptr;
     FASTNN_UNROLL
     for (int i = 0; i < height * width / 4; ++i) {
       constexpr int windows = width / 2;
       const int dy = i / windows * 2, dx = i % windows * 2;
       const int64_t row = (y + dy) / 2, pixel = (x + dx) / 2;
       if (row >= conv.out_height / 2 || pixel >= conv.out_width / 2) continue;
-      const int64_t at = row * conv.out_row_stride + pixel * conv.out_pixel_stride;
-      store_pooled<T>(out[dy][dx], out[dy][dx + 1], out[dy + 1][dx], out[dy + 1][dx + 1], conv.relu, left, to + at,
-                      winner ? winner + at : nullptr);
+      const int64_t at = first + row * conv.out_row_stride + pixel * conv.out_pixel_stride;
+      store_pooled<T>(out[dy][dx], out[dy][dx + 1], out[dy + 1][dx], out[dy + 1][dx + 1], conv.relu, left, conv.out,
+                      conv.winner, at);
     }
     return;
   }
@@ -463,7 +462,7 @@ FASTNN_INLINE void winograd_store(const GatherConv<T>& conv, int64_t image, int6
   for (int i = 0; i < height * width; ++i) {
     const int64_t row = y + i / width, pixel = x + i % width;
     if (row >= conv.out_height || pixel >= conv.out_width) continue;
-    T* at = to + row * conv.out_row_stride + pixel * conv.out_pixel_stride;
+    T* at = conv.out + first + row * conv.out_row_stride + pixel * conv.out_pixel_stride;
     const Vec<T> value = conv.relu ? relu(out[i / width][i % width]) : out[i / width][i % width];
     if (stream)
       store_streamed(at, value);

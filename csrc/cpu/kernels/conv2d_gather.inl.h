@@ -81,48 +81,54 @@ inline int64_t tap_run(const Taps& taps, int64_t t) {
   return run;
 }
 
-// The larger of act(z) over the rows first..first+3 of a tile column, and its place.
-template <class T>
+// The largest of the four outputs of a window, of equal ones the first, and its place; after ReLU 0 and kNoWinner where
+// none is positive. NaN wins, but only where `with_nan`: otherwise what comes out beside NaN is to be made anew.
+template <class T, bool with_nan>
 FASTNN_INLINE void pool_window(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, Vec<T>* best, Mask<T>* place) {
   const Mask<T> zero{};
-  Vec<T> max = larger<T>(larger<T>(d, c), larger<T>(b, a));  // of equal ones the first
-  Mask<T> at = a == max ? zero : b == max ? zero + 1 : c == max ? zero + 2 : zero + 3;
-  const Vec<T> sum = (a + b) + (c + d);
-  if (__builtin_expect(any_lane<T>(sum != sum), false)) {  // NaN, which wins, or infinities of both signs
-    max = a;
-    at = zero;
+  if constexpr (with_nan) {
+    *best = a;
+    *place = zero;
     const auto consider = [&](Vec<T> v, int k) {
-      const Mask<T> wins = (v > max) | (v != v);
-      max = wins ? v : max;
-      at = wins ? zero + k : at;
+      const Mask<T> wins = (v > *best) | (v != v);
+      *best = wins ? v : *best;
+      *place = wins ? zero + k : *place;
     };
     consider(b, 1);
     consider(c, 2);
     consider(d, 3);
+  } else {
+    const Vec<T> upper = larger<T>(b, a), lower = larger<T>(d, c);
+    *best = larger<T>(lower, upper);
+    *place = lower > upper ? (d > c ? zero + 3 : zero + 2) : (b > a ? zero + 1 : zero);
   }
   if (with_relu) {
-    const Mask<T> dead = max <= Vec<T>{};
-    max = dead ? Vec<T>{} : max;
-    at = dead ? zero + kNoWinner : at;
+    const Mask<T> dead = *best <= Vec<T>{};
+    *best = dead ? Vec<T>{} : *best;
+    *place = dead ? zero + kNoWinner : *place;
   }
-  *best = max;
-  *place = at;
 }
 
 // Stores at out[at] the `count` channels of a window's maximum and, unless `winner` is null, at winner[at] its place,
 // as pool_window has them.
-template <class T>
+template <class T, bool with_nan>
 FASTNN_INLINE void store_pooled(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, int64_t count, T* out,
                                 uint8_t* winner, int64_t at) {
   Vec<T> best;
   Mask<T> place;
   if (winner) {
-    pool_window<T>(a, b, c, d, with_relu, &best, &place);
+    pool_window<T, with_nan>(a, b, c, d, with_relu, &best, &place);
     store_bytes_upto<T>(winner + at, place, count);
   } else {  // again, so that the compiler leaves out what finds the place
-    pool_window<T>(a, b, c, d, with_relu, &best, &place);
+    pool_window<T, with_nan>(a, b, c, d, with_relu, &best, &place);
   }
   store_upto(out + at, best, count);
+}
+
+// pool(Constant<with_nan>{}) returns whether its outputs may stay.
+template <class Pool>
+FASTNN_INLINE void pool_twice_if_nan(const Pool& pool) {
+  if (!pool(Constant<false>{})) pool(Constant<true>{});
 }
 
 // One run of taps: `offset` from a pixel's first tap, `depth` long, in source row y + tap_y; its weights start at
@@ -238,9 +244,10 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs
   }
 }
 
-// As gather_pixels for pooled output: the four pixels of a window are four rows of a tile.
-template <class T, int vectors, int depth>
-void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Runs& runs, const T* panel, int64_t column,
+// As gather_pixels for pooled output: the four pixels of a window are four rows of a tile. Returns whether the outputs
+// may stay: false where there was NaN but not `with_nan`.
+template <class T, int vectors, int depth, bool with_nan>
+bool gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Runs& runs, const T* panel, int64_t column,
                     int64_t pooled_rows, T* out, uint8_t* winner) {
   constexpr int kWindows = kTileRows / 4;
   const int64_t columns = conv.columns - column;
@@ -249,6 +256,7 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Run
   const int64_t y_step = conv.step_y * window.row_stride, x_step = conv.step_x * window.pixel_stride;
   Vec<T> bias[vectors];
   load_bias<T, vectors>(conv.bias ? conv.bias + column : nullptr, columns, bias);
+  Vec<T> all{};  // the sum of all outputs: NaN if any is
   int64_t y = 0, x = 0;
   const auto tile = [&](auto constant) {
     constexpr int windows = decltype(constant)::value;
@@ -278,21 +286,22 @@ void gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Run
         const int64_t left = columns - v * kLanes<T>;
         if (left <= 0) continue;
         const int64_t width = left < kLanes<T> ? left : kLanes<T>;
-        const int64_t at = places[w] + v * kLanes<T>;
-        store_pooled<T>(acc[4 * w][v], acc[4 * w + 1][v], acc[4 * w + 2][v], acc[4 * w + 3][v], conv.relu, width, out,
-                        winner, at);
+        const Vec<T> a = acc[4 * w][v], b = acc[4 * w + 1][v], c = acc[4 * w + 2][v], d = acc[4 * w + 3][v];
+        all += (a + b) + (c + d);
+        store_pooled<T, with_nan>(a, b, c, d, conv.relu, width, out, winner, places[w] + v * kLanes<T>);
       }
     }
   };
   int64_t p = 0;
   for (; p + kWindows <= count; p += kWindows) tile(Constant<kWindows>{});
   for (; p < count; ++p) tile(Constant<1>{});
+  return with_nan || !any_lane<T>(all != all);
 }
 
 // As gather_windows for a square kernel on one channel, whose weights stay in registers: each pixel that a window
 // reaches is read once, for all of its outputs.
-template <class T, int kernel, int vectors>
-void grey_windows(const GatherConv<T>& conv, const Image<T>& window, const T* panel, int64_t column,
+template <class T, int kernel, int vectors, bool with_nan>
+bool grey_windows(const GatherConv<T>& conv, const Image<T>& window, const T* panel, int64_t column,
                   int64_t pooled_rows, T* out, uint8_t* winner) {
   const int64_t columns = conv.columns - column, pooled_width = conv.out_width / 2;
   Vec<T> bias[vectors], weights[kernel * kernel][vectors];
@@ -302,6 +311,7 @@ void grey_windows(const GatherConv<T>& conv, const Image<T>& window, const T* pa
     FASTNN_UNROLL
     for (int v = 0; v < vectors; ++v) weights[t][v] = load(panel + t * kTileColumns<T> + v * kLanes<T>);
   }
+  Vec<T> all{};  // the sum of all outputs: NaN if any is
   for (int64_t py = 0; py < pooled_rows; ++py) {
     const T* corner = window.data + 2 * py * window.row_stride;
     int64_t place = py * conv.out_row_stride;
@@ -331,11 +341,13 @@ void grey_windows(const GatherConv<T>& conv, const Image<T>& window, const T* pa
         const int64_t left = columns - v * kLanes<T>;
         if (left <= 0) continue;
         const int64_t width = left < kLanes<T> ? left : kLanes<T>;
-        const int64_t at = place + v * kLanes<T>;
-        store_pooled<T>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, width, out, winner, at);
+        all += (acc[0][v] + acc[1][v]) + (acc[2][v] + acc[3][v]);
+        store_pooled<T, with_nan>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, width, out, winner,
+                                  place + v * kLanes<T>);
       }
     }
   }
+  return with_nan || !any_lane<T>(all != all);
 }
 
 // Vectors of columns that grey_windows handles at a time: 9 weights and 4 sums each, beside 4 values, in 16 registers
@@ -435,15 +447,22 @@ void gather_panel(const GatherConv<T>& conv, const Image<T>& window, const Runs&
   T* out = conv.out + place + column;
   uint8_t* winner = conv.winner ? conv.winner + place + column : nullptr;
   if (is_grey(conv, runs)) {
-    for (int v = 0; v < kTileVectors && column + v * kLanes<T> < conv.columns; v += kGreyVectors)
-      grey_windows<T, 3, kGreyVectors>(conv, window, panel + v * kLanes<T>, column + v * kLanes<T>, rows,
-                                       out + v * kLanes<T>, winner ? winner + v * kLanes<T> : nullptr);
+    for (int v = 0; v < kTileVectors && column + v * kLanes<T> < conv.columns; v += kGreyVectors) {
+      pool_twice_if_nan([&](auto with_nan) {
+        return grey_windows<T, 3, kGreyVectors, decltype(with_nan)::value>(
+            conv, window, panel + v * kLanes<T>, column + v * kLanes<T>, rows, out + v * kLanes<T>,
+            winner ? winner + v * kLanes<T> : nullptr);
+      });
+    }
     return;
   }
   const auto run = [&](auto vectors, auto depth) {
     constexpr int kVectors = decltype(vectors)::value, kDepth = decltype(depth)::value;
     if (conv.pool)
-      gather_windows<T, kVectors, kDepth>(conv, window, runs, panel, column, rows, out, winner);
+      pool_twice_if_nan([&](auto with_nan) {
+        return gather_windows<T, kVectors, kDepth, decltype(with_nan)::value>(conv, window, runs, panel, column, rows,
+                                                                              out, winner);
+      });
     else
       gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, row, rows, width, out);
   };

@@ -441,7 +441,7 @@ __attribute__((noinline)) void winograd_products(int64_t groups, bool narrow, co
 }
 
 // One tile's outputs to where they belong: windows pooled, or `stream`ed past the caches.
-template <class T, int height, int width>
+template <class T, bool with_nan, int height, int width>
 FASTNN_INLINE void winograd_store(const GatherConv<T>& conv, int64_t image, int64_t y, int64_t x, int64_t column,
                                   int64_t left, bool stream, const Vec<T> (&out)[height][width]) {
   const int64_t first = image * conv.out_image_stride + column;
@@ -453,8 +453,8 @@ FASTNN_INLINE void winograd_store(const GatherConv<T>& conv, int64_t image, int6
       const int64_t row = (y + dy) / 2, pixel = (x + dx) / 2;
       if (row >= conv.out_height / 2 || pixel >= conv.out_width / 2) continue;
       const int64_t at = first + row * conv.out_row_stride + pixel * conv.out_pixel_stride;
-      store_pooled<T>(out[dy][dx], out[dy][dx + 1], out[dy + 1][dx], out[dy + 1][dx + 1], conv.relu, left, conv.out,
-                      conv.winner, at);
+      store_pooled<T, with_nan>(out[dy][dx], out[dy][dx + 1], out[dy + 1][dx], out[dy + 1][dx + 1], conv.relu, left,
+                                conv.out, conv.winner, at);
     }
     return;
   }
@@ -471,9 +471,9 @@ FASTNN_INLINE void winograd_store(const GatherConv<T>& conv, int64_t image, int6
   }
 }
 
-// The outputs of a share in one panel's columns. Returns whether all were finite before activation; where `largest` is
-// 2, nobody asks.
-template <class T, int largest>
+// The outputs of a share in one panel's columns. Returns whether all were finite before activation; `with_nan`, or
+// where tiles of 2 are not pooled, nobody asks.
+template <class T, int largest, bool with_nan>
 bool winograd_outputs(const GatherConv<T>& conv, const WinogradTiles* tiles, const WinogradShare& share, int64_t panel,
                       bool stream, const T* m, int64_t m_step) {
   const int64_t begin = panel * kTileColumns<T>, beyond = begin + kTileColumns<T>;
@@ -487,9 +487,11 @@ bool winograd_outputs(const GatherConv<T>& conv, const WinogradTiles* tiles, con
       for_each_tile<size>(tiles, share, [&](int64_t image, int64_t y, int64_t x, int64_t row) {
         Vec<T> out[height][width];
         winograd_output<T, size, largest>(m + row * kTileColumns<T> + column - begin, m_step, bias, out);
-        FASTNN_UNROLL
-        for (int i = 0; largest == 4 && i < height * width; ++i) zero_or_nan += out[i / width][i % width] * T(0);
-        winograd_store<T>(conv, image, y, x, column, left, stream, out);
+        if (!with_nan && (largest == 4 || conv.pool)) {
+          FASTNN_UNROLL
+          for (int i = 0; i < height * width; ++i) zero_or_nan += out[i / width][i % width] * T(0);
+        }
+        winograd_store<T, with_nan>(conv, image, y, x, column, left, stream, out);
       });
     });
   }
@@ -581,8 +583,9 @@ bool winograd_conv(const GatherConv<T>& conv, const WinogradKernels<T>& kernels,
         for (int64_t unit = 0; unit < units; ++unit) transform(panel, unit, u);
       const bool narrow = conv.columns - panel * kTileColumns<T> <= kLanes<T>;
       winograd_products<T, Products, largest>(groups, narrow, share, v, v_step, u + panel * u_panel, u_step, m, m_step);
-      if (!winograd_outputs<T, largest>(conv, tiles, share, panel, stream, m, m_step))
-        __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+      if (winograd_outputs<T, largest, false>(conv, tiles, share, panel, stream, m, m_step)) continue;
+      __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+      if constexpr (largest == 2) winograd_outputs<T, 2, true>(conv, tiles, share, panel, stream, m, m_step);
     }
     held.add_panels(first_panel, end_panel);
     if (stream) finish_streaming();

@@ -270,22 +270,16 @@ void conv2d_backward(const Conv2dShape& as_given, const Conv2dBackward<T>& t) {
   const AloneIfSmall scope(multiply_adds(s));
   Conv2dBackward<T> dense = t;  // what the winner-sparse kernels leave to the dense ones
   if (s.pool && s.batch > 0) {
-    // They leave out the zeros that pooling puts into the gradient, which give NaN with a factor that is not finite.
-    const bool sparse_weight = t.grad_weight && (lookup_serves_grad_weight<T>(s) || sparse_serves_grad_weight<T>(s)) &&
-                               all_finite(s.batch * s.in_height * s.in_width * s.in_channels, t.input);
-    if (t.grad_input && sparse_serves_grad_input<T>(s) && all_finite(weight_elements(s), t.weight)) {
+    if (t.grad_input && sparse_serves_grad_input<T>(s) && sparse_grad_input(s, t)) {
       trace<T>("conv2d_grad_input", "sparse");
-      sparse_grad_input(s, t);
       dense.grad_input = nullptr;
     }
-    if (sparse_weight && lookup_serves_grad_weight<T>(s)) {
-      trace<T>("conv2d_grad_weight", "lookup");
-      lookup_grad_weight(s, t);
-      dense.grad_weight = nullptr;
-    } else if (sparse_weight) {
-      trace<T>("conv2d_grad_weight", "sparse");
-      sparse_grad_weight(s, t);
-      dense.grad_weight = nullptr;
+    const bool lookup = lookup_serves_grad_weight<T>(s);
+    if (t.grad_weight && (lookup || sparse_serves_grad_weight<T>(s))) {
+      if (lookup ? lookup_grad_weight(s, t) : sparse_grad_weight(s, t)) {
+        trace<T>("conv2d_grad_weight", lookup ? "lookup" : "sparse");
+        dense.grad_weight = nullptr;
+      }
     } else if (t.grad_bias) {
       sparse_grad_bias(s, t);
     }

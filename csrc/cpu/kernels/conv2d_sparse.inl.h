@@ -6,16 +6,20 @@
 //   grad_w[o][ky][run] += g * source[y + ky][x .. x + kx)        run = (kx, i), contiguous in a source row
 //   grad_in[y + ky][x .. x + kx) += g * w[o][ky][run]
 //
-// for each winner (o, y, x) of gradient g; the bias gradient is summed on the way. Three kernels:
+// for each winner (o, y, x) of gradient g; the bias gradient is summed on the way. What is left out are products with
+// zero, which would be NaN where the other factor is not finite: the kernels ask, and say if they did not serve. Three:
 //
 //   sparse_grad_weight    one output channel at a time: its part of the gradient stays in registers while the winners
 //                         of a bit mask pass by
-//   sparse_grad_input     one output row at a time: registers hold the input pixels that a window reaches, and slide
+//   sparse_grad_input     one output row and vector of input channels at a time: registers hold the pixels that a
+//   window
+//                         reaches, and slide
 //   lookup_grad_weight    one input channel, or three (the first layer of a network on pictures): runs would be too
 //                         short, so vectors run along output channels and each lane looks its winner's pixels up
 #pragma once
 
 #include "cpu/kernels/conv2d_grad_weight.inl.h"
+#include "cpu/kernels/finite.inl.h"
 #include "cpu/simd/lanes.h"
 
 namespace fastnn::cpu {
@@ -44,6 +48,12 @@ inline Image<T> image_of(const Conv2dShape& s, const T* input, int64_t image) {
           s.in_channels};
 }
 
+template <class T>
+inline bool image_is_finite(const Conv2dShape& s, const T* input, int64_t image) {
+  const int64_t elements = s.in_height * s.in_width * s.in_channels;
+  return run_is_finite(elements, input + image * elements);
+}
+
 // ---------------------------------------------------------------------------------------------- sparse_grad_weight
 
 // 3 kernel rows x 6 vectors: 18 accumulators of 32 registers hold all of a 3x3x32 kernel. 12 of 16 registers otherwise.
@@ -59,28 +69,34 @@ constexpr int kSparseRows = 1;
 template <class T>
 struct WinnerTable {
   int64_t width;             // channels
-  uint32_t masks[32];        // of a channel, bit q: window q has a winner
+  LaneType<T> masks[32];     // of a channel, bit q: window q has a winner
   LaneType<T> from[32][32];  // source offset of the winner's first tap: [window][channel]
   const T* grad;             // of window 0 and the first channel; windows are grad_step apart
   int64_t grad_step;
 };
 
-// `corners`: source offsets of the windows' first pixels. A place adds x_step, y_step or both.
+// Fills the rest of a table whose width and gradient are set, and adds the gradient where there are winners to `bias`.
+// `winner` and `step` are as grad and grad_step. `corners`: source offsets of the windows' first pixels; a place adds
+// x_step, y_step or both.
 template <class T>
 FASTNN_INLINE void fill_winners(const uint8_t* winner, int64_t step, int64_t windows, const int64_t* corners,
-                                int64_t x_step, int64_t y_step, WinnerTable<T>& table) {
+                                int64_t x_step, int64_t y_step, T* bias, WinnerTable<T>& table) {
   const Mask<T> zero{}, beside = broadcast_lane<T>(x_step), below = broadcast_lane<T>(y_step);
-  for (int64_t q = 0; q < windows; ++q, winner += step) {
-    table.masks[q] = ~equal_mask_upto(winner, table.width, kNoWinner);
-    for (int64_t c = 0; c < table.width; c += kLanes<T>) {
-      const Mask<T> place = load_bytes<T>(winner + c, table.width - c < kLanes<T> ? table.width - c : kLanes<T>);
-      const Mask<T> from =
-          broadcast_lane<T>(corners[q]) + ((place & 1) != zero ? beside : zero) + ((place & 2) != zero ? below : zero);
-      store_lanes<T>(table.from[q] + c, from);
+  for (int64_t c = 0; c < table.width; c += kLanes<T>) {
+    const int64_t left = table.width - c < kLanes<T> ? table.width - c : kLanes<T>;
+    Mask<T> masks{}, bit = zero + 1;
+    Vec<T> sum = load_upto(bias + c, left);
+    for (int64_t q = 0; q < windows; ++q, bit += bit) {
+      const Mask<T> place = load_bytes<T>(winner + q * step + c, left);
+      const Mask<T> wins = place < zero + kNoWinner;
+      masks |= wins & bit;
+      sum += wins ? load_upto(table.grad + q * table.grad_step + c, left) : Vec<T>{};
+      store_lanes<T>(table.from[q] + c, broadcast_lane<T>(corners[q]) + ((place & 1) != zero ? beside : zero) +
+                                            ((place & 2) != zero ? below : zero));
     }
+    store_lanes<T>(table.masks + c, masks);
+    store_upto(bias + c, sum, left);
   }
-  for (int64_t q = windows; q < 32; ++q) table.masks[q] = 0;
-  transpose_bits32(table.masks);
 }
 
 // partial: of the first channel; the next one's is partial_channel further on.
@@ -95,7 +111,7 @@ void sparse_accumulate(const WinnerTable<T>& winners, const T* source, int64_t s
       for (int v = 0; v < vectors; ++v)
         acc[r][v] = load_upto(partial + r * partial_row + v * kLanes<T>, v + 1 < vectors ? kLanes<T> : last_count);
     }
-    for (uint32_t mask = winners.masks[c]; mask != 0; mask &= mask - 1) {
+    for (uint32_t mask = static_cast<uint32_t>(winners.masks[c]); mask != 0; mask &= mask - 1) {
       const int q = __builtin_ctz(mask);
       const T* from = source + winners.from[q][c];
       const Vec<T> g = broadcast(winners.grad[q * winners.grad_step + c]);
@@ -141,8 +157,9 @@ FASTNN_INLINE void add_winners(const T* grad, const uint8_t* winner, int64_t cha
   for (; o < channels; ++o) sums[o] += winner[o] < kNoWinner ? grad[o] : T(0);
 }
 
+// Returns whether the weight's gradient is right: the input has to be finite.
 template <class T>
-void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   using Vectors = typename MakeIndices<kSparseVectors>::type;
   const int64_t pooled_width = s.out_width / 2, windows = s.out_height / 2 * pooled_width, channels = s.out_channels;
   const int64_t run = s.kernel_width * s.in_channels, elements = s.kernel_height * run;
@@ -158,17 +175,19 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const bool copy = run % kLanes<T> != 0;
   // Runs are cut into even groups of at most kSparseVectors vectors.
   const int64_t vectors = (run + kLanes<T> - 1) / kLanes<T>, groups = (vectors + kSparseVectors - 1) / kSparseVectors;
+  bool finite = true;
 
   parallel_tasks(chunks * parts, [&](int64_t task, int thread) {
     const int64_t chunk = task / parts, part = task % parts;
     const int64_t first_channel = tables * part / parts * 32, beyond = tables * (part + 1) / parts * 32;
     const int64_t end_channel = beyond < channels ? beyond : channels, width = end_channel - first_channel;
     T* partial = partials + chunk * partial_elements;
-    T* bias = partial + channels * elements + first_channel;
+    T* bias = partial + channels * elements;
     T* buffer = buffers + thread * (window_elements + 2 * kLanes<T>);
     zero_run(width * elements, partial + first_channel * elements);
-    zero_run(width, bias);
+    zero_run(width, bias + first_channel);
     for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
+      if (part == 0 && !image_is_finite(s, t.input, image)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
       const Image<T> source = window_of(image_of(s, t.input, image), range, s.in_channels, buffer, copy);
       const int64_t y_step = s.stride_height * source.row_stride, x_step = s.stride_width * source.pixel_stride;
       for (int64_t first = 0; first < windows; first += 32) {
@@ -176,15 +195,13 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
         const T* grad = t.grad_output + (image * windows + first) * channels;
         const uint8_t* winner = t.winner + (image * windows + first) * channels;
         int64_t corners[32];
-        for (int64_t q = 0; q < count; ++q) {
+        for (int64_t q = 0; q < count; ++q)
           corners[q] = (first + q) / pooled_width * 2 * y_step + (first + q) % pooled_width * 2 * x_step;
-          add_winners(grad + q * channels + first_channel, winner + q * channels + first_channel, width, bias);
-        }
         for (int64_t o = first_channel; o < end_channel; o += 32) {
           WinnerTable<T> winners;
           winners.width = end_channel - o < 32 ? end_channel - o : 32;
           winners.grad = grad + o, winners.grad_step = channels;
-          fill_winners<T>(winner + o, channels, count, corners, x_step, y_step, winners);
+          fill_winners<T>(winner + o, channels, count, corners, x_step, y_step, bias + o, winners);
           T* to = partial + o * elements;
           for (int64_t ky = 0; ky < s.kernel_height;) {
             const bool three = kSparseRows == 3 && s.kernel_height - ky >= 3;
@@ -204,160 +221,239 @@ void sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   });
   write_ohwi_gradient<T>(s, channels, chunks, partial_elements, partials, t.grad_weight);
   if (t.grad_bias) add_partials<T>(chunks, partial_elements, channels, partials + channels * elements, t.grad_bias);
+  return finite;
 }
 
 // ----------------------------------------------------------------------------------------------- sparse_grad_input
 
-// Channels of the input kept in registers, in vectors: (kernel_width + 1) * 4 accumulators fit 32 registers up to 5x5.
+// Kernel rows whose sums are kept in registers, for one vector of input channels: (width + 1) accumulators each.
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kSlideVectors = 4;
+constexpr int slide_rows(int64_t) { return 3; }
 #else
-constexpr int kSlideVectors = 2;
+constexpr int slide_rows(int64_t width) { return width == 3 ? 3 : 2; }
 #endif
+// The sums of a band of an image, which stay in the nearest cache beside the weights of 64 output channels.
+constexpr int64_t kBandBytes = 16 << 10;
+// Windows of a task, which reads the weights once, where images are small.
+constexpr int64_t kSlideWindows = 64;
+// Kernel rows of output channels that are packed at a time.
+constexpr int64_t kSlideRows = 32;
 
 template <class T>
 inline bool sparse_serves_grad_input(const Conv2dShape& s) {
   return s.groups == 1 && s.stride_height == 1 && s.stride_width == 1 && s.dilation_height == 1 &&
-         s.dilation_width == 1 && (s.kernel_width == 3 || (s.kernel_width == 5 && kSlideVectors == 4)) &&
-         s.in_channels % kLanes<T> == 0;
+         s.dilation_width == 1 && (s.kernel_width == 3 || s.kernel_width == 5) && s.in_channels % kLanes<T> == 0;
 }
 
-// What sliding along one output row needs; masks[(q * 4 + place) * words + word] selects 64 output channels.
+// Some rows of windows, for up to 64 output channels.
 template <class T>
-struct SlideRow {
-  int64_t pooled_width, channels, words;
-  const uint64_t* masks;  // of the row's first window and of the row's first place in it
-  const T* grad;          // of the row's first window
-  const T* weight;        // at this kernel row and first channel; output channels are weight_stride apart
-  int64_t weight_stride, weight_pixel;
-  T* to;  // input pixels that window 0 reaches
-  int64_t to_pixel;
+struct SlideBand {
+  int64_t rows, windows;  // in a row
+  const uint64_t* masks;  // masks[window * 4 + place] selects channels
+  const T* grad;          // grad[window * grad_step + channel]
+  int64_t grad_step;
+  const T* weight;  // [output channel][kernel row][kx], one vector each
+  T* to;            // input pixels that window 0 reaches, one vector each
+  int64_t to_row;
 };
 
-// Adds the winners at place `shift` (0 or 1) of a window into acc[shift ...].
-template <class T, int width, int vectors, int shift>
-FASTNN_INLINE void slide_add(const SlideRow<T>& row, const uint64_t* masks, const T* grad,
-                             Vec<T> (&acc)[width + 1][vectors]) {
-  for (int64_t word = 0; word < row.words; ++word) {
-    for (uint64_t mask = masks[word]; mask != 0; mask &= mask - 1) {
-      const int64_t o = word * 64 + __builtin_ctzll(mask);
-      const T* w = row.weight + o * row.weight_stride;
-      const Vec<T> g = broadcast(grad[o]);
+// Adds the winners at place `shift` (0 or 1) of a window into acc[...][shift ...].
+template <class T, int width, int rows, int shift>
+FASTNN_INLINE void slide_add(uint64_t mask, const T* grad, const T* weight, Vec<T> (&acc)[rows][width + 1]) {
+  for (; mask != 0; mask &= mask - 1) {
+    const int64_t o = __builtin_ctzll(mask);
+    const T* w = weight + o * rows * width * kLanes<T>;
+    const Vec<T> g = broadcast(grad[o]);
+    FASTNN_UNROLL
+    for (int y = 0; y < rows; ++y) {
       FASTNN_UNROLL
-      for (int x = 0; x < width; ++x) {
+      for (int x = 0; x < width; ++x) acc[y][shift + x] += g * load(w + (y * width + x) * kLanes<T>);
+    }
+  }
+}
+
+// By value, so that nothing of it is read again behind stores, and not inlined, so that it has the registers.
+template <class T, int width, int rows>
+__attribute__((noinline)) void slide_band(SlideBand<T> band) {
+  for (int64_t y = 0; y < 2 * band.rows; ++y) {
+    Vec<T> acc[rows][width + 1];
+    T* to = band.to + y * band.to_row;
+    // body(sum, memory) for some columns of what a window reaches.
+    const auto columns = [&](int first, int end, const auto& body) {
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) {
         FASTNN_UNROLL
-        for (int v = 0; v < vectors; ++v) acc[shift + x][v] += g * load(w + x * row.weight_pixel + v * kLanes<T>);
+        for (int x = first; x < end; ++x) body(acc[r][x], to + r * band.to_row + x * kLanes<T>);
+      }
+    };
+    const auto fetch = [](Vec<T>& sum, const T* from) { sum = load(from); };
+    const auto keep = [](Vec<T> sum, T* at) { store(at, sum); };
+    const int64_t first = y / 2 * band.windows;
+    columns(0, width - 1, fetch);
+    for (int64_t q = first; q < first + band.windows; ++q) {
+      columns(width - 1, width + 1, fetch);
+      const uint64_t* masks = band.masks + q * 4 + y % 2 * 2;
+      slide_add<T, width, rows, 0>(masks[0], band.grad + q * band.grad_step, band.weight, acc);
+      slide_add<T, width, rows, 1>(masks[1], band.grad + q * band.grad_step, band.weight, acc);
+      columns(0, 2, keep);
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        FASTNN_UNROLL
+        for (int x = 0; x < width - 1; ++x) acc[r][x] = acc[r][x + 2];
+      }
+      to += 2 * kLanes<T>;
+    }
+    columns(0, width - 1, keep);
+  }
+}
+
+template <class T, int width>
+void slide_band_of(int64_t rows, const SlideBand<T>& band) {
+  switch (rows) {
+    case 3:
+      if constexpr (slide_rows(width) == 3) return slide_band<T, width, 3>(band);
+      [[fallthrough]];
+    case 2: return slide_band<T, width, 2>(band);
+    default: return slide_band<T, width, 1>(band);
+  }
+}
+
+// masks[(word * windows + q) * 4 + place]: which of 64 output channels have their winner there.
+inline void mark_winners(int64_t windows, int64_t channels, const uint8_t* winner, uint64_t* masks) {
+  for (int64_t o = 0; o < channels; o += 64) {
+    const int64_t left = channels - o;
+    for (int64_t q = 0; q < windows; ++q) {
+      const uint8_t* from = winner + q * channels + o;
+      for (uint8_t place = 0; place < 4; ++place) {
+        uint64_t mask = equal_mask_upto(from, left < 32 ? left : 32, place);
+        if (left > 32)
+          mask |= static_cast<uint64_t>(equal_mask_upto(from + 32, left < 64 ? left - 32 : 32, place)) << 32;
+        *masks++ = mask;
       }
     }
   }
 }
 
-template <class T, int width, int vectors>
-void slide_row(const SlideRow<T>& row) {
-  Vec<T> acc[width + 1][vectors];
-  T* to = row.to;
-  FASTNN_UNROLL
-  for (int x = 0; x < width - 1; ++x) {
-    FASTNN_UNROLL
-    for (int v = 0; v < vectors; ++v) acc[x][v] = load(to + x * row.to_pixel + v * kLanes<T>);
-  }
-  for (int64_t q = 0; q < row.pooled_width; ++q, to += 2 * row.to_pixel) {
-    FASTNN_UNROLL
-    for (int x = width - 1; x < width + 1; ++x) {
-      FASTNN_UNROLL
-      for (int v = 0; v < vectors; ++v) acc[x][v] = load(to + x * row.to_pixel + v * kLanes<T>);
-    }
-    const uint64_t* masks = row.masks + q * 4 * row.words;
-    slide_add<T, width, vectors, 0>(row, masks, row.grad + q * row.channels, acc);
-    slide_add<T, width, vectors, 1>(row, masks + row.words, row.grad + q * row.channels, acc);
-    FASTNN_UNROLL
-    for (int x = 0; x < width + 1; ++x) {
-      FASTNN_UNROLL
-      for (int v = 0; v < vectors; ++v) {
-        if (x < 2) store(to + x * row.to_pixel + v * kLanes<T>, acc[x][v]);
-        if (x + 2 < width + 1) acc[x][v] = acc[x + 2][v];
+// Kernel rows that slide together.
+struct SlideRows {
+  int64_t first, count;
+};
+
+inline SlideRows slide_rows_at(const Conv2dShape& s, int64_t ky) {
+  const int64_t most = slide_rows(s.kernel_width), first = ky / most * most;
+  return {first, s.kernel_height - first < most ? s.kernel_height - first : most};
+}
+
+// Where the weights of some rows begin among those of a vector of inputs: [rows][output channel][row][kx][lanes].
+template <class T>
+int64_t slide_place(const Conv2dShape& s, SlideRows rows, int64_t channel) {
+  return (rows.first * s.out_channels + channel * rows.count) * s.kernel_width * kLanes<T>;
+}
+
+// Returns whether all are finite.
+template <class T>
+bool pack_slide_weights(const Conv2dShape& s, const T* ohwi, T* to) {
+  const int64_t vectors = s.in_channels / kLanes<T>, of_vector = s.out_channels * kernel_taps(s) * kLanes<T>;
+  bool finite = true;
+  parallel_ranges(s.out_channels * s.kernel_height, kSlideRows, [&](int64_t begin, int64_t end) {
+    Vec<T> zero_or_nan{};
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t o = i / s.kernel_height, ky = i % s.kernel_height;
+      const SlideRows rows = slide_rows_at(s, ky);
+      T* row = to + slide_place<T>(s, rows, o) + (ky - rows.first) * s.kernel_width * kLanes<T>;
+      for (int64_t kx = 0; kx < s.kernel_width; ++kx, row += kLanes<T>) {
+        for (int64_t v = 0; v < vectors; ++v) {
+          const Vec<T> w = load(ohwi + ((i * s.kernel_width + kx) * vectors + v) * kLanes<T>);
+          zero_or_nan += w * T(0);
+          store(row + v * of_vector, w);
+        }
       }
     }
-  }
-  FASTNN_UNROLL
-  for (int x = 0; x < width - 1; ++x) {
-    FASTNN_UNROLL
-    for (int v = 0; v < vectors; ++v) store(to + x * row.to_pixel + v * kLanes<T>, acc[x][v]);
-  }
+    if (any_lane<T>(zero_or_nan != zero_or_nan)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+  });
+  return finite;
 }
 
+// Returns whether it served: the weights have to be finite.
+//
+// One vector of input channels at a time, so that its weights stay in the nearest cache while the images of a task pass
+// by, each in bands of window rows: a band's sums are in a buffer, whose last rows begin the next band.
 template <class T>
-void slide_row_of(int64_t width, int64_t vectors, const SlideRow<T>& row) {
-  const auto run = [&](auto kernel_width) {
-    constexpr int w = decltype(kernel_width)::value;
-    switch (vectors) {
-      case 1: return slide_row<T, w, 1>(row);
-      case 2: return slide_row<T, w, 2>(row);
-      case 3:
-        if constexpr (kSlideVectors >= 3) return slide_row<T, w, 3>(row);
-        [[fallthrough]];
-      case 4:
-        if constexpr (kSlideVectors >= 4) return slide_row<T, w, 4>(row);
-        [[fallthrough]];
-      default: __builtin_unreachable();
-    }
-  };
-  if (width == 3) return run(Constant<3>{});
-  if constexpr (kSlideVectors == 4) run(Constant<5>{});
-}
-
-template <class T>
-void sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t pooled_height = s.out_height / 2, pooled_width = s.out_width / 2,
                 windows = pooled_height * pooled_width;
-  const int64_t words = (s.out_channels + 63) / 64, inputs = s.in_channels, taps = kernel_taps(s);
-  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
-  const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
-  const bool padded = s.padding_height != 0 || s.padding_width != 0;
-  const int64_t height = s.in_height + 2 * s.padding_height, width = s.in_width + 2 * s.padding_width;
-  const int threads = max_threads();
-  const Scratch<T> buffers(padded ? threads * height * width * inputs : 0);
-  const Scratch<uint64_t> all_masks(threads * windows * 4 * words);
-  const int64_t vectors = inputs / kLanes<T>, groups = (vectors + kSlideVectors - 1) / kSlideVectors;
+  const int64_t words = (s.out_channels + 63) / 64, inputs = s.in_channels, vectors = inputs / kLanes<T>;
+  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s)), weights(weight_elements(s));
+  if (!pack_slide_weights<T>(s, weight_to_ohwi<T>(s, t.weight, ohwi), weights)) return false;
 
-  parallel_tasks(s.batch, [&](int64_t image, int thread) {
-    T* whole = t.grad_input + image * s.in_height * s.in_width * inputs;
-    T* to = padded ? buffers + thread * height * width * inputs : whole;
-    zero_run(height * width * inputs, to);
-    const T* grad = t.grad_output + image * windows * s.out_channels;
-    const uint8_t* winner = t.winner + image * windows * s.out_channels;
-    uint64_t* masks = all_masks + thread * windows * 4 * words;
-    for (int64_t q = 0; q < windows; ++q) {
-      for (uint8_t place = 0; place < 4; ++place) {
-        for (int64_t word = 0; word < words; ++word) {
-          const uint8_t* p = winner + q * s.out_channels + word * 64;
-          const int64_t left = s.out_channels - word * 64;
-          uint64_t mask = equal_mask_upto(p, left < 32 ? left : 32, place);
-          if (left > 32)
-            mask |= static_cast<uint64_t>(equal_mask_upto(p + 32, left < 64 ? left - 32 : 32, place)) << 32;
-          masks[(q * 4 + place) * words + word] = mask;
+  const int64_t overlap = s.kernel_height - 1;
+  const int64_t height = s.in_height + 2 * s.padding_height, width = s.in_width + 2 * s.padding_width;
+  const int64_t buffer_row = width * kLanes<T>;
+  int64_t band = kBandBytes / (2 * buffer_row * static_cast<int64_t>(sizeof(T)));  // in rows of windows
+  if (band > pooled_height) band = pooled_height;
+  if (band < 1) band = 1;
+  int64_t images = s.batch / (2 * kTasks);
+  if (images * windows > kSlideWindows) images = kSlideWindows / windows;
+  if (images < 1) images = 1;
+  const int64_t blocks = (s.batch + images - 1) / images, parts = blocks < kTasks ? vectors : 1;
+  const int threads = max_threads();
+  const Scratch<T> buffers(threads * (2 * band + overlap) * buffer_row);
+  const Scratch<uint64_t> all_masks(threads * images * windows * 4 * words);
+
+  parallel_tasks(blocks * parts, [&](int64_t task, int thread) {
+    const int64_t first = task / parts * images, part = task % parts;
+    const int64_t end = first + images < s.batch ? first + images : s.batch;
+    uint64_t* masks = all_masks + thread * images * windows * 4 * words;
+    T* buffer = buffers + thread * (2 * band + overlap) * buffer_row;
+    mark_winners((end - first) * windows, s.out_channels, t.winner + first * windows * s.out_channels, masks);
+    for (int64_t v = vectors * part / parts; v < vectors * (part + 1) / parts; ++v) {
+      const T* of_vector = weights + v * s.out_channels * kernel_taps(s) * kLanes<T>;
+      for (int64_t image = first; image < end; ++image) {
+        T* to = t.grad_input + image * s.in_height * s.in_width * inputs + v * kLanes<T>;
+        // Rows [begin, end) of the padded image out of the buffer, or zeros.
+        const auto write = [&](int64_t begin, int64_t end, const T* from) {
+          for (int64_t row = begin; row < end; ++row) {
+            const int64_t y = row - s.padding_height;
+            if (y < 0 || y >= s.in_height) continue;
+            for (int64_t x = 0; x < s.in_width; ++x)
+              store(to + (y * s.in_width + x) * inputs,
+                    from ? load(from + (row - begin) * buffer_row + (x + s.padding_width) * kLanes<T>) : Vec<T>{});
+          }
+        };
+        zero_run(overlap * buffer_row, buffer);
+        for (int64_t row = 0; row < pooled_height; row += band) {
+          const int64_t count = pooled_height - row < band ? pooled_height - row : band;
+          zero_run(2 * count * buffer_row, buffer + overlap * buffer_row);
+          for (int64_t word = 0; word < words; ++word) {
+            const uint64_t* of_word = masks + (word * (end - first) + image - first) * windows * 4;
+            for (int64_t ky = 0; ky < s.kernel_height; ky += slide_rows(s.kernel_width)) {
+              const SlideRows rows = slide_rows_at(s, ky);
+              const int64_t q = image * windows + row * pooled_width;
+              const SlideBand<T> slide{
+                  .rows = count,
+                  .windows = pooled_width,
+                  .masks = of_word + row * pooled_width * 4,
+                  .grad = t.grad_output + q * s.out_channels + word * 64,
+                  .grad_step = s.out_channels,
+                  .weight = of_vector + slide_place<T>(s, rows, word * 64),
+                  .to = buffer + ky * buffer_row,
+                  .to_row = buffer_row,
+              };
+              if (s.kernel_width == 3)
+                slide_band_of<T, 3>(rows.count, slide);
+              else
+                slide_band_of<T, 5>(rows.count, slide);
+            }
+          }
+          write(2 * row, 2 * (row + count), buffer);
+          copy_run(buffer + 2 * count * buffer_row, overlap * buffer_row, buffer);
         }
+        write(2 * pooled_height, 2 * pooled_height + overlap, buffer);
+        write(2 * pooled_height + overlap, height, nullptr);
       }
-    }
-    // Kernel rows outermost: their slice of the weights, a third of them for 3x3, stays in L1.
-    for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
-      for (int64_t group = 0; group < groups; ++group) {
-        const int64_t begin = vectors * group / groups, end = vectors * (group + 1) / groups;
-        for (int64_t y = 0; y < 2 * pooled_height; ++y) {
-          const int64_t q = y / 2 * pooled_width;
-          slide_row_of<T>(s.kernel_width, end - begin,
-                          {pooled_width, s.out_channels, words, masks + (q * 4 + y % 2 * 2) * words,
-                           grad + q * s.out_channels, weight + ky * s.kernel_width * inputs + begin * kLanes<T>,
-                           taps * inputs, inputs, to + (y + ky) * width * inputs + begin * kLanes<T>, inputs});
-        }
-      }
-    }
-    if (padded) {
-      for (int64_t y = 0; y < s.in_height; ++y)
-        copy_run(to + ((y + s.padding_height) * width + s.padding_width) * inputs, s.in_width * inputs,
-                 whole + y * s.in_width * inputs);
     }
   });
+  return true;
 }
 
 // ---------------------------------------------------------------------------------------------- lookup_grad_weight
@@ -417,8 +513,9 @@ void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* gr
   if (first_row == 0 && first == 0) store(bias, bias_acc);
 }
 
+// As sparse_grad_weight.
 template <class T>
-void lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+bool lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t windows = (s.out_height / 2) * (s.out_width / 2), depth = kernel_taps(s) * s.in_channels;
   const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const int64_t elements = (depth + 1) * padded;  // the weight's, then the bias's
@@ -428,11 +525,13 @@ void lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const Scratch<T> buffers(max_threads() * window_elements);
   const Scratch<T> partials(chunks * elements);
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
+  bool finite = true;
 
   parallel_tasks(chunks, [&](int64_t chunk, int thread) {
     T* partial = partials + chunk * elements;
     zero_run(elements, partial);
     for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
+      if (!image_is_finite(s, t.input, image)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
       const Image<T> source =
           window_of(image_of(s, t.input, image), range, s.in_channels, buffers + thread * window_elements);
       const T* grad = t.grad_output + image * windows * s.out_channels;
@@ -459,6 +558,7 @@ void lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   add_partials<T>(chunks, elements, elements, partials, partials);
   write_weight_gradient<T>(s, padded, partials, ohwi, t.grad_weight);
   if (t.grad_bias) copy_run<T>(partials + depth * padded, s.out_channels, t.grad_bias);
+  return finite;
 }
 
 // The bias gradient alone, where a dense kernel computes the weight's.

@@ -27,18 +27,6 @@ FASTNN_INLINE uint32_t equal_mask_upto(const uint8_t* p, int64_t count, uint8_t 
   return mask;
 }
 
-// rows[i] bit j becomes rows[j] bit i (Warren, "Hacker's Delight", 7-3, with bits counted from the low end).
-inline void transpose_bits32(uint32_t (&rows)[32]) {
-  uint32_t mask = 0x0000FFFF;
-  for (int width = 16; width != 0; width >>= 1, mask ^= mask << width) {
-    for (int k = 0; k < 32; k = ((k | width) + 1) & ~width) {
-      const uint32_t swap = ((rows[k] >> width) ^ rows[k | width]) & mask;
-      rows[k] ^= swap << width;
-      rows[k | width] ^= swap;
-    }
-  }
-}
-
 // A vector's worth of bytes, one to a lane. (GCC 12 makes __builtin_convertvector of it one move a byte.)
 template <class T>
 FASTNN_INLINE Mask<T> widen_bytes(const uint8_t* p) {

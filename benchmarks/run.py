@@ -23,6 +23,7 @@ import fastnn
 from fastnn import bench
 from fastnn.bench import machine
 from fastnn.bench.operators import OPERATORS
+from fastnn.bench.timing import keep_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("operators", "training")
@@ -118,6 +119,7 @@ def run(options: argparse.Namespace) -> None:
 def measure(section: str, options: argparse.Namespace) -> dict[str, Any]:
     if section == "training":
         return training.run(options)
+    keep_pages()
     with bench.threads_and_isa(options.threads):
         cases = bench.select(options.operator or list(OPERATORS), options.quick)
         seconds = bench.QUICK_ROUND_SECONDS if options.quick else bench.ROUND_SECONDS

@@ -7,6 +7,7 @@ compared, and that our side ran on our kernels.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import itertools
 import math
@@ -67,6 +68,20 @@ class Comparison:
 def significant(value: float, digits: int = 4) -> float:
     """`value` with so many significant digits: more would only be noise in the result files."""
     return float(f"{value:.{digits}g}")
+
+
+def keep_pages() -> bool:
+    """Has this process keep all memory that it has had, for results of any size; whether its allocator can.
+
+    glibc gives a block beyond 32 MiB new pages with each allocation, unless a free piece as large happens to lie
+    about, and clearing them takes longer than many an operator. Whether a side pays for it would be chance.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # another C library
+        return False
+    # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    return bool(mallopt(-4, 0) and mallopt(-1, 2**31 - 1))
 
 
 def check_outputs(outputs: Mapping[str, Any], tolerance: float, norm: str = "max") -> None:

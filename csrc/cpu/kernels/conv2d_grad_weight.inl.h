@@ -22,15 +22,16 @@ struct UnitPlan {
   int64_t rows_per_unit, units_per_image, units, chunks;
 };
 
+// At most `most` chunks.
 template <class T>
-UnitPlan plan_units(const Conv2dShape& s, int64_t partial_elements) {
+UnitPlan plan_units(const Conv2dShape& s, int64_t partial_elements, int64_t most) {
   int64_t rows = kUnitPixels / s.out_width;
   if (rows < 1) rows = 1;
   if (rows > s.out_height) rows = s.out_height;
   const int64_t units_per_image = (s.out_height + rows - 1) / rows;
   const int64_t units = s.batch * units_per_image;
   int64_t chunks = kMaxPartialBytes / (partial_elements * static_cast<int64_t>(sizeof(T)));
-  if (chunks > kTasks) chunks = kTasks;
+  if (chunks > most) chunks = most;
   if (chunks > units) chunks = units;
   if (chunks < 1) chunks = 1;
   return {rows, units_per_image, units, chunks};
@@ -92,8 +93,9 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
   const int64_t panels = panels_of<T>(outputs);
   const int64_t padded = (outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   const int64_t elements = taps * inputs * padded;
-  const UnitPlan plan = plan_units<T>(s, elements);
-  const int64_t column_tasks = plan.chunks >= kTasks ? 1 : panels < kTasks ? panels : kTasks;
+  // Columns are shared before chunks, each of which has sums of its own that are written, read and added.
+  const int64_t column_tasks = panels < kTasks ? panels : kTasks;
+  const UnitPlan plan = plan_units<T>(s, elements, (kTasks + column_tasks - 1) / column_tasks);
   const int64_t window_elements = unit_window_elements(s, plan, inputs);
   const Scratch<T> windows(max_threads() * window_elements);
   const Scratch<T> partials(plan.chunks * elements);
@@ -119,17 +121,25 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
             const int64_t column = panel * kTileColumns<T>;
             for (int64_t i = 0; i < runs; ++i) {
               const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
+              // Output rows whose source row, under this kernel row, lies in the image.
+              const int64_t shift = s.padding_height - ky * s.dilation_height;
+              int64_t low = -floor_div(-shift, s.stride_height);
+              int64_t high = floor_div(s.in_height - 1 + shift, s.stride_height) + 1;
+              if (low < row) low = row;
+              if (high > row + unit_rows) high = row + unit_rows;
+              if (low >= high) continue;
               const T* from = window.data + ky * s.dilation_height * window.row_stride +
-                              kx * s.dilation_width * window.pixel_stride;
+                              kx * s.dilation_width * window.pixel_stride + (low - row) * y_step;
+              const T* grad_from = unit_grad + (low - row) * s.out_width * grad_pixel + column;
               for (int64_t tile = 0; tile < tiles; ++tile) {
                 const int64_t begin = run * tile / tiles, rows = run * (tile + 1) / tiles - begin;  // even shares
                 T* to = partial + (i * run + begin) * padded + column;
                 if (padded - column > kLanes<T>)
-                  outer_rows<T, 2>(rows, from + begin, y_step, x_step, unit_grad + column, s.out_width * grad_pixel,
-                                   grad_pixel, unit_rows, s.out_width, to, padded);
+                  outer_rows<T, 2>(rows, from + begin, y_step, x_step, grad_from, s.out_width * grad_pixel, grad_pixel,
+                                   high - low, s.out_width, to, padded);
                 else
-                  outer_rows<T, 1>(rows, from + begin, y_step, x_step, unit_grad + column, s.out_width * grad_pixel,
-                                   grad_pixel, unit_rows, s.out_width, to, padded);
+                  outer_rows<T, 1>(rows, from + begin, y_step, x_step, grad_from, s.out_width * grad_pixel, grad_pixel,
+                                   high - low, s.out_width, to, padded);
               }
             }
           }

@@ -230,6 +230,36 @@ CONV2D_CASES = (
         (37, 3, 3, 3),
         kwargs={"activation": "relu", "max_pool": 2, "padding": 1},
     ),
+    Conv2dCase(
+        "relu_pool2_more_than_64_channels",
+        (2, 16, 9, 8),
+        (70, 16, 3, 3),
+        kwargs={"activation": "relu", "max_pool": 2, "padding": 1},
+    ),
+    Conv2dCase(
+        "relu_pool2_many_small",
+        (37, 16, 7, 7),
+        (17, 16, 3, 3),
+        kwargs={"activation": "relu", "max_pool": 2},
+    ),
+    Conv2dCase(
+        "relu_pool2_wide",
+        (1, 16, 18, 150),
+        (6, 16, 3, 3),
+        kwargs={"activation": "relu", "max_pool": 2, "padding": 1},
+    ),
+    Conv2dCase(
+        "relu_pool2_wide_5x5",
+        (1, 16, 15, 90),
+        (5, 16, 5, 5),
+        kwargs={"activation": "relu", "max_pool": 2, "padding": (2, 3)},
+    ),
+    Conv2dCase(
+        "relu_pool2_tall_kernel",
+        (2, 16, 20, 12),
+        (7, 16, 7, 3),
+        kwargs={"activation": "relu", "max_pool": 2, "padding": (3, 0)},
+    ),
     Conv2dCase("pool2_without_relu", (2, 3, 8, 7), (5, 3, 3, 3), kwargs={"max_pool": 2}),
     Conv2dCase(
         "relu_pool3_stride2_pad1",

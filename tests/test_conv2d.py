@@ -161,7 +161,9 @@ def test_pooling_without_winners_has_the_same_bits(channels: int, activation: st
     assert torch.equal(expected.nan_to_num(), actual.nan_to_num())
 
 
-@pytest.mark.parametrize("case", find(CONV2D_CASES, "relu_pool2_32_to_64", "groups2", "5x5_stride2_pad2", "depthwise"))
+@pytest.mark.parametrize(
+    "case", find(CONV2D_CASES, "relu_pool2_32_to_64", "relu_pool2_wide_5x5", "groups2", "5x5_stride2_pad2", "depthwise")
+)
 def test_same_bits_for_every_thread_count(case: Conv2dCase, isa: str) -> None:
     rng = generator("threads", case.id)
     x = random((9, *case.input[1:]), torch.float32, rng).requires_grad_()
@@ -188,6 +190,15 @@ def test_weight_gradients_of_first_layers_look_winners_up(channels: int, isa: st
         functional.conv2d(x, w, activation="relu", max_pool=2).sum().backward()
     expected = "lookup" if 4 * channels <= lanes else "sparse"
     assert [record.kernel for record in records if record.operator == "conv2d_grad_weight"] == [expected]
+
+
+@pytest.mark.parametrize("case", by_id([c for c in CONV2D_CASES if "pool2" in c.id and c.weight[1] == 16]))
+def test_input_gradients_of_pooled_blocks_come_from_winners(case: Conv2dCase, isa: str, dtype: torch.dtype) -> None:
+    rng = generator("winners", case.id)
+    x, w = random(case.input, dtype, rng).requires_grad_(), random(case.weight, dtype, rng)
+    with ran_kernels("conv2d_grad_input") as records:
+        functional.conv2d(x, w, **case.kwargs).sum().backward()
+    assert [record.kernel for record in records if record.operator == "conv2d_grad_input"] == ["sparse"]
 
 
 @pytest.mark.parametrize("name", ["1x1", "3x3", "3x3_stride2", "depthwise", "depthwise_stride2"])

@@ -11,8 +11,7 @@
 //
 //   sparse_grad_weight    one output channel at a time: its part of the gradient stays in registers while the winners
 //                         of a bit mask pass by
-//   sparse_grad_input     one output row and vector of input channels at a time: registers hold the pixels that a
-//   window
+//   sparse_grad_input     one output row and one vector of input channels at a time: registers hold what a window
 //                         reaches, and slide
 //   lookup_grad_weight    one input channel, or three (the first layer of a network on pictures): runs would be too
 //                         short, so vectors run along output channels and each lane looks its winner's pixels up
@@ -84,12 +83,12 @@ FASTNN_INLINE void fill_winners(const uint8_t* winner, int64_t step, int64_t win
   const Mask<T> zero{}, beside = broadcast_lane<T>(x_step), below = broadcast_lane<T>(y_step);
   for (int64_t c = 0; c < table.width; c += kLanes<T>) {
     const int64_t left = table.width - c < kLanes<T> ? table.width - c : kLanes<T>;
-    Mask<T> masks{}, bit = zero + 1;
+    Mask<T> masks{};
     Vec<T> sum = load_upto(bias + c, left);
-    for (int64_t q = 0; q < windows; ++q, bit += bit) {
+    for (int64_t q = 0; q < windows; ++q) {
       const Mask<T> place = load_bytes<T>(winner + q * step + c, left);
       const Mask<T> wins = place < zero + kNoWinner;
-      masks |= wins & bit;
+      masks |= wins & broadcast_lane<T>(int64_t{1} << q);
       sum += wins ? load_upto(table.grad + q * table.grad_step + c, left) : Vec<T>{};
       store_lanes<T>(table.from[q] + c, broadcast_lane<T>(corners[q]) + ((place & 1) != zero ? beside : zero) +
                                             ((place & 2) != zero ? below : zero));
@@ -236,8 +235,8 @@ constexpr int slide_rows(int64_t width) { return width == 3 ? 3 : 2; }
 constexpr int64_t kBandBytes = 16 << 10;
 // Windows of a task, which reads the weights once, where images are small.
 constexpr int64_t kSlideWindows = 64;
-// Kernel rows of output channels that are packed at a time.
-constexpr int64_t kSlideRows = 32;
+// Kernel rows of all output channels that are packed by one task.
+constexpr int64_t kSlideGrain = 32;
 
 template <class T>
 inline bool sparse_serves_grad_input(const Conv2dShape& s) {
@@ -355,7 +354,7 @@ template <class T>
 bool pack_slide_weights(const Conv2dShape& s, const T* ohwi, T* to) {
   const int64_t vectors = s.in_channels / kLanes<T>, of_vector = s.out_channels * kernel_taps(s) * kLanes<T>;
   bool finite = true;
-  parallel_ranges(s.out_channels * s.kernel_height, kSlideRows, [&](int64_t begin, int64_t end) {
+  parallel_ranges(s.out_channels * s.kernel_height, kSlideGrain, [&](int64_t begin, int64_t end) {
     Vec<T> zero_or_nan{};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t o = i / s.kernel_height, ky = i % s.kernel_height;
@@ -410,9 +409,9 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
       const T* of_vector = weights + v * s.out_channels * kernel_taps(s) * kLanes<T>;
       for (int64_t image = first; image < end; ++image) {
         T* to = t.grad_input + image * s.in_height * s.in_width * inputs + v * kLanes<T>;
-        // Rows [begin, end) of the padded image out of the buffer, or zeros.
-        const auto write = [&](int64_t begin, int64_t end, const T* from) {
-          for (int64_t row = begin; row < end; ++row) {
+        // Rows [begin, beyond) of the padded image, or zeros.
+        const auto write = [&](int64_t begin, int64_t beyond, const T* from) {
+          for (int64_t row = begin; row < beyond; ++row) {
             const int64_t y = row - s.padding_height;
             if (y < 0 || y >= s.in_height) continue;
             for (int64_t x = 0; x < s.in_width; ++x)
@@ -446,7 +445,7 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
             }
           }
           write(2 * row, 2 * (row + count), buffer);
-          copy_run(buffer + 2 * count * buffer_row, overlap * buffer_row, buffer);
+          move_run(buffer + 2 * count * buffer_row, overlap * buffer_row, buffer);
         }
         write(2 * pooled_height, 2 * pooled_height + overlap, buffer);
         write(2 * pooled_height + overlap, height, nullptr);

@@ -49,6 +49,11 @@ template <class T>
 inline void copy_run(const T* from, int64_t count, T* to) {
   __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
 }
+// As copy_run for runs that may overlap.
+template <class T>
+inline void move_run(const T* from, int64_t count, T* to) {
+  __builtin_memmove(to, from, static_cast<size_t>(count) * sizeof(T));
+}
 template <class T>
 inline void zero_run(int64_t count, T* to) {
   __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(T));

@@ -108,7 +108,9 @@ CONVOLUTIONS = ("conv2d", "conv2d_relu", "conv2d_relu_pool", "conv2d_relu_pool_o
 ELSEWHERE = {
     # Where weights meet the padding, torch multiplies them by zero; fastnn leaves out what it can.
     **{(name, 1, "output"): "fewer" for name in CONVOLUTIONS},
-    # The other way round in the gradient: torch adds what lies inside, fastnn reads zeros around the image.
+    # So with the output's gradient, for the weight's.
+    ("conv2d", "grad_output", 1): "fewer",
+    # The other way round in the input's gradient: torch adds what lies inside, fastnn reads zeros around the image.
     **{(name, 1, 0): "more" for name in CONVOLUTIONS},
     # Gradients that pooling and ReLU made zero meet no pixel in fastnn, where torch gives 0 * inf.
     ("conv2d_relu_pool", 0, 1): "fewer",

@@ -119,8 +119,7 @@ def run(options: argparse.Namespace) -> None:
 def measure(section: str, options: argparse.Namespace) -> dict[str, Any]:
     if section == "training":
         return training.run(options)
-    keep_pages()
-    with bench.threads_and_isa(options.threads):
+    with keep_pages(), bench.threads_and_isa(options.threads):
         cases = bench.select(options.operator or list(OPERATORS), options.quick)
         seconds = bench.QUICK_ROUND_SECONDS if options.quick else bench.ROUND_SECONDS
         return bench.run(cases, rounds=OPERATOR_ROUNDS, round_seconds=seconds, quick=options.quick)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import mmap
+import resource
 import struct
 import sys
 from contextlib import closing
@@ -513,3 +514,18 @@ def test_bad_options_of_the_training_script(capsys: pytest.CaptureFixture[str]) 
     assert errors[0] == "error: --rounds: expected at least 7, got 3"
     assert errors[1] == "error: --threads: expected at least 1, got 0"
     assert "gone/mnist" in errors[2]
+
+
+def test_large_results_keep_their_pages() -> None:
+    def faults() -> int:
+        """Of an allocation of 16,384 pages of 4 KiB, or 32 of 2 MiB."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(1 << 24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with timing.keep_pages() as kept:
+        if not kept:
+            pytest.skip("the C library is not glibc")
+        faults()
+        assert faults() < 16
+    assert faults() > 16

@@ -67,8 +67,7 @@ def main(args: Sequence[str]) -> int | None:
         return None
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise ValueError(f"--json: the folder {str(options.json.parent)!r} does not exist")
-    keep_pages()
-    with threads_and_isa(options.threads, options.isa):
+    with keep_pages(), threads_and_isa(options.threads, options.isa):
         try:
             document = run(
                 cases,

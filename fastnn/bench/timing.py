@@ -13,7 +13,8 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,18 +71,27 @@ def significant(value: float, digits: int = 4) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def keep_pages() -> bool:
-    """Has this process keep all memory that it has had, for results of any size; whether its allocator can.
+@contextmanager
+def keep_pages() -> Iterator[bool]:
+    """In the block the process keeps all memory that it has had, for results of any size; whether its allocator can.
 
     glibc gives a block beyond 32 MiB new pages with each allocation, unless a free piece as large happens to lie
     about, and clearing them takes longer than many an operator. Whether a side pays for it would be chance.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        library = ctypes.CDLL(None)
+        mallopt, trim = library.mallopt, library.malloc_trim
     except (AttributeError, TypeError, OSError):  # another C library
-        return False
-    # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
-    return bool(mallopt(-4, 0) and mallopt(-1, 2**31 - 1))
+        yield False
+        return
+    most_maps, trim_threshold = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    kept = bool(mallopt(most_maps, 0) and mallopt(trim_threshold, 2**31 - 1))
+    try:
+        yield kept
+    finally:
+        mallopt(most_maps, 1 << 16)
+        mallopt(trim_threshold, 1 << 17)
+        trim(0)
 
 
 def check_outputs(outputs: Mapping[str, Any], tolerance: float, norm: str = "max") -> None:

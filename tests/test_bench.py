@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import mmap
 import resource
@@ -517,15 +518,16 @@ def test_bad_options_of_the_training_script(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_large_results_keep_their_pages() -> None:
-    def faults() -> int:
-        """Of an allocation of 16,384 pages of 4 KiB, or 32 of 2 MiB."""
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(1 << 24)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    def fewest_faults() -> int:
+        """Of an allocation of 16,384 pages of 4 KiB, or 32 of 2 MiB, where first ones may fill other gaps."""
+        counts = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+        for _ in range(8):
+            torch.ones(1 << 24)
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        return min(after - before for before, after in itertools.pairwise(counts))
 
     with timing.keep_pages() as kept:
         if not kept:
             pytest.skip("the C library is not glibc")
-        faults()
-        assert faults() < 16
-    assert faults() > 16
+        assert fewest_faults() < 16
+    assert fewest_faults() > 16

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cpu/kernels/conv2d_gather.inl.h"
+#include "cpu/kernels/conv2d_grad_weight_packed.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
 
 namespace fastnn::cpu {
@@ -96,6 +97,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
   // Columns are shared before chunks, each of which has sums of its own that are written, read and added.
   const int64_t column_tasks = panels < kTasks ? panels : kTasks;
   const UnitPlan plan = plan_units<T>(s, elements, (kTasks + column_tasks - 1) / column_tasks);
+  const PackedAxis vertical{s.kernel_height, s.in_height, s.stride_height, s.padding_height, s.dilation_height};
   const int64_t window_elements = unit_window_elements(s, plan, inputs);
   const Scratch<T> windows(max_threads() * window_elements);
   const Scratch<T> partials(plan.chunks * elements);
@@ -121,25 +123,21 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
             const int64_t column = panel * kTileColumns<T>;
             for (int64_t i = 0; i < runs; ++i) {
               const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
-              // Output rows whose source row, under this kernel row, lies in the image.
-              const int64_t shift = s.padding_height - ky * s.dilation_height;
-              int64_t low = -floor_div(-shift, s.stride_height);
-              int64_t high = floor_div(s.in_height - 1 + shift, s.stride_height) + 1;
-              if (low < row) low = row;
-              if (high > row + unit_rows) high = row + unit_rows;
-              if (low >= high) continue;
+              const PackedSpan inside = outputs_inside(vertical, ky, row, unit_rows);
+              if (inside.count == 0) continue;
+              const int64_t skipped = inside.first - row;
               const T* from = window.data + ky * s.dilation_height * window.row_stride +
-                              kx * s.dilation_width * window.pixel_stride + (low - row) * y_step;
-              const T* grad_from = unit_grad + (low - row) * s.out_width * grad_pixel + column;
+                              kx * s.dilation_width * window.pixel_stride + skipped * y_step;
+              const T* grad_from = unit_grad + skipped * s.out_width * grad_pixel + column;
               for (int64_t tile = 0; tile < tiles; ++tile) {
                 const int64_t begin = run * tile / tiles, rows = run * (tile + 1) / tiles - begin;  // even shares
                 T* to = partial + (i * run + begin) * padded + column;
                 if (padded - column > kLanes<T>)
                   outer_rows<T, 2>(rows, from + begin, y_step, x_step, grad_from, s.out_width * grad_pixel, grad_pixel,
-                                   high - low, s.out_width, to, padded);
+                                   inside.count, s.out_width, to, padded);
                 else
                   outer_rows<T, 1>(rows, from + begin, y_step, x_step, grad_from, s.out_width * grad_pixel, grad_pixel,
-                                   high - low, s.out_width, to, padded);
+                                   inside.count, s.out_width, to, padded);
               }
             }
           }

@@ -155,6 +155,7 @@ void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv
   if (b.grad_bias && !product && s.out_channels > 0) run_grad_bias(names.grad_weight, queue, s, z, b.grad_bias);
   if (is_depthwise(s)) return depthwise_backward(names, queue, s, b, z);
   const auto gradient = ImageSource<T>::gradient(z, geometry);
+  const Fork fork(queue, grad_input && product);
   if (grad_input) {
     const T* weight = packed_weight(names.grad_input, queue, s, b.weight);
     const GradInputProblem<T> problem{gradient,
@@ -176,10 +177,11 @@ void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv
         b.grad_bias,
         s.weight_channels_last};
     if (sparse)
-      sparse_grad_weight(names.grad_weight, queue, fused, b, problem);
+      sparse_grad_weight(names.grad_weight, fork.side(), fused, b, problem);
     else
-      run_gemm<T>(names.grad_weight, queue, problem, s.precision, true);
+      run_gemm<T>(names.grad_weight, fork.side(), problem, s.precision, true);
   }
+  fork.join();
 }
 
 template <class T>

@@ -23,8 +23,6 @@ bool sync_debug() {
 
 namespace {
 
-constexpr int kMaxDevices = 64;
-
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
   cudaDeviceGetAttribute(&value, which, device);

@@ -3,6 +3,8 @@
 
 namespace fastnn::cuda {
 
+constexpr int kMaxDevices = 64;
+
 int device_count();
 
 // Makes `device` current for as long as the guard lives.

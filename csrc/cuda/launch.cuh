@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "common/trace.h"
+#include "cuda/fork.h"
 #include "cuda/kernels.h"
 #include "cuda/primitives.cuh"
 
@@ -48,7 +49,7 @@ void launch(const char* operation, const Queue& queue, void (*kernel)(Parameters
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(queue.stream);
-  config.attrs = &early, config.numAttrs = device_capability(queue.device) >= 90 ? 1 : 0;
+  config.attrs = &early, config.numAttrs = device_capability(queue.device) >= 90 && may_come_early(queue) ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 #else
   emulator::launch(operation, grid, dim3(threads), shared_bytes, [&] {

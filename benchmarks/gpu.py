@@ -1,7 +1,7 @@
 """Benchmarks on a GPU against PyTorch: writes benchmarks/results/<name of the GPU>.json and the table in README.md.
 
     python benchmarks/gpu.py [--mnist FOLDER] [--only SECTION] [--seconds N]
-    python benchmarks/gpu.py --publish benchmarks/results/nvidia-h200.json
+    python benchmarks/gpu.py --publish benchmarks/results/nvidia-h100-80gb-hbm3.json
 
 Every section is measured in a process of its own, since an error on a GPU spoils all that its process does afterwards.
 A section that fails, or takes longer than it may, leaves the rows that it had and the error's text in the results.

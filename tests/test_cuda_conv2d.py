@@ -43,6 +43,8 @@ SHAPES = {
     "values": Shape(2, 3, 5, 9, 7, 3, stride=2, padding=1),
     "pooled": Shape(3, 8, 40, 9, 8, 3, relu=True, pool=True),
     "pooled_values": Shape(2, 1, 33, 8, 11, 3, pool=True),
+    "few_taps": Shape(3, 2, 34, 9, 8, 2, stride=2, padding=1, relu=True),
+    "pooled_few_taps": Shape(5, 1, 40, 13, 30, 3, padding=1, relu=True, pool=True),
     "groups": Shape(2, 16, 24, 6, 5, 3, padding=1, groups=2, channels_last_weight=False),
     "depthwise": Shape(2, 37, 37, 7, 6, 3, padding=1, groups=37),
     "split_sum": Shape(1, 96, 16, 4, 4, 3, padding=1, relu=True),
@@ -113,6 +115,26 @@ def test_every_schedule_gives_the_same_bits_and_integers_are_exact(
         assert_identical(actual, wanted, what)
 
 
+# What serves outputs, and weights' gradients, of these shapes.
+KERNELS = {
+    "values": ("tf32x3", "tf32x3"),
+    "pooled_colours": ("tf32x3", "tf32x3"),
+    "few_taps": ("direct", "tf32x3"),
+    "pooled_values": ("direct", "sparse"),
+    "pooled_few_taps": ("direct", "sparse"),
+    "depthwise": ("depthwise", "depthwise"),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernel_goes_by_the_shape(name: str) -> None:
+    emulator.trace_start()
+    run(name, *make(name, torch.float32, "random"))
+    records = emulator.trace_stop()
+    for operator, kernel in zip(("conv2d_forward", "conv2d_grad_weight"), KERNELS[name], strict=True):
+        assert {record[1] for record in records if record[0] == operator} == {kernel}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_a_split_sum_is_near_the_formula_under_every_schedule(precision: str) -> None:
     name = "split_sum"
@@ -137,7 +159,7 @@ def test_a_split_sum_is_near_the_formula_under_every_schedule(precision: str) ->
 
 
 @each_dtype
-@pytest.mark.parametrize("name", ["pooled", "pooled_values", "pooled_colours"])
+@pytest.mark.parametrize("name", ["pooled", "pooled_values", "pooled_few_taps", "pooled_colours"])
 def test_what_is_not_finite_spoils_the_weight_gradients_that_it_does_in_torch(name: str, dtype: torch.dtype) -> None:
     """Also where the gradient is 0, since 0 times it is NaN."""
     s, (x, w, b, grad) = SHAPES[name], make(name, dtype, "integers")

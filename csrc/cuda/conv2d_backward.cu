@@ -2,7 +2,7 @@
 // factors.
 #include "cuda/conv2d.cuh"
 #include "cuda/conv2d_depthwise.cuh"
-#include "cuda/conv2d_sparse.cuh"
+#include "cuda/conv2d_few_taps.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -23,7 +23,7 @@ struct GradInputProblem {
   }
 };
 
-// C (output channels of a group x taps), and where the bias has a gradient one column more: its input is 1 everywhere.
+// C (output channels of a group x taps), and the sums of A's rows, which are the bias's gradient.
 template <class T>
 struct GradWeightProblem {
   using Readers = ReadersOf<T, GradientColumns, InputColumns>;
@@ -158,20 +158,21 @@ void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv
   const Fork fork(queue, grad_input && product);
   if (grad_input) {
     const T* weight = packed_weight(names.grad_input, queue, s, b.weight);
-    const GradInputProblem<T> problem{gradient,
-                                      WeightSource<T>(weight, geometry),
-                                      {geometry.in_pixels(), geometry.group_in,
-                                       int64_t{geometry.taps} * geometry.group_out, static_cast<int>(s.groups), 1, 0},
-                                      nullptr,
-                                      b.grad_input};
+    const GradInputProblem<T> problem{
+        gradient,
+        WeightSource<T>(weight, geometry),
+        {geometry.in_pixels(), geometry.group_in, int64_t{geometry.taps} * geometry.group_out,
+         static_cast<int>(s.groups), 1, 0, false},
+        nullptr,
+        b.grad_input};
     run_gemm<T>(names.grad_input, queue, problem, s.precision, true);
   }
   if (product) {
     const GradWeightProblem<T> problem{
         gradient,
         ImageSource<T>::input(b.input, geometry),
-        {geometry.group_out, int64_t{geometry.taps} * geometry.group_in + (b.grad_bias ? 1 : 0), geometry.out_pixels(),
-         static_cast<int>(s.groups), 1, 0},
+        {geometry.group_out, int64_t{geometry.taps} * geometry.group_in, geometry.out_pixels(),
+         static_cast<int>(s.groups), 1, 0, b.grad_bias != nullptr},
         nullptr,
         b.grad_weight,
         b.grad_bias,

@@ -1,6 +1,7 @@
 // conv2d, forward: see ops/conv2d.h for the formula, gemm.cuh for the product and conv2d_readers.cuh for its factors.
 #include "cuda/conv2d.cuh"
 #include "cuda/conv2d_depthwise.cuh"
+#include "cuda/conv2d_few_taps.cuh"
 
 namespace fastnn::cuda {
 namespace {
@@ -44,6 +45,14 @@ struct ForwardProblem {
     }
   }
 
+  // The four places of a window, or of what is not pooled four outputs that follow each other.
+  __device__ __forceinline__ void store_places(int64_t item, int channel, const Compute<T> (&z)[4]) const {
+    if (a.s.pool) return store_largest(item, channel, z);
+#pragma unroll
+    for (int place = 0; place < 4; ++place)
+      if (4 * item + place < a.s.out_pixels()) store(0, 4 * item + place, channel, z[place]);
+  }
+
  private:
   // The maximum of a window: the first of equals, and NaN before all.
   __device__ __forceinline__ void store_largest(int64_t window, int channel, const Compute<T> (&places)[4]) const {
@@ -73,12 +82,13 @@ void run_conv2d_forward(const StageNames& names, const Queue& queue, const Conv2
   const ForwardProblem<T> problem{
       ImageSource<T>::input(b.input, geometry),
       WeightSource<T>(weight, geometry),
-      {m, geometry.group_out, int64_t{geometry.taps} * geometry.group_in, static_cast<int>(s.groups), 1, 0},
+      {m, geometry.group_out, int64_t{geometry.taps} * geometry.group_in, static_cast<int>(s.groups), 1, 0, false},
       nullptr,
       b.output,
       b.winner,
       b.bias,
       s.relu};
+  if (has_few_taps(s) && geometry.taps > 1) return direct_forward<T>(names.forward, queue, problem);
   run_gemm<T>(names.forward, queue, problem, s.precision, !s.pool);
 }
 

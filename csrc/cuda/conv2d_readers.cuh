@@ -3,7 +3,7 @@
 //
 //   forward      C (pixels x out)     = A: input at the pixel's taps      B: weight (out x taps)
 //   grad_input   C (pixels x in)      = A: gradient of the taps' outputs  B: weight (taps x in)
-//   grad_weight  C (out x taps + 1)   = A: gradient (out x pixels)        B: input at the pixel's taps, and 1
+//   grad_weight  C (out x taps)       = A: gradient (out x pixels)        B: input at the pixel's taps
 //
 // where a tap is (ky, kx, channel), the channel innermost. Where a row of channels is not a multiple of 16 bytes, or
 // memory not aligned to it, chunks are gathered value by value.
@@ -170,16 +170,6 @@ __device__ __forceinline__ void load_chunk(T* to, bool together, const At& place
   else
     gather_chunk<kTogether>(to, place);
 }
-
-// A 1 in the device's memory.
-template <class T>
-constexpr T one() {
-  if constexpr (std::is_same_v<T, bfloat16>) return {0x3f80};
-  if constexpr (std::is_same_v<T, float16>) return {0x3c00};
-  if constexpr (std::is_floating_point_v<T>) return 1;
-}
-template <class T>
-__device__ const T kOne = one<T>();
 
 // Weight as (out_channels, taps, group_in).
 template <class T>
@@ -447,7 +437,7 @@ class GradientColumns {
   int pixels_, columns_;
 };
 
-// Column: a tap, after the last of which comes a 1; k: an output pixel.
+// Column: a tap; k: an output pixel. The thread walks from each of its pixels to the next, kStep further.
 template <class T, int kCount, int kStep>
 class InputColumns {
  public:
@@ -460,45 +450,53 @@ class InputColumns {
         pixels_(pixels_left(source.s, first_k) - row),
         tap_(tap_of(source.s, column_, source.s.by.group_in)) {
     const Geometry& s = source.s;
-    const PixelOrigin origin(first_k, s.out);
-    image_ = source.image + origin.image * s.in.count * s.in_channels + int64_t{group} * s.group_in;
-    pixel_ = static_cast<int>(origin.rest) + row;
+    const Pixel p = out_pixel_after(s, PixelOrigin(first_k, s.out), row);
+    image_ = source.image + p.image * image_size(s) + int64_t{group} * s.group_in;
+    y_ = p.y, x_ = p.x;
+    uint32_t x = kStep, y = s.by.out_width.split(x);
+    step_images_ = static_cast<int>(s.by.out_height.split(y)) * image_size(s);
+    step_y_ = static_cast<int>(y), step_x_ = static_cast<int>(x);
     together_ = source.chunks && column_ + kChunk<T> <= depth_;
   }
 
   __device__ __forceinline__ void load(T* to, int step) {
-    if (column_ > depth_) {  // beyond the last column
+    if (column_ >= depth_) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) copy_async<16>(to + j * step, image_, false);
       return;
     }
     const Geometry& s = source_.s;
 #pragma unroll
-    for (int j = 0; j < kCount; ++j, to += step) {
-      uint32_t x = pixel_ + j * kStep, y = s.by.out_width.split(x);
-      const uint32_t image = s.by.out_height.split(y);
-      const T* from = image_ + int64_t{image} * (static_cast<int>(s.in.count) * s.in_channels);
-      const int y0 = static_cast<int>(y) * s.stride_y - s.padding_y;
-      const int x0 = static_cast<int>(x) * s.stride_x - s.padding_x;
+    for (int j = 0; j < kCount; ++j, to += step, next_pixel(s)) {
+      const int y0 = y_ * s.stride_y - s.padding_y, x0 = x_ * s.stride_x - s.padding_x;
       const bool valid = j * kStep < pixels_;
       if (together_) {
-        const Place<T> place = input_at(s, from, y0, x0, tap_);
+        const Place<T> place = input_at(s, image_, y0, x0, tap_);
         copy_chunk(to, Place<T>{place.from, place.valid && valid});
         continue;
       }
-      gather_chunk<4>(to, [&](int e) -> Place<T> {
-        if (column_ + e == depth_) return {&kOne<T>, true};
-        const Place<T> place = input_at(s, from, y0, x0, tap_of(s, column_ + e, s.by.group_in));
-        return {place.from, place.valid && valid && column_ + e < depth_};
+      gather_chunk<4>(to, [&](int e) {
+        const Place<T> place = input_at(s, image_, y0, x0, tap_of(s, column_ + e, s.by.group_in));
+        return Place<T>{place.from, place.valid && valid && column_ + e < depth_};
       });
     }
-    pixel_ += kDepth<T>, pixels_ -= kDepth<T>;
+    pixels_ -= kDepth<T>;
   }
 
  private:
+  static __device__ __forceinline__ int64_t image_size(const Geometry& s) { return s.in.count * s.in_channels; }
+
+  __device__ __forceinline__ void next_pixel(const Geometry& s) {
+    x_ += step_x_, y_ += step_y_, image_ += step_images_;
+    if (x_ >= s.out_width) x_ -= s.out_width, ++y_;
+    if (y_ >= s.out_height) y_ -= s.out_height, image_ += image_size(s);
+  }
+
   const ImageSource<T>& source_;
   const T* image_;
-  int column_, depth_, pixels_, pixel_;
+  int column_, depth_, pixels_, y_, x_;
+  int step_y_, step_x_;
+  int64_t step_images_;
   bool together_;
   Tap tap_;
 };

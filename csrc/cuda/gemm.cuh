@@ -279,6 +279,35 @@ struct GemmSize {
   int64_t m, n, k;
   int groups, splits;
   int64_t split_depth;  // of K a split: a multiple of the stage's
+  bool row_sums;        // whether the sums of A's rows are wanted, too: a column of C after the last
+
+  __host__ __device__ int64_t columns() const { return n + row_sums; }
+};
+
+// The sums of a block's rows of A, each shared out among kParts threads. What is in shared memory for the product
+// anyway is read once more, where a column of ones in B would take blocks of its own.
+template <class C, class Tile, int kM>
+struct RowSums {
+  static constexpr int kParts = kGemmThreads / kM;
+  C sum = 0;
+
+  static __device__ __forceinline__ int row() { return threadIdx.x % kM; }
+  template <class T>
+  __device__ __forceinline__ void add(const T* tile) {
+#pragma unroll
+    for (int k = 0; k < kDepth<T>; k += kParts) sum += widen(tile[Tile::at(row(), k + threadIdx.x / kM)]);
+  }
+  // The sum of row(), for the first kM threads; shared memory is over when all threads call it.
+  __device__ __forceinline__ C total() const {
+    C* sums = shared_memory<C>();
+    sync_block();
+    sums[threadIdx.x] = sum;
+    sync_block();
+    C result = 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) result += sums[row() + part * kM];
+    return result;
+  }
 };
 
 // Blocks that stay on a multiprocessor: three of 80 registers a thread, two of 128, or one where products of three hold
@@ -291,9 +320,9 @@ constexpr int kGemmBlocks = Shape::kM == 64 && sizeof(T) < 8                    
 // What a product is for, which says how large its sides are, and how much its readers hold.
 enum class Role { forward, grad_input, grad_weight };
 
-// `Problem` has sources a and b, their Readers, `size`, `partials` (groups x splits x M x N in the
-// compute type, or null), store(group, m, n, value), its kRole, and where that is forward pools() and
-// store_pooled(group, m0, n0, warp's accumulators).
+// `Problem` has sources a and b, their Readers, `size` (row_sums for weights' gradients alone), `partials` (groups x
+// splits x M x columns() in the compute type, or null), store(group, m, n, value), its kRole, and where that is forward
+// pools() and store_pooled(group, m0, n0, warp's accumulators).
 template <class T, class Products, class Shape, class Problem>
 __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
     gemm_kernel(const GRID_CONSTANT Problem problem) {
@@ -327,6 +356,9 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
   const int warp = threadIdx.x / 32;
   const int warp_m = warp / Shape::kWarpsN * Shape::kWarpM, warp_n = warp % Shape::kWarpsN * Shape::kWarpN;
   Accumulators<Compute<T>, Shape> c;
+  constexpr bool kHasRowSums = Problem::kRole == Role::grad_weight;
+  RowSums<Compute<T>, typename LoadsA::Tile, Shape::kM> row_sums;
+  const bool sums_rows = kHasRowSums && size.row_sums && blockIdx.y == 0;
   begin_kernel();
   for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
   for (int stage = 0; stage < stages; ++stage) {
@@ -336,12 +368,24 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
     const T* tile = shared + stage % kStages * kStage;
     Products::template multiply<typename LoadsA::Tile, typename LoadsB::Tile>(
         tile + LoadsA::Tile::at(warp_m, 0), tile + kOperandA + LoadsB::Tile::at(warp_n, 0), c);
+    if (sums_rows) row_sums.add(tile);
   }
 
-  if (problem.partials) {
-    Compute<T>* partials = problem.partials + int64_t{blockIdx.z} * size.m * size.n;
+  Compute<T>* partials = nullptr;
+  if (problem.partials) partials = problem.partials + int64_t{blockIdx.z} * size.m * size.columns();
+  if (sums_rows) {
+    const Compute<T> sum = row_sums.total();
+    const int64_t m = m0 + row_sums.row();
+    if (threadIdx.x < Shape::kM && m < size.m) {
+      if (partials)
+        partials[m * size.columns() + size.n] = sum;
+      else
+        problem.store(group, m, size.n, sum);
+    }
+  }
+  if (partials) {
     store_each(m0 + warp_m, n0 + warp_n, size.m, size.n, c,
-               [&](int64_t m, int64_t n, Compute<T> value) { partials[m * size.n + n] = value; });
+               [&](int64_t m, int64_t n, Compute<T> value) { partials[m * size.columns() + n] = value; });
     return;
   }
   if constexpr (Problem::kRole == Role::forward)
@@ -385,7 +429,7 @@ __global__ void __launch_bounds__(kSumThreads)
   begin_kernel();
   const GemmSize& size = problem.size;
   const Team team(shape);
-  const int64_t matrix = size.m * size.n;
+  const int64_t matrix = size.m * size.columns();
   for (int group = blockIdx.y; group < size.groups; group += gridDim.y)
     for (int64_t start = int64_t{blockIdx.x} * shape.span; start < matrix; start += int64_t{gridDim.x} * shape.span) {
       const int64_t element = start + team.position;
@@ -396,8 +440,8 @@ __global__ void __launch_bounds__(kSumThreads)
         for (int split = team.part; split < size.splits; split += shape.parts) sum += partial[split * matrix];
       sum = team.sum(sum);
       if (element >= matrix || team.part > 0) continue;
-      const int64_t row = divide64(element, size.n);
-      problem.store(group, row, element - row * size.n, sum);
+      const int64_t row = divide64(element, size.columns());
+      problem.store(group, row, element - row * size.columns(), sum);
     }
 }
 
@@ -405,7 +449,7 @@ template <class T, class Problem>
 void add_splits(const char* operation, const Queue& queue, const Problem& problem) {
   const GemmSize& size = problem.size;
   const TeamShape teams = size.splits < 4 * kSumRows ? column_threads() : column_teams();
-  const dim3 grid(blocks_for(size.m * size.n, teams.span).x, std::min(size.groups, kMostGridYZ));
+  const dim3 grid(blocks_for(size.m * size.columns(), teams.span).x, std::min(size.groups, kMostGridYZ));
   launch(operation, queue, reduce_splits_kernel<T, Problem>, grid, kSumThreads, teams.shared_bytes<Compute<T>>(),
          problem, teams);
 }
@@ -442,7 +486,7 @@ void run_gemm_in_blocks(const char* operation, const Queue& queue, Problem probl
   GemmSize& size = problem.size;
   choose_splits<T, Shape>(size, device_multiprocessors(queue.device), can_split);
   if (size.splits > 1)
-    problem.partials = queue.workspace<Compute<T>>(size.groups * int64_t{size.splits} * size.m * size.n);
+    problem.partials = queue.workspace<Compute<T>>(size.groups * int64_t{size.splits} * size.m * size.columns());
   const dim3 grid((size.m + Shape::kM - 1) / Shape::kM, (size.n + Shape::kN - 1) / Shape::kN,
                   size.groups * size.splits);
   launch(operation, queue, gemm_kernel<T, Products, Shape, Problem>, grid, kGemmThreads, kGemmSharedBytes<Shape>,

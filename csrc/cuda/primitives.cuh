@@ -67,6 +67,16 @@ __device__ __forceinline__ void sync_block([[maybe_unused]] int line = __builtin
 #endif
 }
 
+// All lanes of the warp take part: each then sees what the others wrote to shared memory before.
+__device__ __forceinline__ void sync_warp() {
+#ifdef __CUDACC__
+  __syncwarp();
+#else
+  const uint32_t nothing = 0;
+  emulator::collective(&nothing, 1);
+#endif
+}
+
 // The block's dynamic shared memory, 16-byte aligned.
 template <class T>
 __device__ __forceinline__ T* shared_memory() {

@@ -138,17 +138,21 @@ template <class T>
 bool pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
                           const int64_t* places, T* panels) {
   constexpr int64_t kRows = 64;  // of a task
-  const int64_t blocks = (outputs + kRows - 1) / kRows;
+  const int64_t blocks = (outputs + kRows - 1) / kRows, strip = count * outputs * kTileColumns<T>;
+  const int64_t strips = panels_of<T>(inputs), parts = strips < kTasks ? strips : kTasks;
   bool finite = true;
-  parallel_for(count * blocks, [&](int64_t task) {
-    const int64_t tap = task / blocks, first = task % blocks * kRows;
+  // One part of the panels after the other, as gather_conv() may read them: a thread packs its own.
+  parallel_for(parts * count * blocks, [&](int64_t task) {
+    const int64_t part = task / blocks / count, tap = task / blocks % count, first = task % blocks * kRows;
     const int64_t rows = outputs - first < kRows ? outputs - first : kRows;
-    const T* from = ohwi + (first * taps + places[tap]) * inputs;
-    pack_strips<T, kTileColumns<T>>(rows, from, taps * inputs, inputs,
-                                    panels + (tap * outputs + first) * kTileColumns<T>,
-                                    count * outputs * kTileColumns<T>);
+    const int64_t begin = strips * part / parts, column = begin * kTileColumns<T>;
+    const int64_t beyond = strips * (part + 1) / parts * kTileColumns<T>;
+    const int64_t columns = (inputs < beyond ? inputs : beyond) - column;
+    const T* from = ohwi + (first * taps + places[tap]) * inputs + column;
+    pack_strips<T, kTileColumns<T>>(rows, from, taps * inputs, columns,
+                                    panels + begin * strip + (tap * outputs + first) * kTileColumns<T>, strip);
     bool rows_finite = true;  // asked here, where they are in the cache
-    for (int64_t r = 0; r < rows; ++r) rows_finite &= run_is_finite(inputs, from + r * taps * inputs);
+    for (int64_t r = 0; r < rows; ++r) rows_finite &= run_is_finite(columns, from + r * taps * inputs);
     if (!rows_finite) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
   });
   return finite;

@@ -54,8 +54,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const Scratch<int64_t> tap_places(2 * taps);
   int64_t* tap_y = tap_places;
   int64_t* tap_x = tap_y + taps;
-  list_taps(forward_taps(s.kernel_height, s.padding_height, s.dilation_height),
-            forward_taps(s.kernel_width, s.padding_width, s.dilation_width), tap_y, tap_x);
+  list_taps(forward_taps(vertical_axis(s)), forward_taps(horizontal_axis(s)), tap_y, tap_x);
   const int64_t stored_height = s.pool ? s.out_height / 2 : s.out_height;
   const int64_t stored_width = s.pool ? s.out_width / 2 : s.out_width;
   GatherConv<T> conv{
@@ -172,9 +171,9 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
   const char* variant = "gather";
 
   for (int64_t phase_y = 0; phase_y < s.stride_height && phase_y < s.in_height; ++phase_y) {
-    const TapAxis vertical = phase_taps(s.kernel_height, s.stride_height, s.padding_height, s.dilation_height, phase_y);
+    const TapAxis vertical = phase_taps(vertical_axis(s), phase_y);
     for (int64_t phase_x = 0; phase_x < s.stride_width && phase_x < s.in_width; ++phase_x) {
-      const TapAxis horizontal = phase_taps(s.kernel_width, s.stride_width, s.padding_width, s.dilation_width, phase_x);
+      const TapAxis horizontal = phase_taps(horizontal_axis(s), phase_x);
       const int64_t count = vertical.count * horizontal.count;
       const int64_t height = (s.in_height - phase_y + s.stride_height - 1) / s.stride_height;
       const int64_t width = (s.in_width - phase_x + s.stride_width - 1) / s.stride_width;

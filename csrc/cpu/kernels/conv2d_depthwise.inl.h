@@ -242,8 +242,8 @@ void depthwise_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
   if (s.out_width == 0) return;
   const Scratch<T> weight(weight_elements(s));
   pack_depthwise<T>(s.in_channels, kernel_taps(s), t.weight, weight);
-  const TapAxis vertical = forward_taps(s.kernel_height, s.padding_height, s.dilation_height);
-  const TapAxis horizontal = forward_taps(s.kernel_width, s.padding_width, s.dilation_width);
+  const TapAxis vertical = forward_taps(vertical_axis(s));
+  const TapAxis horizontal = forward_taps(horizontal_axis(s));
   const bool stream = depthwise_streams(s, t.output, s.out_height * s.out_width);
   const bool fetch = exceeds_caches<T>(s.batch * s.in_height * s.in_width * s.in_channels);
   const int64_t block = depthwise_rows_per_task(s.batch, s.out_height), blocks = (s.out_height + block - 1) / block;
@@ -291,13 +291,12 @@ void depthwise_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stri
     const Image<T> source{grad + image * s.out_height * source_row, s.out_height, s.out_width, source_row, grad_stride};
     const int64_t run = s.stride_height == 1 && !fetch ? end - first : 1;  // rows that read through the same taps
     for (int64_t y = first; y < end; y += run) {
-      const TapAxis vertical =
-          phase_taps(s.kernel_height, s.stride_height, s.padding_height, s.dilation_height, y % s.stride_height);
+      const TapAxis vertical = phase_taps(vertical_axis(s), y % s.stride_height);
       T* out = grad_input + (image * s.in_height + y) * s.in_width * s.in_channels;
       for (int64_t phase = 0; phase < s.stride_width && phase < s.in_width; ++phase) {
         DepthwiseRow<T> row{source,
                             vertical,
-                            phase_taps(s.kernel_width, s.stride_width, s.padding_width, s.dilation_width, phase),
+                            phase_taps(horizontal_axis(s), phase),
                             y / s.stride_height,
                             1,
                             (s.in_width - phase + s.stride_width - 1) / s.stride_width,
@@ -391,8 +390,8 @@ void depthwise_grad_weight(const Conv2dShape& s, const T* input, const T* grad, 
   const int64_t vectors = vectors_of<T>(s.in_channels), elements = vectors * taps * kLanes<T>;
   const bool fetch = exceeds_caches<T>(s.batch * s.in_height * s.in_width * s.in_channels);
   const Scratch<T> partials(chunks * elements);
-  const TapAxis vertical = forward_taps(s.kernel_height, s.padding_height, s.dilation_height);
-  const TapAxis horizontal = forward_taps(s.kernel_width, s.padding_width, s.dilation_width);
+  const TapAxis vertical = forward_taps(vertical_axis(s));
+  const TapAxis horizontal = forward_taps(horizontal_axis(s));
   parallel_tasks(chunks, [&](int64_t chunk, int) {
     T* sums = partials + chunk * elements;
     zero_run(elements, sums);

@@ -97,7 +97,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
   // Columns are shared before chunks, each of which has sums of its own that are written, read and added.
   const int64_t column_tasks = panels < kTasks ? panels : kTasks;
   const UnitPlan plan = plan_units<T>(s, elements, (kTasks + column_tasks - 1) / column_tasks);
-  const PackedAxis vertical{s.kernel_height, s.in_height, s.stride_height, s.padding_height, s.dilation_height};
+  const ConvAxis vertical = vertical_axis(s);
   const int64_t window_elements = unit_window_elements(s, plan, inputs);
   const Scratch<T> windows(max_threads() * window_elements);
   const Scratch<T> partials(plan.chunks * elements);
@@ -123,7 +123,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
             const int64_t column = panel * kTileColumns<T>;
             for (int64_t i = 0; i < runs; ++i) {
               const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
-              const PackedSpan inside = outputs_inside(vertical, ky, row, unit_rows);
+              const PixelSpan inside = outputs_inside(vertical, ky, row, unit_rows);
               if (inside.count == 0) continue;
               const int64_t skipped = inside.first - row;
               const T* from = window.data + ky * s.dilation_height * window.row_stride +

@@ -30,29 +30,10 @@ constexpr int64_t kPackedPixelsOfOneTap = 64;
 // A chunk is worth its own sums, which have to be added to the others', from this many units on.
 constexpr int64_t kPackedChunkUnits = 8;
 
-// One axis of the geometry.
-struct PackedAxis {
-  int64_t kernel, size, stride, padding, dilation;
-};
-
-// Pixels of one axis: first, first + step, ...
-struct PackedSpan {
-  int64_t first, step, count;
-};
-
-// Those of the outputs [low, low + outs) whose source pixel under this tap lies in the image.
-inline PackedSpan outputs_inside(const PackedAxis& axis, int64_t tap, int64_t low, int64_t outs) {
-  const int64_t shift = axis.padding - tap * axis.dilation;
-  int64_t first = -floor_div(-shift, axis.stride), end = floor_div(axis.size - 1 + shift, axis.stride) + 1;
-  if (first < low) first = low;
-  if (end > low + outs) end = low + outs;
-  return {first, 1, end > first ? end - first : 0};
-}
-
 // The source pixels that these outputs meet; where there is one tap, only those.
-inline PackedSpan source_pixels(const PackedAxis& axis, int64_t low, int64_t outs) {
+inline PixelSpan source_pixels(const ConvAxis& axis, int64_t low, int64_t outs) {
   if (axis.kernel == 1) {
-    const PackedSpan inside = outputs_inside(axis, 0, low, outs);
+    const PixelSpan inside = outputs_inside(axis, 0, low, outs);
     return {inside.first * axis.stride - axis.padding, axis.stride, inside.count};
   }
   int64_t first = low * axis.stride - axis.padding;
@@ -63,14 +44,14 @@ inline PackedSpan source_pixels(const PackedAxis& axis, int64_t low, int64_t out
 }
 
 // Source pixels of `outs` outputs, at most.
-inline int64_t most_source_pixels(const PackedAxis& axis, int64_t outs) {
+inline int64_t most_source_pixels(const ConvAxis& axis, int64_t outs) {
   if (axis.kernel == 1) return outs;
   const int64_t reach = (outs - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1;
   return reach < axis.size ? reach : axis.size;
 }
 
 struct PackedPlan {
-  PackedAxis vertical, horizontal;
+  ConvAxis vertical, horizontal;
   int64_t images, rows;  // of a unit: rows of one image, or all rows of several
   int64_t units_per_image, units, chunks;
   int64_t input_parts, output_parts;  // tasks of a chunk
@@ -79,8 +60,7 @@ struct PackedPlan {
 template <class T>
 PackedPlan packed_plan(const Conv2dShape& s) {
   PackedPlan plan{};
-  plan.vertical = {s.kernel_height, s.in_height, s.stride_height, s.padding_height, s.dilation_height};
-  plan.horizontal = {s.kernel_width, s.in_width, s.stride_width, s.padding_width, s.dilation_width};
+  plan.vertical = vertical_axis(s), plan.horizontal = horizontal_axis(s);
   const int64_t pixels = s.out_height * s.out_width;
   const int64_t of_unit = kernel_taps(s) == 1 ? kPackedPixelsOfOneTap : kPackedPixels;
   plan.images = pixels < of_unit ? (of_unit + pixels - 1) / pixels : 1;
@@ -125,7 +105,7 @@ inline PackedUnit packed_unit(const Conv2dShape& s, const PackedPlan& plan, int6
 
 // How pixels of a factor lie: those of `rows` and `columns` of each image, so many elements apart.
 struct PackedLayout {
-  PackedSpan rows, columns;
+  PixelSpan rows, columns;
   int64_t image, row, pixel;
 };
 
@@ -150,10 +130,10 @@ struct PackedRuns {
 inline void packed_runs(const Conv2dShape& s, const PackedPlan& plan, const PackedUnit& unit,
                         const PackedLayout& source, const PackedLayout& grad, PackedRuns* runs) {
   for (int64_t ky = 0; ky < s.kernel_height; ++ky) {
-    const PackedSpan y = outputs_inside(plan.vertical, ky, unit.row, unit.rows);
+    const PixelSpan y = outputs_inside(plan.vertical, ky, unit.row, unit.rows);
     const int64_t source_y = y.first * s.stride_height - s.padding_height + ky * s.dilation_height - source.rows.first;
     for (int64_t kx = 0; kx < s.kernel_width; ++kx, ++runs) {
-      const PackedSpan x = outputs_inside(plan.horizontal, kx, 0, s.out_width);
+      const PixelSpan x = outputs_inside(plan.horizontal, kx, 0, s.out_width);
       const int64_t source_x =
           x.first * s.stride_width - s.padding_width + kx * s.dilation_width - source.columns.first;
       *runs = {unit.images,
@@ -208,7 +188,7 @@ inline int64_t packed_column_time(int64_t columns) {
   return vectors / 2 * 8 + vectors % 2 * 5;
 }
 
-inline int64_t all_outputs_inside(const PackedAxis& axis, int64_t outs) {
+inline int64_t all_outputs_inside(const ConvAxis& axis, int64_t outs) {
   int64_t sum = 0;
   for (int64_t tap = 0; tap < axis.kernel; ++tap) sum += outputs_inside(axis, tap, 0, outs).count;
   return sum;
@@ -221,10 +201,8 @@ inline bool packed_serves_grad_weight(const Conv2dShape& s) {
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
   if (inputs < kLanes<T>) return false;
   if (taps == 1 || outputs % kLanes<T> != 0) return true;
-  const PackedAxis vertical{s.kernel_height, s.in_height, s.stride_height, s.padding_height, s.dilation_height};
-  const PackedAxis horizontal{s.kernel_width, s.in_width, s.stride_width, s.padding_width, s.dilation_width};
-  const int64_t packed = packed_column_time<T>(inputs) * outputs * all_outputs_inside(vertical, s.out_height) *
-                         all_outputs_inside(horizontal, s.out_width);
+  const int64_t packed = packed_column_time<T>(inputs) * outputs * all_outputs_inside(vertical_axis(s), s.out_height) *
+                         all_outputs_inside(horizontal_axis(s), s.out_width);
   const int64_t outer = packed_column_time<T>(outputs) * inputs * taps * s.out_height * s.out_width;
   return 10 * outer > 9 * packed;
 }
@@ -298,8 +276,8 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
                                s.out_width * grad_pixel,
                                grad_pixel};
       if (pack) {
-        const PackedSpan rows = source_pixels(plan.vertical, unit.row, unit.rows);
-        const PackedSpan columns = source_pixels(plan.horizontal, 0, s.out_width);
+        const PixelSpan rows = source_pixels(plan.vertical, unit.row, unit.rows);
+        const PixelSpan columns = source_pixels(plan.horizontal, 0, s.out_width);
         const int64_t row_elements = columns.count * kTileColumns<T>;
         for (int64_t i = 0; i < unit.images * rows.count; ++i) {
           const int64_t row = i / rows.count * s.in_height + rows.first + i % rows.count * rows.step;
@@ -323,7 +301,7 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
       FetchAhead<T> next_source{}, next_grad{};  // what the next unit reads
       if (parts == 1 && index + 1 < end_unit) {
         const PackedUnit after = packed_unit(s, plan, index + 1);
-        const PackedSpan after_rows = source_pixels(plan.vertical, after.row, after.rows);
+        const PixelSpan after_rows = source_pixels(plan.vertical, after.row, after.rows);
         const int64_t image_rows = (after.images - 1) * s.in_height + (after_rows.count - 1) * after_rows.step + 1;
         next_source = {source + (after.image * s.in_height + after_rows.first) * s.in_width * s.in_channels,
                        image_rows * s.in_width * s.in_channels};

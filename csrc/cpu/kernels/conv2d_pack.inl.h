@@ -43,6 +43,32 @@ inline Conv2dShape with_pixels_as_rows(Conv2dShape s) {
 
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 
+// One axis of the geometry.
+struct ConvAxis {
+  int64_t kernel, size, stride, padding, dilation;
+};
+
+inline ConvAxis vertical_axis(const Conv2dShape& s) {
+  return {s.kernel_height, s.in_height, s.stride_height, s.padding_height, s.dilation_height};
+}
+inline ConvAxis horizontal_axis(const Conv2dShape& s) {
+  return {s.kernel_width, s.in_width, s.stride_width, s.padding_width, s.dilation_width};
+}
+
+// Pixels of one axis: first, first + step, ...
+struct PixelSpan {
+  int64_t first, step, count;
+};
+
+// Those of the outputs [low, low + outs) whose source pixel under this tap lies in the image.
+inline PixelSpan outputs_inside(const ConvAxis& axis, int64_t tap, int64_t low, int64_t outs) {
+  const int64_t shift = axis.padding - tap * axis.dilation;
+  int64_t first = -floor_div(-shift, axis.stride), end = floor_div(axis.size - 1 + shift, axis.stride) + 1;
+  if (first < low) first = low;
+  if (end > low + outs) end = low + outs;
+  return {first, 1, end > first ? end - first : 0};
+}
+
 // The taps of one axis: tap i reads the source `offset(i)` pixels on and has the weight at kernel index `place(i)`.
 struct TapAxis {
   int64_t count;
@@ -52,18 +78,16 @@ struct TapAxis {
   int64_t place(int64_t i) const { return first_place + i * place_step; }
 };
 
-inline TapAxis forward_taps(int64_t kernel, int64_t padding, int64_t dilation) {
-  return {kernel, -padding, dilation, 0, 1};
-}
+inline TapAxis forward_taps(const ConvAxis& axis) { return {axis.kernel, -axis.padding, axis.dilation, 0, 1}; }
 
 // The taps through which an input pixel of coordinate stride * q + phase receives grad[q + offset]: those k for which
 // (phase + padding - k * dilation) / stride is exact. From the last one down, so that offsets grow.
-inline TapAxis phase_taps(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t phase) {
+inline TapAxis phase_taps(const ConvAxis& axis, int64_t phase) {
   TapAxis taps{0, 0, 0, 0, 0};
-  for (int64_t k = kernel - 1; k >= 0; --k) {
-    const int64_t numerator = phase + padding - k * dilation;
-    if (numerator % stride != 0) continue;
-    const int64_t offset = floor_div(numerator, stride);
+  for (int64_t k = axis.kernel - 1; k >= 0; --k) {
+    const int64_t numerator = phase + axis.padding - k * axis.dilation;
+    if (numerator % axis.stride != 0) continue;
+    const int64_t offset = floor_div(numerator, axis.stride);
     if (taps.count == 0) taps.first_offset = offset, taps.first_place = k;
     if (taps.count == 1) taps.offset_step = offset - taps.first_offset, taps.place_step = k - taps.first_place;
     ++taps.count;

@@ -149,6 +149,7 @@ template <class T, class Problem>
 void direct_forward(const char* operation, const Queue& queue, const Problem& problem) {
   trace<T>(queue, operation, "direct");
   const FewTapsGrid grid(problem.a.s, 8 * device_multiprocessors(queue.device));
+  if (grid.items == 0) return;
   launch(operation, queue, direct_forward_kernel<T, Problem>, grid.blocks, kFewThreads, kTouchedBytes<T>, problem,
          grid.items, grid.items_per_block);
 }

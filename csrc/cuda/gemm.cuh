@@ -297,7 +297,7 @@ struct RowSums {
 #pragma unroll
     for (int k = 0; k < kDepth<T>; k += kParts) sum += widen(tile[Tile::at(row(), k + threadIdx.x / kM)]);
   }
-  // The sum of row(), for the first kM threads; shared memory is over when all threads call it.
+  // The sum of row(), for the first kM threads. All threads call it, when nobody needs what is in shared memory.
   __device__ __forceinline__ C total() const {
     C* sums = shared_memory<C>();
     sync_block();

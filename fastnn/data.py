@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import math
 import os
 import tarfile
@@ -563,8 +564,9 @@ def _read_picture(path: Path) -> np.ndarray:
     image_module = require("PIL.Image", "reading pictures")
     image_ops = require("PIL.ImageOps", "reading pictures")
     try:
-        with image_module.open(path) as opened:
-            pixels, limit = math.prod(opened.size), MAX_PIXELS_PER_BYTE * path.stat().st_size
+        content = path.read_bytes()  # of a file, a decoder would ask for as many bytes as a damaged length says
+        with image_module.open(io.BytesIO(content)) as opened:
+            pixels, limit = math.prod(opened.size), MAX_PIXELS_PER_BYTE * len(content)
             if pixels > max(MAX_BLANK_PIXELS, limit):
                 raise DataError(
                     f"{path}: expected a picture, got a header of {pixels} pixels in a file of too few bytes"
@@ -584,7 +586,8 @@ def _read_picture(path: Path) -> np.ndarray:
         # EINVAL: damaged offsets that point before the start; any other OSError is the disk's or the permissions'.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise DataError(f"{path}: expected a PNG or JPEG picture, got damaged or other data ({error})") from error
+        reason = "no known format" if isinstance(error, image_module.UnidentifiedImageError) else error
+        raise DataError(f"{path}: expected a PNG or JPEG picture, got damaged or other data ({reason})") from error
     return values[None] if grey else np.moveaxis(values, 2, 0)
 
 

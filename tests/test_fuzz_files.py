@@ -153,6 +153,18 @@ DATA_FILES: dict[str, tuple[str, bytes, Callable[[Path], Any]]] = {
 }
 
 
+def test_a_picture_that_claims_four_gigabytes_takes_as_much_as_it_has(tmp_path: Path) -> None:
+    intact, claiming = tmp_path / "intact.png", tmp_path / "claiming.png"
+    content = bytearray(picture("png"))
+    intact.write_bytes(content)
+    at = content.index(b"IDAT")
+    content[at - 4 : at] = b"\xff\xff\xff\xff"
+    claiming.write_bytes(content)
+    with bounded():
+        images, _ = data.load_images([intact, claiming], channels=3, size=(8, 8))
+    assert np.array_equal(images[0], images[1])
+
+
 @pytest.mark.parametrize("kind", DATA_FILES)
 @fuzz(12)
 @given(st.data())

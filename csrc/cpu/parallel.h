@@ -64,6 +64,17 @@ inline void parallel_for(int64_t tasks, const Body& body) {
   parallel_tasks(tasks, [&](int64_t task, int) { body(task); });
 }
 
+// The order of a product's tasks: blocks of rows times parts of columns. Tasks that follow each other are one thread's.
+// By columns it stays with the weights of a part, which it has packed or transformed before, else with its rows: what
+// is larger should not change hands.
+struct TaskOrder {
+  int64_t blocks, parts;
+  bool by_columns;
+  int64_t tasks() const { return blocks * parts; }
+  int64_t block(int64_t task) const { return by_columns ? task % blocks : task / parts; }
+  int64_t part(int64_t task) const { return by_columns ? task / blocks : task % parts; }
+};
+
 // Elements [begin, end) of a flat loop, in runs of `grain`: body(begin, end).
 template <class Body>
 inline void parallel_ranges(int64_t count, int64_t grain, const Body& body) {

@@ -158,13 +158,12 @@ void run_conv2d_backward(const StageNames& names, const Queue& queue, const Conv
   const Fork fork(queue, grad_input && product);
   if (grad_input) {
     const T* weight = packed_weight(names.grad_input, queue, s, b.weight);
-    const GradInputProblem<T> problem{
-        gradient,
-        WeightSource<T>(weight, geometry),
-        {geometry.in_pixels(), geometry.group_in, int64_t{geometry.taps} * geometry.group_out,
-         static_cast<int>(s.groups), 1, 0, false},
-        nullptr,
-        b.grad_input};
+    const GradInputProblem<T> problem{gradient,
+                                      WeightSource<T>(weight, geometry),
+                                      {geometry.in_pixels(), geometry.group_in,
+                                       int64_t{geometry.taps} * geometry.group_out, static_cast<int>(s.groups), 1, 0},
+                                      nullptr,
+                                      b.grad_input};
     run_gemm<T>(names.grad_input, queue, problem, s.precision, true);
   }
   if (product) {

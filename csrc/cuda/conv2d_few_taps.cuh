@@ -25,7 +25,7 @@ inline bool has_few_taps(const Conv2dShape& s) {
          s.out_channels <= kWarpThreads * kMostGridYZ;
 }
 
-// Blocks of x take equal parts of the items, of y 32 channels.
+// Blocks of x take equal parts of the items, first() up to last(), of y 32 channels.
 struct FewTapsGrid {
   int64_t items, items_per_block;
   dim3 blocks;
@@ -35,6 +35,12 @@ struct FewTapsGrid {
         blocks(std::clamp<int64_t>(items / (kFewWarps * kItems), 1, most_blocks),
                (s.out_channels + kWarpThreads - 1) / kWarpThreads) {
     items_per_block = (items + blocks.x - 1) / blocks.x;
+  }
+
+  __device__ __forceinline__ int64_t first() const { return blockIdx.x * items_per_block; }
+  __device__ __forceinline__ int64_t last() const {
+    const int64_t end = first() + items_per_block;
+    return end < items ? end : items;
   }
 };
 
@@ -87,13 +93,8 @@ class TouchedInputs {
   __device__ __forceinline__ void load(uint32_t item, C (&values)[kTouchedShares]) const {
     const Geometry& s = source_.s;
     const int place = threadIdx.x % 4;
-    Pixel p;
-    if (s.pool) {
-      p = pixel_after(origin_, item, s.by.pooled_height, s.by.pooled_width, s.batch);
-      p.y = 2 * p.y + place / 2, p.x = 2 * p.x + place % 2;
-    } else {
-      p = out_pixel_after(s, origin_, 4 * item + place);
-    }
+    const Pixel p = s.pool ? at_place(pixel_after(origin_, item, s.by.pooled_height, s.by.pooled_width, s.batch), place)
+                           : out_pixel_after(s, origin_, 4 * item + place);
     const T* image = source_.image + p.image * s.in.count * s.in_channels;
 #pragma unroll
     for (int j = 0; j < kTouchedShares; ++j) {
@@ -114,14 +115,13 @@ class TouchedInputs {
 // `problem` is that of the product which this takes the place of.
 template <class T, class Problem>
 __global__ void __launch_bounds__(kFewThreads)
-    direct_forward_kernel(const GRID_CONSTANT Problem problem, int64_t items, int64_t items_per_block) {
+    direct_forward_kernel(const GRID_CONSTANT Problem problem, const GRID_CONSTANT FewTapsGrid grid) {
   begin_kernel();
   using C = Compute<T>;
   const Geometry& s = problem.a.s;
   const int lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
   const int channel = blockIdx.y * kWarpThreads + lane, depth = s.taps * s.in_channels;
-  const int64_t first = blockIdx.x * items_per_block, end = first + items_per_block;
-  const int64_t last = end < items ? end : items;
+  const int64_t first = grid.first(), last = grid.last();
 
   C weights[kFewTaps];
 #pragma unroll
@@ -151,7 +151,7 @@ void direct_forward(const char* operation, const Queue& queue, const Problem& pr
   const FewTapsGrid grid(problem.a.s, 8 * device_multiprocessors(queue.device));
   if (grid.items == 0) return;
   launch(operation, queue, direct_forward_kernel<T, Problem>, grid.blocks, kFewThreads, kTouchedBytes<T>, problem,
-         grid.items, grid.items_per_block);
+         grid);
 }
 
 inline bool is_sparse(const Conv2dShape& s) {
@@ -169,15 +169,14 @@ constexpr int kSparseSharedBytes =
 // lane adds up 0 times its share of what windows touch.
 template <class T>
 __global__ void __launch_bounds__(kFewThreads)
-    sparse_grad_weight_kernel(const GRID_CONSTANT ImageSource<T> input, int64_t windows, int64_t windows_per_block,
+    sparse_grad_weight_kernel(const GRID_CONSTANT ImageSource<T> input, const GRID_CONSTANT FewTapsGrid grid,
                               int columns, const T* grad_output, const uint8_t* winner, Compute<T>* partials) {
   begin_kernel();
   using C = Compute<T>;
   const Geometry& s = input.s;
   const int lane = threadIdx.x % kWarpThreads, warp = threadIdx.x / kWarpThreads;
   const int channel = blockIdx.y * kWarpThreads + lane, depth = s.taps * s.in_channels;
-  const int64_t first = blockIdx.x * windows_per_block, end = first + windows_per_block;
-  const int64_t last = end < windows ? end : windows;
+  const int64_t first = grid.first(), last = grid.last();
 
   C sums[kFewTaps] = {}, sum = 0, nothing[kTouchedShares] = {};
   TouchedInputs<T> inputs(input, first);
@@ -235,8 +234,8 @@ void sparse_grad_weight(const char* operation, const Queue& queue, const Conv2dS
   GemmSize& size = problem.size;
   size.splits = static_cast<int>(grid.blocks.x);
   problem.partials = queue.workspace<Compute<T>>(size.splits * size.m * size.columns());
-  launch(operation, queue, sparse_grad_weight_kernel<T>, grid.blocks, kFewThreads, kSparseSharedBytes<T>, input,
-         grid.items, grid.items_per_block, static_cast<int>(size.columns()), b.grad_output, b.winner, problem.partials);
+  launch(operation, queue, sparse_grad_weight_kernel<T>, grid.blocks, kFewThreads, kSparseSharedBytes<T>, input, grid,
+         static_cast<int>(size.columns()), b.grad_output, b.winner, problem.partials);
   add_splits<T>(operation, queue, problem);
 }
 

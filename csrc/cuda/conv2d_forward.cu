@@ -82,7 +82,7 @@ void run_conv2d_forward(const StageNames& names, const Queue& queue, const Conv2
   const ForwardProblem<T> problem{
       ImageSource<T>::input(b.input, geometry),
       WeightSource<T>(weight, geometry),
-      {m, geometry.group_out, int64_t{geometry.taps} * geometry.group_in, static_cast<int>(s.groups), 1, 0, false},
+      {m, geometry.group_out, int64_t{geometry.taps} * geometry.group_in, static_cast<int>(s.groups), 1, 0},
       nullptr,
       b.output,
       b.winner,

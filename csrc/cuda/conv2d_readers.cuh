@@ -108,13 +108,17 @@ __device__ __forceinline__ Pixel out_pixel_after(const Geometry& s, const PixelO
   return pixel_after(origin, offset, s.by.out_height, s.by.out_width, s.batch);
 }
 
+// The output pixel at one of the four places of a pooling window, row by row.
+__device__ __forceinline__ Pixel at_place(Pixel window, int place) {
+  window.y = 2 * window.y + place / 2, window.x = 2 * window.x + place % 2;
+  return window;
+}
+
 // Of each 32 rows of a pooled product, rows w, w + 8, w + 16 and w + 24 are the places of one window (see gemm.cuh).
 __device__ __forceinline__ Pixel pooled_row(const Geometry& s, int64_t first, int row) {
   const PixelOrigin origin(first / 4, s.pooled);
-  Pixel p = pixel_after(origin, row / 32 * 8 + row % 8, s.by.pooled_height, s.by.pooled_width, s.batch);
-  const int place = row % 32 / 8;
-  p.y = 2 * p.y + place / 2, p.x = 2 * p.x + place % 2;
-  return p;
+  const uint32_t window = row / 32 * 8 + row % 8;
+  return at_place(pixel_after(origin, window, s.by.pooled_height, s.by.pooled_width, s.batch), row % 32 / 8);
 }
 
 // A place of the kernel, dilated, and a channel.

@@ -278,8 +278,8 @@ __device__ __forceinline__ void store_each(const int64_t m0, int64_t n0, int64_t
 struct GemmSize {
   int64_t m, n, k;
   int groups, splits;
-  int64_t split_depth;  // of K a split: a multiple of the stage's
-  bool row_sums;        // whether the sums of A's rows are wanted, too: a column of C after the last
+  int64_t split_depth;    // of K a split: a multiple of the stage's
+  bool row_sums = false;  // whether the sums of A's rows are wanted, too: a column of C after the last
 
   __host__ __device__ int64_t columns() const { return n + row_sums; }
 };
@@ -356,9 +356,8 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
   const int warp = threadIdx.x / 32;
   const int warp_m = warp / Shape::kWarpsN * Shape::kWarpM, warp_n = warp % Shape::kWarpsN * Shape::kWarpN;
   Accumulators<Compute<T>, Shape> c;
-  constexpr bool kHasRowSums = Problem::kRole == Role::grad_weight;
   RowSums<Compute<T>, typename LoadsA::Tile, Shape::kM> row_sums;
-  const bool sums_rows = kHasRowSums && size.row_sums && blockIdx.y == 0;
+  const bool sums_rows = Problem::kRole == Role::grad_weight && size.row_sums && blockIdx.y == 0;
   begin_kernel();
   for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
   for (int stage = 0; stage < stages; ++stage) {

@@ -492,17 +492,14 @@ void gather_conv(const GatherConv<T>& conv) {
   // Products of several taps hide the time of the memory.
   const bool fetch = conv.taps.count == 1 && !conv.pool && plan.column_parts == 1 &&
                      exceeds_caches<T>(conv.batch * conv.source_image_stride);
-  // A thread stays with the panels that it has packed, or with its images: with what is larger.
-  const int64_t blocks = conv.batch * plan.blocks;
-  const bool by_columns =
-      panels * kTileColumns<T> * conv.taps.count * conv.depth > conv.batch * conv.source_image_stride;
+  const int64_t weights = panels * kTileColumns<T> * conv.taps.count * conv.depth;
+  const TaskOrder order{conv.batch * plan.blocks, plan.column_parts, weights > conv.batch * conv.source_image_stride};
   const int threads = max_threads();
   const Scratch<T> windows(threads * window_elements);
   const Scratch<Run> tables(threads * conv.taps.count);
 
-  parallel_tasks(blocks * plan.column_parts, [&](int64_t task, int thread) {
-    const int64_t part = by_columns ? task / blocks : task % plan.column_parts;
-    const int64_t block = by_columns ? task % blocks : task / plan.column_parts;
+  parallel_tasks(order.tasks(), [&](int64_t task, int thread) {
+    const int64_t part = order.part(task), block = order.block(task);
     const int64_t image = block / plan.blocks, row = block % plan.blocks * plan.block;
     const int64_t rows = height - row < plan.block ? height - row : plan.block;
 

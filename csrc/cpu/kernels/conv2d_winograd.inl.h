@@ -567,12 +567,10 @@ bool winograd_conv(const GatherConv<T>& conv, const WinogradKernels<T>& kernels,
     parallel_for(panels * units, [&](int64_t task) { transform(task / units, task % units, weights); });
     if (!*weights_finite && !always) return false;
   }
-  // A thread stays with the weights that it has transformed, or with its images: with what is larger.
-  const bool by_columns = !own && panels * u_panel > conv.batch * conv.source_image_stride;
+  const TaskOrder order{shares, column_parts, !own && panels * u_panel > conv.batch * conv.source_image_stride};
   bool finite = true;
-  parallel_tasks(shares * column_parts, [&](int64_t task, int thread) {
-    const int64_t index = by_columns ? task % shares : task / column_parts;
-    const int64_t part = by_columns ? task / shares : task % column_parts;
+  parallel_tasks(order.tasks(), [&](int64_t task, int thread) {
+    const int64_t index = order.block(task), part = order.part(task);
     const int64_t first_panel = panels * part / column_parts, end_panel = panels * (part + 1) / column_parts;
     const WinogradShare share = winograd_share(tiles, conv.batch, index, shares);
     WinogradHeld& held = all_held[thread];

@@ -133,17 +133,16 @@ void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& 
   const int64_t most = fitting > max_threads() ? fitting : max_threads();
   const int64_t pass = pack && most < panels ? most : panels;
   const Scratch<T> packed((pass - read) * k * width);
-  // A thread stays with the panels that it has packed, or with its rows of A and C: with what is larger.
-  const bool by_columns = pack && k * n > m * (k + n);
   for (int64_t first = 0; first < panels; first += pass) {
     const int64_t count = panels - first < pass ? panels - first : pass;
     parallel_for(count - read, [&](int64_t i) {
       const int64_t column = (first + read + i) * width;
       pack_panel(b, k, column, n - column, packed + i * k * width);
     });
-    parallel_for(row_blocks * count, [&](int64_t task) {
-      const int64_t i = by_columns ? task / row_blocks : task % count, column = (first + i) * width;
-      const int64_t row_begin = (by_columns ? task % row_blocks : task / count) * kRowBlock;
+    const TaskOrder order{row_blocks, count, pack && k * n > m * (k + n)};  // B, or A and C
+    parallel_for(order.tasks(), [&](int64_t task) {
+      const int64_t i = order.part(task), column = (first + i) * width;
+      const int64_t row_begin = order.block(task) * kRowBlock;
       const int64_t row_end = row_begin + kRowBlock < m ? row_begin + kRowBlock : m;
       const Panel<T> panel =
           i < read ? Panel<T>{b.data + column, b.row_stride} : Panel<T>{packed + (i - read) * k * width, width};

@@ -2,53 +2,83 @@
 
 #include <cstdlib>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace fastnn::cpu {
 namespace {
 
-constexpr size_t kAlignment = 64;         // a cache line, and an AVX-512 vector
-constexpr size_t kKeptBytes = 32u << 20;  // a larger block goes back to the system after its call
+constexpr size_t kAlignment = 64;  // a cache line, and an AVX-512 vector
+// What takes more, blocks of all threads together, goes back to the system after its call.
+constexpr size_t kKeptBytes = 32u << 20;
+// Beyond a thread's block: what a processor fetches ahead at its end, at most to the end of a page, is nobody's.
+constexpr size_t kApart = 4096;
 
-struct Block {
-  void* data = nullptr;
-  size_t bytes = 0;
-};
+// Blocks of equal size.
+class Blocks {
+ public:
+  Blocks() = default;
+  Blocks(Blocks&& other) noexcept : bytes_(std::exchange(other.bytes_, 0)), data_(std::move(other.data_)) {}
+  ~Blocks() { release(); }
 
-struct Stack {
-  std::vector<Block> blocks;
-  size_t depth = 0;
-
-  ~Stack() {
-    for (Block& block : blocks) std::free(block.data);
+  void* const* make(size_t count, size_t bytes) {
+    if (bytes_ < bytes || data_.size() < count) {
+      release();
+      const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      for (size_t i = 0; i < count; ++i) {
+        data_.push_back(nullptr);  // first: what is allocated must be found again
+        if (rounded >= bytes) data_.back() = std::aligned_alloc(kAlignment, rounded);
+        if (!data_.back()) throw std::bad_alloc();
+      }
+      bytes_ = rounded;
+    }
+    return data_.data();
   }
+
+  void release_if_large() {
+    if (bytes_ > kKeptBytes / data_.size()) release();
+  }
+
+ private:
+  void release() {
+    for (void* block : data_) std::free(block);
+    data_.clear();
+    bytes_ = 0;
+  }
+
+  size_t bytes_ = 0;
+  std::vector<void*> data_;
 };
 
-thread_local Stack stack;
+class Stack {
+ public:
+  void* const* push(size_t count, size_t bytes) {
+    if (depth_ == levels_.size()) levels_.emplace_back();
+    void* const* blocks = levels_[depth_].make(count, bytes);
+    ++depth_;
+    return blocks;
+  }
+
+  void pop() { levels_[--depth_].release_if_large(); }
+
+ private:
+  std::vector<Blocks> levels_;
+  size_t depth_ = 0;
+};
+
+thread_local Stack shared, of_threads;
 
 }  // namespace
 
-void* scratch_push(size_t bytes) {
-  if (stack.depth == stack.blocks.size()) stack.blocks.emplace_back();
-  Block& block = stack.blocks[stack.depth];
-  if (block.bytes < bytes) {
-    std::free(block.data);
-    block = {};
-    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    block.data = rounded < bytes ? nullptr : std::aligned_alloc(kAlignment, rounded);
-    if (!block.data) throw std::bad_alloc();
-    block.bytes = rounded;
-  }
-  ++stack.depth;
-  return block.data;
+void* scratch_push(size_t bytes) { return shared.push(1, bytes)[0]; }
+
+void scratch_pop() { shared.pop(); }
+
+void* const* scratch_push_each(int threads, size_t bytes) {
+  if (bytes + kApart < bytes) throw std::bad_alloc();
+  return of_threads.push(static_cast<size_t>(threads), bytes + kApart);
 }
 
-void scratch_pop() {
-  Block& block = stack.blocks[--stack.depth];
-  if (block.bytes > kKeptBytes) {
-    std::free(block.data);
-    block = {};
-  }
-}
+void scratch_pop_each() { of_threads.pop(); }
 
 }  // namespace fastnn::cpu

@@ -1,4 +1,4 @@
-// Scratch memory for one kernel call: a per-thread stack of cached, 64-byte aligned blocks.
+// Scratch memory for one kernel call, from stacks of cached blocks.
 //
 // Allocate on the calling thread, before a parallel loop: an allocation that fails then raises MemoryError,
 // and no allocation happens once the blocks are warm.
@@ -9,17 +9,25 @@
 
 namespace fastnn::cpu {
 
-void* scratch_push(size_t bytes);  // throws std::bad_alloc
+// A block of what all threads share; throws std::bad_alloc.
+void* scratch_push(size_t bytes);
 void scratch_pop();
+// A block for each of a loop's threads.
+void* const* scratch_push_each(int threads, size_t bytes);
+void scratch_pop_each();
 
 namespace {
+
+// Room for `count` elements and two vectors more, so that a kernel may load whole vectors at the end.
+template <class T>
+size_t scratch_bytes(int64_t count) {
+  return static_cast<size_t>(count) * sizeof(T) + 128;
+}
 
 template <class T>
 class Scratch {
  public:
-  // Room for `count` elements and two vectors more, so that a kernel may load whole vectors at the end.
-  explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(scratch_push(static_cast<size_t>(count) * sizeof(T) + 128))) {}
+  explicit Scratch(int64_t count) : data_(static_cast<T*>(scratch_push(scratch_bytes<T>(count)))) {}
   ~Scratch() { scratch_pop(); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
@@ -27,6 +35,21 @@ class Scratch {
 
  private:
   T* data_;
+};
+
+// `count` elements for each of a loop's threads. A thread has them where no other one ever writes: their lines stay in
+// its core's caches from one kernel to the next.
+template <class T>
+class ThreadScratch {
+ public:
+  ThreadScratch(int threads, int64_t count) : blocks_(scratch_push_each(threads, scratch_bytes<T>(count))) {}
+  ~ThreadScratch() { scratch_pop_each(); }
+  ThreadScratch(const ThreadScratch&) = delete;
+  ThreadScratch& operator=(const ThreadScratch&) = delete;
+  T* operator[](int thread) const { return static_cast<T*>(blocks_[thread]); }
+
+ private:
+  void* const* blocks_;
 };
 
 }  // namespace

@@ -65,11 +65,11 @@ void gather_images_from(const GatherImagesShape& s, const GatherImagesBuffers<T>
   // Images of several channels are divided plane by plane, some pixels at a time, and then interleaved.
   const int64_t run = (kBatchGrain / (s.channels + 1) / kLanes<T> + 1) * kLanes<T>;
   const int64_t planes = s.channels > 1 ? s.channels * run : 0;
-  const Scratch<T> buffers(max_threads() * planes);
+  const ThreadScratch<T> buffers(max_threads(), planes);
 
   const int64_t grain = kBatchGrain / (elements + 1) + 1;
   parallel_tasks((s.batch + grain - 1) / grain, [&](int64_t task, int thread) {
-    T* divided = buffers + thread * planes;
+    T* divided = buffers[thread];
     for (int64_t b = task * grain; b < (task + 1) * grain && b < s.batch; ++b) {
       if (b + kImagesAhead < s.batch) {
         const char* next = reinterpret_cast<const char*>(image(b + kImagesAhead));

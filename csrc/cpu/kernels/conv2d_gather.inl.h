@@ -494,9 +494,8 @@ void gather_conv(const GatherConv<T>& conv) {
                      exceeds_caches<T>(conv.batch * conv.source_image_stride);
   const int64_t weights = panels * kTileColumns<T> * conv.taps.count * conv.depth;
   const TaskOrder order{conv.batch * plan.blocks, plan.column_parts, weights > conv.batch * conv.source_image_stride};
-  const int threads = max_threads();
-  const Scratch<T> windows(threads * window_elements);
-  const Scratch<Run> tables(threads * conv.taps.count);
+  const ThreadScratch<T> windows(max_threads(), window_elements);
+  const ThreadScratch<Run> tables(max_threads(), conv.taps.count);
 
   parallel_tasks(order.tasks(), [&](int64_t task, int thread) {
     const int64_t part = order.part(task), block = order.block(task);
@@ -510,13 +509,13 @@ void gather_conv(const GatherConv<T>& conv) {
     const WindowRange window_range{row * pooling * conv.step_y + range.y_min, range.x_min,
                                    (rows * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1, window_width};
     const Image<T> window = in_place ? window_in_place(source, window_range)
-                                     : window_of(source, window_range, conv.depth, windows + thread * window_elements);
+                                     : window_of(source, window_range, conv.depth, windows[thread]);
     const int64_t place = image * conv.out_image_stride + row * conv.out_row_stride;
     for (int64_t x = 0, count; x < conv.out_width; x += count) {
       count = !in_place ? conv.out_width : x == whole.first ? whole.count : 1;
       Image<T> columns = window;
       columns.data += x * conv.step_x * window.pixel_stride;
-      const Runs runs = runs_of(conv, range, window, in_place, x, tables + thread * conv.taps.count);
+      const Runs runs = runs_of(conv, range, window, in_place, x, tables[thread]);
       for (int64_t i = panels * part / plan.column_parts; i < panels * (part + 1) / plan.column_parts; ++i) {
         next.fetch(i, panels);
         gather_panel(conv, columns, runs, i, row, rows, count, place + x * conv.out_pixel_stride);

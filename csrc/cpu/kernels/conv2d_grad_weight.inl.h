@@ -99,7 +99,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
   const UnitPlan plan = plan_units<T>(s, elements, (kTasks + column_tasks - 1) / column_tasks);
   const ConvAxis vertical = vertical_axis(s);
   const int64_t window_elements = unit_window_elements(s, plan, inputs);
-  const Scratch<T> windows(max_threads() * window_elements);
+  const ThreadScratch<T> windows(max_threads(), window_elements);
   const Scratch<T> partials(plan.chunks * elements);
   const Scratch<T> buffer(is_ohwi(s) ? 0 : taps * inputs * outputs);
 
@@ -112,7 +112,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
       zero_run(end - first * kTileColumns<T>, partial + r * padded + first * kTileColumns<T>);
     }
     for_each_unit(
-        s, plan, chunk, source, inputs, windows + thread * window_elements,
+        s, plan, chunk, source, inputs, windows[thread],
         [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window) {
           const bool merged = window.pixel_stride == inputs && s.dilation_width == 1;
           const int64_t run = merged ? s.kernel_width * inputs : inputs, runs = taps * inputs / run;

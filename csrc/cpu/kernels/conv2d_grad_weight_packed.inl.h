@@ -238,8 +238,8 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
   const int64_t grad_strip = plan.images * plan.rows * s.out_width * kTileRows + 2 * kLanes<T>;
   const int64_t source_elements = (panels + plan.input_parts - 1) / plan.input_parts * source_strip;
   const int64_t grad_elements = (tiles + plan.output_parts - 1) / plan.output_parts * grad_strip;
-  const Scratch<T> packed(pack ? max_threads() * (source_elements + grad_elements) : 0);
-  const Scratch<PackedRuns> tables(max_threads() * taps);
+  const ThreadScratch<T> packed(max_threads(), pack ? source_elements + grad_elements : 0);
+  const ThreadScratch<PackedRuns> tables(max_threads(), taps);
   const Scratch<T> partials(in_place ? 0 : plan.chunks * elements);
 
   const int64_t parts = plan.input_parts * plan.output_parts;
@@ -253,9 +253,9 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
     const int64_t first_input = first_panel * kTileColumns<T>, first_output = first_tile * kTileRows;
     const int64_t end_input = end_panel == panels ? inputs : end_panel * kTileColumns<T>;
     const int64_t end_output = end_tile == tiles ? outputs : end_tile * kTileRows;
-    T* sources = packed + thread * (source_elements + grad_elements);
+    T* sources = packed[thread];
     T* grads = sources + source_elements;
-    PackedRuns* runs = tables + thread * taps;
+    PackedRuns* runs = tables[thread];
     T* sums = in_place ? grad_weight : partials + chunk * elements;
 
     const int64_t first_unit = plan.units * chunk / plan.chunks, end_unit = plan.units * (chunk + 1) / plan.chunks;

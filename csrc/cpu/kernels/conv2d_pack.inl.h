@@ -20,6 +20,9 @@ constexpr int64_t kTasks = 8;
 // A weight gradient is summed in chunks, each with its own copy. Copies beyond 16 MiB cost more memory traffic than
 // they gain, and such large weights have channels enough to share.
 constexpr int64_t kMaxPartialBytes = 16 << 20;
+// Where the copies of all threads are no more than this, each makes the weights that it reads for itself: that takes
+// less time than to read what another has written.
+constexpr int64_t kOwnWeightBytes = 8 << 20;
 
 inline int64_t kernel_taps(const Conv2dShape& s) { return s.kernel_height * s.kernel_width; }
 inline int64_t group_inputs(const Conv2dShape& s) { return s.in_channels / s.groups; }

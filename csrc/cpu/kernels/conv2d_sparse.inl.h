@@ -168,7 +168,7 @@ bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t chunks = image_chunks<T>(s, partial_elements, kTasks / parts);
   const WindowRange range = pooled_range(s);
   const int64_t window_elements = range.height * range.width * s.in_channels;
-  const Scratch<T> buffers(max_threads() * (window_elements + 2 * kLanes<T>));
+  const ThreadScratch<T> buffers(max_threads(), window_elements);
   const Scratch<T> partials(chunks * partial_elements);
   // A run that ends inside a vector reads past it: from a copy, where that is safe.
   const bool copy = run % kLanes<T> != 0;
@@ -182,7 +182,7 @@ bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
     const int64_t end_channel = beyond < channels ? beyond : channels, width = end_channel - first_channel;
     T* partial = partials + chunk * partial_elements;
     T* bias = partial + channels * elements;
-    T* buffer = buffers + thread * (window_elements + 2 * kLanes<T>);
+    T* buffer = buffers[thread];
     zero_run(width * elements, partial + first_channel * elements);
     zero_run(width, bias + first_channel);
     for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
@@ -349,28 +349,24 @@ int64_t slide_place(const Conv2dShape& s, SlideRows rows, int64_t channel) {
   return (rows.first * s.out_channels + channel * rows.count) * s.kernel_width * kLanes<T>;
 }
 
-// Returns whether all are finite.
+// Packs the kernel rows [begin, end) of all output channels' together; returns whether all are finite.
 template <class T>
-bool pack_slide_weights(const Conv2dShape& s, const T* ohwi, T* to) {
+bool pack_slide_weights(const Conv2dShape& s, const T* ohwi, int64_t begin, int64_t end, T* to) {
   const int64_t vectors = s.in_channels / kLanes<T>, of_vector = s.out_channels * kernel_taps(s) * kLanes<T>;
-  bool finite = true;
-  parallel_ranges(s.out_channels * s.kernel_height, kSlideGrain, [&](int64_t begin, int64_t end) {
-    Vec<T> zero_or_nan{};
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t o = i / s.kernel_height, ky = i % s.kernel_height;
-      const SlideRows rows = slide_rows_at(s, ky);
-      T* row = to + slide_place<T>(s, rows, o) + (ky - rows.first) * s.kernel_width * kLanes<T>;
-      for (int64_t kx = 0; kx < s.kernel_width; ++kx, row += kLanes<T>) {
-        for (int64_t v = 0; v < vectors; ++v) {
-          const Vec<T> w = load(ohwi + ((i * s.kernel_width + kx) * vectors + v) * kLanes<T>);
-          zero_or_nan += w * T(0);
-          store(row + v * of_vector, w);
-        }
+  Vec<T> zero_or_nan{};
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t o = i / s.kernel_height, ky = i % s.kernel_height;
+    const SlideRows rows = slide_rows_at(s, ky);
+    T* row = to + slide_place<T>(s, rows, o) + (ky - rows.first) * s.kernel_width * kLanes<T>;
+    for (int64_t kx = 0; kx < s.kernel_width; ++kx, row += kLanes<T>) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Vec<T> w = load(ohwi + ((i * s.kernel_width + kx) * vectors + v) * kLanes<T>);
+        zero_or_nan += w * T(0);
+        store(row + v * of_vector, w);
       }
     }
-    if (any_lane<T>(zero_or_nan != zero_or_nan)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-  });
-  return finite;
+  }
+  return !any_lane<T>(zero_or_nan != zero_or_nan);
 }
 
 // Returns whether it served: the weights have to be finite.
@@ -382,8 +378,22 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t pooled_height = s.out_height / 2, pooled_width = s.out_width / 2,
                 windows = pooled_height * pooled_width;
   const int64_t words = (s.out_channels + 63) / 64, inputs = s.in_channels, vectors = inputs / kLanes<T>;
-  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s)), weights(weight_elements(s));
-  if (!pack_slide_weights<T>(s, weight_to_ohwi<T>(s, t.weight, ohwi), weights)) return false;
+  const int threads = max_threads();
+  const bool own = threads * weight_elements(s) * static_cast<int64_t>(sizeof(T)) <= kOwnWeightBytes;
+  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s)), shared(own ? 0 : weight_elements(s));
+  const ThreadScratch<T> copies(threads, own ? weight_elements(s) : 0);
+  const Scratch<bool> has_copy(threads);
+  for (int thread = 0; thread < threads; ++thread) has_copy[thread] = false;
+  const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
+  const int64_t kernel_rows = s.out_channels * s.kernel_height;
+  bool finite = true;
+  const auto pack = [&](int64_t begin, int64_t end, T* to) {
+    if (!pack_slide_weights<T>(s, weight, begin, end, to)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+  };
+  if (!own) {
+    parallel_ranges(kernel_rows, kSlideGrain, [&](int64_t begin, int64_t end) { pack(begin, end, shared); });
+    if (!finite) return false;
+  }
 
   const int64_t overlap = s.kernel_height - 1;
   const int64_t height = s.in_height + 2 * s.padding_height, width = s.in_width + 2 * s.padding_width;
@@ -395,15 +405,19 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   if (images * windows > kSlideWindows) images = kSlideWindows / windows;
   if (images < 1) images = 1;
   const int64_t blocks = (s.batch + images - 1) / images, parts = blocks < kTasks ? vectors : 1;
-  const int threads = max_threads();
-  const Scratch<T> buffers(threads * (2 * band + overlap) * buffer_row);
-  const Scratch<uint64_t> all_masks(threads * images * windows * 4 * words);
+  const ThreadScratch<T> buffers(threads, (2 * band + overlap) * buffer_row);
+  const ThreadScratch<uint64_t> all_masks(threads, images * windows * 4 * words);
 
   parallel_tasks(blocks * parts, [&](int64_t task, int thread) {
     const int64_t first = task / parts * images, part = task % parts;
     const int64_t end = first + images < s.batch ? first + images : s.batch;
-    uint64_t* masks = all_masks + thread * images * windows * 4 * words;
-    T* buffer = buffers + thread * (2 * band + overlap) * buffer_row;
+    uint64_t* masks = all_masks[thread];
+    T* buffer = buffers[thread];
+    T* weights = own ? copies[thread] : shared;
+    if (own && !has_copy[thread]) {
+      pack(0, kernel_rows, weights);
+      has_copy[thread] = true;
+    }
     mark_winners((end - first) * windows, s.out_channels, t.winner + first * windows * s.out_channels, masks);
     for (int64_t v = vectors * part / parts; v < vectors * (part + 1) / parts; ++v) {
       const T* of_vector = weights + v * s.out_channels * kernel_taps(s) * kLanes<T>;
@@ -452,7 +466,7 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
       }
     }
   });
-  return true;
+  return finite;
 }
 
 // ---------------------------------------------------------------------------------------------- lookup_grad_weight
@@ -521,7 +535,7 @@ bool lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t chunks = image_chunks<T>(s, elements, kTasks);
   const WindowRange range = pooled_range(s);
   const int64_t window_elements = range.height * range.width * s.in_channels;
-  const Scratch<T> buffers(max_threads() * window_elements);
+  const ThreadScratch<T> buffers(max_threads(), window_elements);
   const Scratch<T> partials(chunks * elements);
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   bool finite = true;
@@ -532,7 +546,7 @@ bool lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
     for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
       if (!image_is_finite(s, t.input, image)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
       const Image<T> source =
-          window_of(image_of(s, t.input, image), range, s.in_channels, buffers + thread * window_elements);
+          window_of(image_of(s, t.input, image), range, s.in_channels, buffers[thread]);
       const T* grad = t.grad_output + image * windows * s.out_channels;
       const uint8_t* winner = t.winner + image * windows * s.out_channels;
       for (int64_t o = 0; o < s.out_channels; o += kLanes<T>) {

@@ -40,9 +40,6 @@ constexpr int64_t winograd_weight_cost(int64_t bytes) { return bytes <= 12 << 20
 constexpr int64_t kWinogradBlockBytes = 164 << 10;
 constexpr int64_t kWinogradTiles = 24;
 
-// All threads' copies of U, together.
-constexpr int64_t kWinogradOwnBytes = 8 << 20;
-
 constexpr int winograd_places(int tile) { return (tile + 2) * (tile + 2); }
 
 // From one place of U, V or M to the next: a line more than the elements of a place, which are a power of two as a
@@ -547,10 +544,11 @@ bool winograd_conv(const GatherConv<T>& conv, const WinogradKernels<T>& kernels,
   const int64_t u_step = winograd_step<Element>(padded * kTileColumns<T>), u_panel = places * u_step;
   const int64_t v_step = winograd_step<Element>(most_rows * padded);
   const int64_t m_step = winograd_step<T>(most_rows * kTileColumns<T>);
-  const bool own = threads * panels * u_panel * static_cast<int64_t>(sizeof(Element)) <= kWinogradOwnBytes;
-  const Scratch<Element> weights((own ? threads : 1) * panels * u_panel);
-  const Scratch<Element> inputs(threads * places * v_step);
-  const Scratch<T> sums(threads * places * m_step);
+  const bool own = threads * panels * u_panel * static_cast<int64_t>(sizeof(Element)) <= kOwnWeightBytes;
+  const Scratch<Element> shared_u(own ? 0 : panels * u_panel);
+  const ThreadScratch<Element> own_u(threads, own ? panels * u_panel : 0);
+  const ThreadScratch<Element> inputs(threads, places * v_step);
+  const ThreadScratch<T> sums(threads, places * m_step);
   const Scratch<WinogradHeld> all_held(threads);
   for (int thread = 0; thread < threads; ++thread) all_held[thread] = {};
   const Scratch<T> zeros(conv.depth);  // a pixel outside the image
@@ -564,7 +562,7 @@ bool winograd_conv(const GatherConv<T>& conv, const WinogradKernels<T>& kernels,
 
   *weights_finite = true;
   if (!own) {
-    parallel_for(panels * units, [&](int64_t task) { transform(task / units, task % units, weights); });
+    parallel_for(panels * units, [&](int64_t task) { transform(task / units, task % units, shared_u); });
     if (!*weights_finite && !always) return false;
   }
   const TaskOrder order{shares, column_parts, !own && panels * u_panel > conv.batch * conv.source_image_stride};
@@ -574,9 +572,9 @@ bool winograd_conv(const GatherConv<T>& conv, const WinogradKernels<T>& kernels,
     const int64_t first_panel = panels * part / column_parts, end_panel = panels * (part + 1) / column_parts;
     const WinogradShare share = winograd_share(tiles, conv.batch, index, shares);
     WinogradHeld& held = all_held[thread];
-    Element* u = weights + (own ? thread * panels * u_panel : 0);
-    Element* v = inputs + thread * places * v_step;
-    T* m = sums + thread * places * m_step;
+    Element* u = own ? own_u[thread] : shared_u;
+    Element* v = inputs[thread];
+    T* m = sums[thread];
     if (held.end_share != index + 1) winograd_inputs<T, Products, largest>(conv, tiles, share, zeros, v, v_step);
     held.end_share = index + 1;
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {

@@ -16,6 +16,9 @@ namespace {
 // shared about equally.
 constexpr int64_t kOptimizerGrain = 2048;
 
+// Parameters are lines that other cores have read since: to become this core's, they are asked for so far ahead.
+constexpr int64_t kParamBytesAhead = 1 << 10;
+
 // body(tensor, begin, end) for every run of elements that lies in one tensor and one task. Bodies take the tensor's
 // pointers by value: behind a reference, every store might change them.
 template <class Tensor, class Body>
@@ -64,7 +67,9 @@ void adam_run(const AdamOptions& o, const AdamScales& scales, AdamTensor<T> t, i
   const T beta2 = static_cast<T>(o.beta2.value), one_minus_beta2 = static_cast<T>(1 - o.beta2.value);
   const T step_size = static_cast<T>(scales.step_size), root_scale = static_cast<T>(scales.root_scale);
   const T eps = static_cast<T>(o.eps);
+  constexpr int64_t ahead = kParamBytesAhead / static_cast<int64_t>(sizeof(T));
   for_each_vector<T>(begin, end, [&](int64_t n, int64_t i) {
+    __builtin_prefetch(t.param + i + ahead, 1);
     Vec<T> p = load_upto(t.param + i, n) * keep;
     Vec<T> g = load_upto(t.grad + i, n) * sign;
     if (coupled != 0) g += coupled * p;  // not without decay: 0 * inf is NaN

@@ -508,8 +508,8 @@ void gather_conv(const GatherConv<T>& conv) {
     if (fetch) next = rows_ahead(source, (row + rows) * conv.step_y, (row + 2 * rows) * conv.step_y);
     const WindowRange window_range{row * pooling * conv.step_y + range.y_min, range.x_min,
                                    (rows * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1, window_width};
-    const Image<T> window = in_place ? window_in_place(source, window_range)
-                                     : window_of(source, window_range, conv.depth, windows[thread]);
+    const Image<T> window =
+        in_place ? window_in_place(source, window_range) : window_of(source, window_range, conv.depth, windows[thread]);
     const int64_t place = image * conv.out_image_stride + row * conv.out_row_stride;
     for (int64_t x = 0, count; x < conv.out_width; x += count) {
       count = !in_place ? conv.out_width : x == whole.first ? whole.count : 1;

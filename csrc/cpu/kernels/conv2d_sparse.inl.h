@@ -545,8 +545,7 @@ bool lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
     zero_run(elements, partial);
     for (int64_t image = s.batch * chunk / chunks; image < s.batch * (chunk + 1) / chunks; ++image) {
       if (!image_is_finite(s, t.input, image)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-      const Image<T> source =
-          window_of(image_of(s, t.input, image), range, s.in_channels, buffers[thread]);
+      const Image<T> source = window_of(image_of(s, t.input, image), range, s.in_channels, buffers[thread]);
       const T* grad = t.grad_output + image * windows * s.out_channels;
       const uint8_t* winner = t.winner + image * windows * s.out_channels;
       for (int64_t o = 0; o < s.out_channels; o += kLanes<T>) {

@@ -169,6 +169,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
   int64_t* tap_x = tap_y + taps;
   int64_t* places = tap_x + taps;
   const char* variant = "gather";
+  T* of_phase = panels;  // each has its own, of which a thread always packs the same part
 
   for (int64_t phase_y = 0; phase_y < s.stride_height && phase_y < s.in_height; ++phase_y) {
     const TapAxis vertical = phase_taps(vertical_axis(s), phase_y);
@@ -206,7 +207,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .source_image_stride = s.out_height * s.out_width * grad.pixel_stride,
           .source_row_stride = s.out_width * grad.pixel_stride,
           .source_pixel_stride = grad.pixel_stride,
-          .panels = panels,
+          .panels = of_phase,
           .bias = nullptr,
           .relu = false,
           .out = first,
@@ -223,7 +224,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
         conv.source = grad.data + group * outputs;
         conv.out = first + group * inputs;
         if (largest == 0) {
-          if (!pack_gradient_panels<T>(outputs, inputs, taps, of_group, count, places, panels)) return scatter();
+          if (!pack_gradient_panels<T>(outputs, inputs, taps, of_group, count, places, of_phase)) return scatter();
           gather_conv(conv);
           variant = "gather";
           continue;
@@ -234,6 +235,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
         variant = winograd<T>(conv, kernels, largest, false);
         if (!variant) return scatter();
       }
+      of_phase += panels_of<T>(inputs) * count * outputs * kTileColumns<T>;
     }
   }
   trace<T>("conv2d_grad_input", variant);

@@ -2,7 +2,7 @@
 
 #include <cstdlib>
 #include <new>
-#include <utility>
+#include <numeric>
 #include <vector>
 
 namespace fastnn::cpu {
@@ -14,40 +14,44 @@ constexpr size_t kKeptBytes = 32u << 20;
 // Beyond a thread's block: what a processor fetches ahead at its end, at most to the end of a page, is nobody's.
 constexpr size_t kApart = 4096;
 
-// Blocks of equal size.
+// A block for each of some threads. What has room for a call is left as it is, its address too, which the threads read:
+// lines that nobody writes stay in all caches.
 class Blocks {
  public:
   Blocks() = default;
-  Blocks(Blocks&& other) noexcept : bytes_(std::exchange(other.bytes_, 0)), data_(std::move(other.data_)) {}
+  Blocks(Blocks&&) noexcept = default;
   ~Blocks() { release(); }
 
   void* const* make(size_t count, size_t bytes) {
-    if (bytes_ < bytes || data_.size() < count) {
-      release();
-      const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-      for (size_t i = 0; i < count; ++i) {
-        data_.push_back(nullptr);  // first: what is allocated must be found again
-        if (rounded >= bytes) data_.back() = std::aligned_alloc(kAlignment, rounded);
-        if (!data_.back()) throw std::bad_alloc();
-      }
-      bytes_ = rounded;
+    if (data_.size() < count) {
+      data_.resize(count, nullptr);
+      sizes_.resize(count, 0);
+    }
+    const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    for (size_t i = 0; i < count; ++i) {
+      if (sizes_[i] >= bytes) continue;
+      std::free(data_[i]);
+      sizes_[i] = 0;
+      data_[i] = rounded < bytes ? nullptr : std::aligned_alloc(kAlignment, rounded);
+      if (!data_[i]) throw std::bad_alloc();
+      sizes_[i] = rounded;
     }
     return data_.data();
   }
 
   void release_if_large() {
-    if (bytes_ > kKeptBytes / data_.size()) release();
+    if (std::accumulate(sizes_.begin(), sizes_.end(), size_t{0}) > kKeptBytes) release();
   }
 
  private:
   void release() {
     for (void* block : data_) std::free(block);
     data_.clear();
-    bytes_ = 0;
+    sizes_.clear();
   }
 
-  size_t bytes_ = 0;
   std::vector<void*> data_;
+  std::vector<size_t> sizes_;
 };
 
 class Stack {

@@ -25,11 +25,11 @@ constexpr int64_t kChunkTiles = 64;
 template <class T, class Pixel>
 FASTNN_INLINE void winograd_gradient(const Pixel& pixel, int64_t channels, T* to, int64_t stride) {
   for (int64_t o = 0; o < channels; o += kLanes<T>) {
-    const int64_t left = channels - o < kLanes<T> ? channels - o : kLanes<T>;
+    const int64_t left = channels - o < kLanes<T> ? channels - o : kLanes<T>, at = unknown(o);
     const auto axis = [](const auto& dy, auto& m) { WinogradAxis<4>::template output_transposed<T>(dy, m); };
     winograd_transform<T, 4, 4, 6, 6>(
-        [&](int y, int x) { return load_upto(pixel(y, x) + o, left); }, axis, axis,
-        [&](int y, int x, Vec<T> m) { store_upto(to + (6 * y + x) * stride + o, m, left); });
+        [&](int y, int x) { return load_upto(pixel(y, x) + at, left); }, axis, axis,
+        [&](int y, int x, Vec<T> m) { store_upto(to + (6 * y + x) * stride + at, m, left); });
   }
 }
 
@@ -127,11 +127,11 @@ void winograd_grad_weight(const Conv2dShape& s, const T* source, const T* grad, 
   T* ohwi = is_ohwi(s) ? grad_weight : sums;
   parallel_for(outputs, [&](int64_t o) {
     for (int64_t c = 0; c < inputs; c += kLanes<T>) {
-      const int64_t left = inputs - c < kLanes<T> ? inputs - c : kLanes<T>;
+      const int64_t left = inputs - c < kLanes<T> ? inputs - c : kLanes<T>, at = unknown(c);
       const auto axis = [](const auto& u, auto& g) { WinogradAxis<4>::template weight_transposed<T>(u, g); };
       winograd_transform<T, 6, 6, 3, 3>(
-          [&](int y, int x) { return load(du + (6 * y + x) * du_step + o * du_row + c); }, axis, axis,
-          [&](int y, int x, Vec<T> g) { store_upto(ohwi + (o * 9 + 3 * y + x) * inputs + c, g, left); });
+          [&](int y, int x) { return load(du + (6 * y + x) * du_step + o * du_row + at); }, axis, axis,
+          [&](int y, int x, Vec<T> g) { store_upto(ohwi + (o * 9 + 3 * y + x) * inputs + at, g, left); });
     }
   });
   if (ohwi != grad_weight) write_ohwi_gradient<T>(s, outputs, 1, 0, sums, grad_weight);

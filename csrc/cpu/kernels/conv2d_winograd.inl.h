@@ -219,9 +219,9 @@ bool winograd_weights(int64_t columns, int64_t depth, const WinogradKernels<T>& 
 
   Vec<T> zero_or_nan{};
   for (int64_t channel = first; channel < end; ++channel) {
-    const T* from = kernels.data + (channel - first) * kernels.channel_step;
+    const T* from = kernels.data + unknown(channel - first) * kernels.channel_step;
     typename Products::Element* group =
-        transformed + panel * points * points * step + channel / Products::kGroup * width * Products::kGroup;
+        transformed + panel * points * points * step + unknown(channel / Products::kGroup) * width * Products::kGroup;
     for (int64_t v = 0; v < width; v += kLanes<T>) {
       const int64_t count = columns_from(v);
       const auto axis = [](const auto& taps, auto& u) { WinogradAxis<largest>::template weight<T>(taps, u); };
@@ -249,9 +249,13 @@ FASTNN_INLINE void with_patch(const Image<T>& image, int64_t top, int64_t left, 
   const auto inside = [&](int64_t y, int64_t x) { return first + y * image.row_stride + x * image.pixel_stride; };
   if (lies_inside(image, {top, left, height, width})) return body(inside);
   const T* pixels[height][width];
-  for (int64_t y = 0; y < height; ++y)
-    for (int64_t x = 0; x < width; ++x)
-      pixels[y][x] = lies_inside(image, {top + y, left + x, 1, 1}) ? inside(y, x) : zeros;
+  for (int64_t y = 0; y < height; ++y) {
+    const bool has_row = top + y >= 0 && top + y < image.height;
+    for (int64_t x = 0; x < width; ++x) {
+      const bool has_column = left + x >= 0 && left + x < image.width;
+      pixels[y][x] = has_row && has_column ? inside(y, x) : zeros;
+    }
+  }
   body([&](int64_t y, int64_t x) { return pixels[y][x]; });
 }
 
@@ -277,20 +281,27 @@ constexpr int winograd_place(int y, int x) {
   return point(kWinogradHeight[size], y) * (largest + 2) + point(kWinogradWidth[size], x);
 }
 
-// V of one tile: to + place * stride.
+// V of `count` channels of one tile, from channel c on: to + place * stride.
+template <class T, class Products, int size, int largest, class Pixel>
+FASTNN_INLINE void winograd_input_vector(const Pixel& pixel, int64_t c, int64_t count, typename Products::Element* to,
+                                         int64_t stride) {
+  constexpr int height = kWinogradHeight[size], width = kWinogradWidth[size];
+  winograd_transform<T, height + 2, width + 2, height + 2, width + 2>(
+      [&](int y, int x) { return load_upto(pixel(y, x) + c, count); },
+      [](const auto& d, auto& v) { WinogradAxis<height>::template input<T>(d, v); },
+      [](const auto& d, auto& v) { WinogradAxis<width>::template input<T>(d, v); },
+      [&](int y, int x, Vec<T> v) {
+        Products::store_input(to + winograd_place<size, largest>(y, x) * stride + c, v, count);
+      });
+}
+
+// V of one tile.
 template <class T, class Products, int size, int largest, class Pixel>
 FASTNN_INLINE void winograd_input(const Pixel& pixel, int64_t depth, typename Products::Element* to, int64_t stride) {
-  constexpr int height = kWinogradHeight[size], width = kWinogradWidth[size];
-  for (int64_t c = 0; c < depth; c += kLanes<T>) {
-    const int64_t left = depth - c < kLanes<T> ? depth - c : kLanes<T>;
-    winograd_transform<T, height + 2, width + 2, height + 2, width + 2>(
-        [&](int y, int x) { return load_upto(pixel(y, x) + c, left); },
-        [](const auto& d, auto& v) { WinogradAxis<height>::template input<T>(d, v); },
-        [](const auto& d, auto& v) { WinogradAxis<width>::template input<T>(d, v); },
-        [&](int y, int x, Vec<T> v) {
-          Products::store_input(to + winograd_place<size, largest>(y, x) * stride + c, v, left);
-        });
-  }
+  int64_t c = 0;
+  for (; c + kLanes<T> <= depth; c += kLanes<T>)
+    winograd_input_vector<T, Products, size, largest>(pixel, unknown(c), kLanes<T>, to, stride);
+  if (c < depth) winograd_input_vector<T, Products, size, largest>(pixel, c, depth - c, to, stride);
 }
 
 // M of one place for some tiles: m[tile][columns] = v[tile][channel] * u[channel][columns]

@@ -36,21 +36,21 @@ inline void transpose_panel(const T* from, int64_t from_stride, int64_t rows, in
                             int64_t to_stride) {
   constexpr int n = kLanes<T>;
   for (int64_t c = 0; c < columns; c += n) {
-    const int64_t width = columns - c < n ? columns - c : n;
+    const int64_t width = columns - c < n ? columns - c : n, at = unknown(c);
     Vec<T> block[n];
     if (rows == n && width == n) {
       FASTNN_UNROLL
-      for (int r = 0; r < n; ++r) block[r] = load(from + r * from_stride + c);
+      for (int r = 0; r < n; ++r) block[r] = load(from + r * from_stride + at);
     } else {
       FASTNN_UNROLL
-      for (int r = 0; r < n; ++r) block[r] = r < rows ? load_upto(from + r * from_stride + c, width) : Vec<T>{};
+      for (int r = 0; r < n; ++r) block[r] = r < rows ? load_upto(from + r * from_stride + at, width) : Vec<T>{};
     }
     transpose<T>(block);
     for (int r = 0; r < width; ++r) {
       if (pad)
-        store(to + (c + r) * to_stride, block[r]);
+        store(to + (at + r) * to_stride, block[r]);
       else
-        store_upto(to + (c + r) * to_stride, block[r], rows);
+        store_upto(to + (at + r) * to_stride, block[r], rows);
     }
   }
 }

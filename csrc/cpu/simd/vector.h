@@ -68,6 +68,12 @@ FASTNN_INLINE V in_register(V v) {
 #endif
   return v;
 }
+// n, of which the compiler knows nothing. An unrolled loop that reads and writes at tens of addresses, each the sum of
+// something that stays and n, would otherwise walk all of them, most in memory.
+FASTNN_INLINE int64_t unknown(int64_t n) {
+  asm("" : "+r"(n));
+  return n;
+}
 template <class T>
 FASTNN_INLINE Vec<T> broadcast(T s) {
   return s - Vec<T>{};

@@ -7,7 +7,6 @@ that one process would make of the whole batch.
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,12 +31,8 @@ class Ranks:
         return self.rank == 0
 
     def share(self, rows: Tensor) -> Tensor:
-        """This rank's part of a batch's rows; none where there are more ranks than rows."""
+        """This rank's part of some rows; none where there are more ranks than rows."""
         return rows.tensor_split(self.size)[self.rank]
-
-    def share_of(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-        """This rank's part of many batches, whole ones."""
-        return itertools.islice(batches, self.rank, None, self.size)
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's value of this object."""

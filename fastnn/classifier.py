@@ -43,7 +43,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 # Images per forward pass outside of training: large enough to hide the overhead of a call, small enough that
 # the first block's output (4 MiB at 32x32 and 32 channels) stays near the cores.
-EVALUATION_BATCH = 128
+EVALUATION_BATCH = 64
 
 # Images per pass of the search for NaN: a pass over 1024 28x28 images stays in the cache of one core.
 FINITE_CHECK_BATCH = 1024
@@ -285,18 +285,13 @@ class CNNClassifier(nn.Sequential):
         """
         images = self._images(x, "x")
         classes = len(self._class_list())
-        logits = torch.empty(len(images), classes, dtype=self._dtype)
         nothing = torch.empty(len(images), dtype=torch.int64)
         batches = Batches(images, nothing, whole_number(batch_size, "batch_size", 1), self._dtype, self._device)
         with self._eval_mode():
-            forward = make_forward(self, batches)
-            start = 0
-            for rows in batches.in_order():
-                # Logits beyond the classes have never had an image.
-                logits[start : start + len(rows)] = forward(rows)[:, :classes]
-                start += len(rows)
+            logits = make_forward(self, batches)(batches.rows())
         with without_spinning_threads():
-            return nn.Softmax(dim=1)(logits).float().numpy()
+            # Logits beyond the classes have never had an image.
+            return nn.Softmax(dim=1)(logits[:, :classes].contiguous()).float().cpu().numpy()
 
     def evaluate(
         self, x: Any, y: Any, *, loss: str | Loss = "cross_entropy", batch_size: int = EVALUATION_BATCH

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastnn import _C, nn, optim
 from fastnn.autograd.conv2d import lies_as_kernels_read
 from fastnn.autograd.cross_entropy import REDUCTIONS, empty_statistics
-from fastnn.runtime import capture_kernels, kernel_dtypes, note_kernels
+from fastnn.runtime import capture_kernels, kernel_dtypes, note_kernels, runs_on_cuda
 from fastnn.stages import Backward, Memory, NotCompilable, stages_of, watched
 from fastnn.tracing import runs_in_order
 
@@ -33,6 +33,9 @@ __all__ = ["CompiledForward", "CompiledStep"]
 
 
 _Result = TypeVar("_Result")
+
+# Threads compute batches of a prediction side by side as long as all their activations take no more than this.
+SIDE_BY_SIDE_BYTES = 256 << 20
 
 # Training steps that are replayed together, where so many are left: what Python does around a replay takes some 90 us
 # behind kernels that pushed it out of the caches. A CUDA graph is short, since its steps first run one by one, and
@@ -98,6 +101,11 @@ class _Recording(Memory):
         tensor = torch.empty(shape, dtype=dtype, device=self.images.device, memory_format=memory_format)
         self.tensors.append(tensor)
         return tensor
+
+    @property
+    def nbytes(self) -> int:
+        """What its tensors take."""
+        return sum(tensor.nbytes for tensor in (self.images, *self.tensors))
 
     def rows(self, index: Tensor) -> Tensor:
         """`index` where a replay reads it."""
@@ -221,14 +229,14 @@ class _Compiled:
         divisor = 255.0 if images.dtype is torch.uint8 else 1.0
         _C.gather_images(recording.images, images, index, divisor, recording.results.get("targets"), targets)
 
-    def _recording(self, shape: tuple[int, ...]) -> _Recording:
+    def _recording(self, shape: tuple[int, ...], copy: int = 0) -> _Recording:
         addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses != self._addresses:  # the parameters moved: programs hold their old places
             self._addresses = addresses
             self._recordings.clear()
-        recording = self._recordings.get(shape)
+        recording = self._recordings.get((copy, *shape))
         if recording is None:
-            recording = self._recordings[shape] = self._record(shape)
+            recording = self._recordings[(copy, *shape)] = self._record(shape)
         return recording
 
     @torch.no_grad()
@@ -266,12 +274,52 @@ class CompiledForward(_Compiled):
     _backward_follows = False
 
     def prepare_rows(self, images: Tensor, batch_size: int) -> None:
-        """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
+        """Records a program that `on_batches` needs, which its first call would do; NotCompilable for unfit data."""
         self._prepare(images, batch_size)
 
-    def on_rows(self, images: Tensor, index: Tensor) -> Tensor:
-        """The output for ``images[index]`` (contiguous, uint8 scaled to 0..1); the next call overwrites it."""
-        recording = self._recording((len(index), *images.shape[1:]))
+    def on_batches(self, images: Tensor, index: Tensor, batch_size: int) -> Tensor:
+        """The output for ``images[index]`` (contiguous, uint8 scaled to 0..1), computed `batch_size` images at a time.
+
+        On the CPU each thread computes batches of its own, whose activations stay in its core's caches, as long as
+        there is one for every thread; the rest is computed batch by batch.
+        """
+        size = min(batch_size, len(index))
+        recording = self._recording((size, *images.shape[1:]))
+        like = recording.results["output"]
+        output = like.new_empty_strided((len(index), *like.shape[1:]), like.stride())
+        threads = 1 if runs_on_cuda(images) else _C.num_threads()
+        if threads * recording.nbytes > SIDE_BY_SIDE_BYTES:
+            threads = 1
+        side_by_side = len(index) // (threads * size) * (threads * size)
+        whole = len(index) // size * size
+        for begin, end, of_batch, copies in (
+            (0, side_by_side, size, threads),
+            (side_by_side, whole, size, 1),
+            (whole, len(index), len(index) - whole, 1),
+        ):
+            if begin < end:
+                recordings = [self._recording((of_batch, *images.shape[1:]), copy) for copy in range(copies)]
+                self._run_batches(recordings, images, index[begin:end], output[begin:end])
+        return output
+
+    def _run_batches(self, recordings: list[_Recording], images: Tensor, index: Tensor, output: Tensor) -> None:
+        """`output` of whole batches; where there is a recording for each thread, side by side."""
+        if images.is_cuda:
+            batch_size = len(recordings[0].images)
+            for rows, to in zip(index.split(batch_size), output.split(batch_size), strict=True):
+                to.copy_(self._on_rows(recordings[0], images, rows))
+            return
+        with _own_threads():
+            _C.run_batches(
+                [self._of_batch(recording, images) for recording in recordings],
+                [recording.rows(index[: len(recording.images)]) for recording in recordings],
+                [recording.results["output"] for recording in recordings],
+                index,
+                output,
+            )
+
+    def _on_rows(self, recording: _Recording, images: Tensor, index: Tensor) -> Tensor:
+        """The output for one batch on a GPU, by a graph; the next call overwrites it."""
         rows = recording.rows(index)
 
         def launch() -> bool:
@@ -279,9 +327,23 @@ class CompiledForward(_Compiled):
             recording.programs["forward"].run()
             return True
 
-        with _own_threads():
-            recording.launch("rows", _data(images), [launch])
+        recording.launch("rows", _data(images), [launch])
         return recording.results["output"]
+
+    def _of_batch(self, recording: _Recording, images: Tensor) -> _C.Program:
+        """The program of one batch, the gathering of its images included."""
+        depends = _data(images)
+        launch = recording.launches.get("batch")
+        if launch is None or not _same(launch.depends, depends):
+            rows = recording.rows(torch.zeros(len(recording.images), dtype=torch.int64))
+
+            def calls() -> None:
+                self._gather(recording, images, rows)
+                recording.programs["forward"].run()
+
+            recording.record("batch", calls)
+            recording.launches["batch"] = _Launch(depends)
+        return recording.programs["batch"]
 
     def _record_programs(self, recording: _Recording) -> None:
         recording.results["output"], _ = recording.record("forward", partial(self._forward, recording))

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +58,9 @@ BeforeUpdate = Callable[[torch.Tensor, torch.Tensor], None]
 # Steps between two looks at the losses. A look reads one number back, which on a GPU waits for all steps so
 # far.
 STEPS_PER_CHECK = 64
+
+# Batches of an evaluation whose outputs are in memory at a time.
+EVALUATED_TOGETHER = 64
 
 # torch documents these schedulers to be stepped after every batch, all others after every epoch.
 BATCH_SCHEDULERS = (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR)
@@ -162,14 +165,13 @@ class Batches:
     def steps(self) -> int:
         return math.ceil(len(self) / self.batch_size)
 
-    def in_order(self) -> Iterator[torch.Tensor]:
-        """The row numbers of each batch, every image once, in the order of the data."""
-        return iter(torch.arange(len(self), device=self.images.device).split(self.batch_size))
+    def rows(self) -> torch.Tensor:
+        """All row numbers, in the order of the data."""
+        return torch.arange(len(self), device=self.images.device)
 
     def order(self, seed: int | None, epoch: int) -> torch.Tensor:
         """The row numbers of an epoch, each once: as (seed, epoch) shuffle them, or in the order of the data."""
-        order = torch.arange(len(self)) if seed is None else epoch_order(len(self), seed, epoch)
-        return order.to(self.images.device)
+        return self.rows() if seed is None else epoch_order(len(self), seed, epoch).to(self.images.device)
 
     def gather(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and targets of these rows, as a model takes them."""
@@ -334,29 +336,31 @@ def make_step(
 
 @torch.inference_mode()
 def make_forward(model: torch.nn.Module, batches: Batches) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The fastest forward pass without gradients over rows of `batches`; each result may overwrite the one before."""
+    """The fastest forward pass without gradients: the model's output for rows of `batches`, however many."""
     try:
         forward = CompiledForward(model)
         forward.prepare_rows(batches.images, max(1, min(batches.batch_size, len(batches))))
     except NotCompilable as error:
         note_fallback("forward_pass", str(error))
-        return lambda rows: cast(torch.Tensor, model(batches.gather(rows)[0]))
-    return lambda rows: forward.on_rows(batches.images, rows)
+        return lambda rows: torch.cat([model(batches.gather(part)[0]) for part in rows.split(batches.batch_size)])
+    return lambda rows: forward.on_batches(batches.images, rows, batches.batch_size)
 
 
 def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss, ranks: Ranks | None = None) -> tuple[float, float]:
-    """Mean loss and accuracy in eval mode; the model's mode is restored. `ranks` divide the batches among them."""
+    """Mean loss and accuracy in eval mode; the model's mode is restored. `ranks` divide the images among them."""
     was_training = model.training
     model.eval()
     try:
         loss_sum = torch.zeros((), dtype=torch.float64, device=batches.device)
         correct = torch.zeros((), dtype=torch.int64, device=batches.device)
         forward = make_forward(model, batches)
-        for rows in ranks.share_of(batches.in_order()) if ranks else batches.in_order():
+        share = ranks.share(batches.rows()) if ranks else batches.rows()
+        for rows in share.split(EVALUATED_TOGETHER * batches.batch_size) if len(share) else ():
             targets = batches.gather_targets(rows)
             logits = forward(rows)
-            loss_sum += loss(logits, targets) * len(targets)
-            correct += (logits.argmax(1) == targets).sum()
+            with without_spinning_threads():
+                loss_sum += loss(logits, targets) * len(targets)
+                correct += (logits.argmax(1) == targets).sum()
     finally:
         model.train(was_training)
     if ranks is not None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import fastnn
-from fastnn import _C, nn, optim
+from fastnn import _C, compiled, nn, optim
+from fastnn.compiled import CompiledForward
+from fastnn.runtime import thread_limit
 from fastnn.training import (
     AutogradStep,
     Batches,
@@ -353,11 +355,80 @@ def test_a_compiled_forward_gives_the_bits_of_the_model(name: str, dtype: torch.
     model = build().to(dtype).eval()
     images, targets = data(shape, classes, 11, dtype)
     forward = make_forward(model, Batches(images, targets, 4, dtype))
-    with torch.no_grad(), fastnn.explain_dispatch() as log:
-        for rows in torch.arange(11).split(4):
-            batch = images[rows].contiguous(memory_format=torch.channels_last)
-            assert torch.equal(forward(rows), model(batch))
-    assert all(record.kernel != "torch" for record in log)
+    parts = torch.arange(10, -1, -1).split(4)
+    with torch.no_grad():
+        expected = torch.cat([model(images[rows].contiguous(memory_format=torch.channels_last)) for rows in parts])
+    with fastnn.explain_dispatch() as log:
+        assert torch.equal(forward(torch.cat(parts)), expected)
+    assert log and all(record.kernel != "torch" for record in log)
+
+
+@pytest.mark.parametrize("limit", [compiled.SIDE_BY_SIDE_BYTES, 0])
+def test_batches_side_by_side_have_the_bits_of_one_thread(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "SIDE_BY_SIDE_BYTES", limit)
+    build, shape, classes = MODELS["cifar"]
+    torch.manual_seed(0)
+    model = build().eval()
+    images, _ = data(shape, classes, 47, torch.float32)
+    index = torch.randperm(47)
+    outputs = {}
+    for threads in (1, 2, 3, 8):
+        with thread_limit(threads):
+            forward = CompiledForward(model)
+            outputs[threads] = forward.on_batches(images, index, 4)
+            assert torch.equal(forward.on_batches(images, index, 4), outputs[threads])  # again, in the same memory
+        # 11 whole batches: 9 of three threads side by side, for example, 2 one after the other, and one of 3 images.
+        memories = {number for number, *_ in forward._recordings}
+        assert memories == set(range(threads if limit else 1))
+    assert all(torch.equal(outputs[threads], outputs[1]) for threads in outputs)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs[1], model(images[index]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_forward_pass_may_give_images() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 4, 3)).eval()
+    images, _ = data((3, 8, 9), 2, 7, torch.float32)
+    with thread_limit(2), torch.no_grad():
+        output = CompiledForward(model).on_batches(images, torch.arange(7), 2)
+        torch.testing.assert_close(output, model(images), rtol=1e-5, atol=1e-6)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows": []}, "programs: expected as many as rows and outputs, at least one, got 1, 0 and 1"),
+        ({"index": torch.arange(3)}, r"index: expected whole batches of 2 rows, .* got \(3,\) and \(4, 5\)"),
+        ({"output": torch.empty(2, 5)}, r"index: expected whole batches of 2 rows, .* got \(4,\) and \(2, 5\)"),
+        ({"output": torch.empty(4, 10)[:, ::2]}, "output: expected a dense tensor on the CPU"),
+        ({"index": torch.arange(4, dtype=torch.int32)}, "index: expected int64, got int32"),
+    ],
+    ids=str,
+)
+def test_batches_of_programs_refuse_what_does_not_fit(changed: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "programs": [_C.Program()],
+        "rows": [torch.arange(2)],
+        "outputs": [torch.empty(2, 5)],
+        "index": torch.arange(4),
+        "output": torch.empty(4, 5),
+    }
+    _C.run_batches(**arguments)
+    with pytest.raises((TypeError, ValueError), match=message):
+        _C.run_batches(**{**arguments, **changed})
+
+
+def test_an_error_of_one_thread_is_raised_and_the_next_call_works() -> None:
+    build, shape, classes = MODELS["cifar"]
+    model = build().eval()
+    images, _ = data(shape, classes, 16, torch.float32)
+    with thread_limit(2):
+        forward = CompiledForward(model)
+        expected = forward.on_batches(images, torch.arange(16), 2)
+        with pytest.raises(ValueError, match="index: expected numbers from 0 to 15, got 16"):
+            forward.on_batches(images, torch.arange(1, 17), 2)
+        assert torch.equal(forward.on_batches(images, torch.arange(16), 2), expected)
 
 
 def test_a_forward_pass_that_no_program_expresses_runs_the_model() -> None:

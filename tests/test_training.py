@@ -124,7 +124,7 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 def test_uint8_images_stay_uint8_and_come_out_as_floats_up_to_one() -> None:
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).reshape(3, 1, 1, 1)
     batches = Batches(images, torch.zeros(3, dtype=torch.int64), batch_size=3)
-    (rows,) = batches.in_order()
+    rows = batches.rows()
     batch, _ = batches.gather(rows)
     assert batches.images.dtype == torch.uint8
     assert batch.dtype == torch.float32

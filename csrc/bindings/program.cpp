@@ -1,10 +1,14 @@
 #include "bindings/program.h"
 
 #include <algorithm>
+#include <cstring>
+#include <exception>
+#include <mutex>
 #include <tuple>
 
 #include "bindings/module.h"
 #include "bindings/moves.h"
+#include "cpu/parallel.h"
 
 namespace py = pybind11;
 
@@ -55,6 +59,63 @@ bool run_on(const Program& program, const std::vector<Tensor>& tensors) {
   return program.run_on(tensors);
 }
 
+// output = the programs' output for each batch of `index`, whose rows a program finds in rows[i] and whose output it
+// leaves in outputs[i]. Where there is a program for each thread, threads compute batches side by side, each with
+// memory of its own and alone; else the first program computes one after the other, each on all threads.
+void run_batches(const std::vector<const Program*>& programs, const std::vector<Tensor>& rows,
+                 const std::vector<Tensor>& outputs, const Tensor& index, const Tensor& output) {
+  if (Program::recording()) throw std::runtime_error("run_batches: expected no program to be recording on this thread");
+  if (programs.empty() || rows.size() != programs.size() || outputs.size() != programs.size())
+    fail_value("programs", "as many as rows and outputs, at least one",
+               std::to_string(programs.size()) + ", " + std::to_string(rows.size()) + " and " +
+                   std::to_string(outputs.size()));
+  check_shape("index", index, {"rows"});
+  const auto check_dense = [](const char* name, const Tensor& tensor) {
+    if (!tensor.is_cpu() || !tensor.is_dense())
+      fail_value(name, "a dense tensor on the CPU", tensor.shape_string() + " on " + tensor.device_string());
+  };
+  const int64_t batch = rows[0].size(0);
+  for (size_t i = 0; i < programs.size(); ++i) {
+    check_shape("rows", rows[i], {batch});
+    check_dtype("rows", rows[i], DType::int64);
+    check_dense("rows", rows[i]);
+    check_dense("outputs", outputs[i]);
+    if (!outputs[i].has_shape_of(outputs[0]))
+      fail_value("outputs", outputs[0].shape_string(), outputs[i].shape_string());
+  }
+  check_dtype("index", index, DType::int64);
+  check_contiguous("index", index);
+  check_dense("output", output);
+  const int64_t batches = batch > 0 ? index.size(0) / batch : 0;
+  if (batches * batch != index.size(0) || bytes_of(output) != batches * bytes_of(outputs[0]))
+    fail_value("index", "whole batches of " + std::to_string(batch) + " rows, and an output of as many",
+               index.shape_string() + " and " + output.shape_string());
+
+  adopt_torch_threads();
+  const py::gil_scoped_release release;
+  std::mutex failed;
+  std::exception_ptr failure;
+  const auto compute = [&](int64_t number, int thread) {
+    const size_t i = static_cast<size_t>(thread);
+    std::memcpy(rows[i].data<char>(), index.data<char>() + number * bytes_of(rows[i]), bytes_of(rows[i]));
+    programs[i]->run();
+    std::memcpy(output.data<char>() + number * bytes_of(outputs[i]), outputs[i].data<char>(), bytes_of(outputs[i]));
+  };
+  if (static_cast<int>(programs.size()) < cpu::max_threads()) {
+    for (int64_t number = 0; number < batches; ++number) compute(number, 0);
+    return;
+  }
+  cpu::parallel_tasks(batches, [&](int64_t number, int thread) {
+    try {
+      compute(number, thread);
+    } catch (...) {  // no exception leaves a thread
+      const std::lock_guard<std::mutex> lock(failed);
+      if (!failure) failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
 }  // namespace
 
 void Program::place(const std::vector<Tensor>& slots, std::vector<Piece> pieces) {
@@ -95,6 +156,8 @@ void bind_program(py::module_& module) {
       .def("place", &place, py::arg("slots"), py::arg("pieces"))
       .def("run_on", &run_on, py::arg("tensors"))
       .def("__len__", &Program::size);
+  module.def("run_batches", &run_batches, py::arg("programs"), py::arg("rows"), py::arg("outputs"), py::arg("index"),
+             py::arg("output"));
   module.def("stand_in", &stand_in, py::arg("like"), py::arg("shape"), py::arg("strides"));
 }
 

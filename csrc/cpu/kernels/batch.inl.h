@@ -31,30 +31,27 @@ void transpose_batch(const TransposeShape& s, const TransposeBuffers<T>& t) {
   });
 }
 
-// to[i] = from[i] / divisor
-template <class T, class Source>
-FASTNN_INLINE void divide_run(const Source* from, int64_t count, T divisor, T* to) {
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) {
-    if constexpr (sizeof(Source) == 1)
-      store<T>(to + i, __builtin_convertvector(widen_bytes<T>(from + i), Vec<T>) / divisor);
-    else
-      store<T>(to + i, load(from + i) / divisor);
-  }
-  for (; i < count; ++i) to[i] = static_cast<T>(from[i]) / divisor;
-}
-
-// to[p][c] = from[c * stride + p]
-template <class T>
-void interleave_planes(const T* from, int64_t stride, int64_t channels, int64_t pixels, T* to) {
-  if (channels > 4) return transpose_matrix(from, stride, channels, pixels, to, channels);
-  with_count<4>(channels, [&](auto constant) {
-    constexpr int planes = decltype(constant)::value;
-    for (int64_t p = 0; p < pixels; ++p) {
-      FASTNN_UNROLL
-      for (int c = 0; c < planes; ++c) to[p * planes + c] = from[c * stride + p];
+// to[p][c] = from[c * stride + p] / divisor for each of the planes c.
+template <int planes, class T, class Source>
+void interleave_planes(const Source* from, int64_t stride, int64_t pixels, T divisor, T* to) {
+  const bool divide = divisor != T(1);
+  int64_t p = 0;
+  for (; p + kLanes<T> <= pixels; p += kLanes<T>) {
+    Vec<T> values[planes];
+    FASTNN_UNROLL
+    for (int c = 0; c < planes; ++c) {
+      if constexpr (sizeof(Source) == 1)
+        values[c] = __builtin_convertvector(widen_bytes<T>(from + c * stride + p), Vec<T>);
+      else
+        values[c] = load(from + c * stride + p);
+      if (divide) values[c] /= divisor;
     }
-  });
+    store_interleaved<T, planes>(values, to + p * planes);
+  }
+  for (; p < pixels; ++p) {
+    FASTNN_UNROLL
+    for (int c = 0; c < planes; ++c) to[p * planes + c] = static_cast<T>(from[c * stride + p]) / divisor;
+  }
 }
 
 template <class T, class Source>
@@ -62,10 +59,10 @@ void gather_images_from(const GatherImagesShape& s, const GatherImagesBuffers<T>
   const int64_t elements = s.channels * s.pixels, bytes = elements * static_cast<int64_t>(sizeof(Source));
   const T divisor = static_cast<T>(s.divisor);
   const auto image = [&](int64_t b) { return static_cast<const Source*>(t.input) + t.index[b] * elements; };
-  // Images of several channels are divided plane by plane, some pixels at a time, and then interleaved.
+  // Images of many channels are divided plane by plane, some pixels at a time, and then transposed.
+  constexpr int kFewChannels = 4;
   const int64_t run = (kBatchGrain / (s.channels + 1) / kLanes<T> + 1) * kLanes<T>;
-  const int64_t planes = s.channels > 1 ? s.channels * run : 0;
-  const ThreadScratch<T> buffers(max_threads(), planes);
+  const ThreadScratch<T> buffers(max_threads(), s.channels > kFewChannels ? s.channels * run : 0);
 
   const int64_t grain = kBatchGrain / (elements + 1) + 1;
   parallel_tasks((s.batch + grain - 1) / grain, [&](int64_t task, int thread) {
@@ -78,14 +75,18 @@ void gather_images_from(const GatherImagesShape& s, const GatherImagesBuffers<T>
       const Source* from = image(b);
       T* to = t.output + b * elements;
       if (t.target) t.target_output[b] = t.target[t.index[b]];
-      if (s.channels == 1) {
-        divide_run(from, s.pixels, divisor, to);
+      if (elements == 0) continue;
+      if (s.channels <= kFewChannels) {
+        with_count<kFewChannels>(s.channels, [&](auto planes) {
+          interleave_planes<decltype(planes)::value>(from, s.pixels, s.pixels, divisor, to);
+        });
         continue;
       }
       for (int64_t p = 0; p < s.pixels; p += run) {
         const int64_t count = s.pixels - p < run ? s.pixels - p : run;
-        for (int64_t c = 0; c < s.channels; ++c) divide_run(from + c * s.pixels + p, count, divisor, divided + c * run);
-        interleave_planes(divided, run, s.channels, count, to + p * s.channels);
+        for (int64_t c = 0; c < s.channels; ++c)
+          interleave_planes<1>(from + c * s.pixels + p, 0, count, divisor, divided + c * run);
+        transpose_matrix(divided, run, s.channels, count, to + p * s.channels, s.channels);
       }
     }
   });

@@ -12,6 +12,32 @@ FASTNN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, Indices<Index...>) {
   return __builtin_shufflevector(a, b, (half * kLanes<T> / 2 + Index / 2 + (Index % 2) * kLanes<T>)...);
 }
 
+// Of a vector of pixels [p][plane], the one that begins at element part * lanes: `merged` has the planes before `plane`
+// in place - or the only one before it as it came -, `values` are the plane's own.
+template <class T, int planes, int part, int plane, int... Index>
+FASTNN_INLINE Vec<T> merge_plane(Vec<T> merged, Vec<T> values, Indices<Index...>) {
+  constexpr auto source = [](int lane) {
+    const int element = part * kLanes<T> + lane, pixel = element / planes, of_plane = element % planes;
+    return of_plane == plane ? kLanes<T> + pixel : plane == 1 && of_plane == 0 ? pixel : lane;
+  };
+  return __builtin_shufflevector(merged, values, source(Index)...);
+}
+template <class T, int planes, int part, int plane = planes - 1>
+FASTNN_INLINE Vec<T> merged_planes(const Vec<T> (&values)[planes]) {
+  if constexpr (plane == 0)
+    return values[0];
+  else
+    return merge_plane<T, planes, part, plane>(merged_planes<T, planes, part, plane - 1>(values), values[plane],
+                                               LaneIndices<T>{});
+}
+
+// to[p * planes + c] = values[c][p]
+template <class T, int planes, int part = 0>
+FASTNN_INLINE void store_interleaved(const Vec<T> (&values)[planes], T* to) {
+  store(to + part * kLanes<T>, merged_planes<T, planes, part>(values));
+  if constexpr (part + 1 < planes) store_interleaved<T, planes, part + 1>(values, to);
+}
+
 // rows[i][j] becomes rows[j][i]. log2(lanes) perfect shuffles: each pairs row i with row i + lanes/2.
 template <class T>
 FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {

@@ -217,7 +217,7 @@ bool winograd_weights(int64_t columns, int64_t depth, const WinogradKernels<T>& 
     kernels = {packed, 1, width, 3 * kWinogradUnit * width, kWinogradUnit * width};
   }
 
-  Vec<T> zero_or_nan{};
+  Vec<T> zero_or_nan[3]{};  // one for each row of taps: one alone would wait for itself
   for (int64_t channel = first; channel < end; ++channel) {
     const T* from = kernels.data + unknown(channel - first) * kernels.channel_step;
     typename Products::Element* group =
@@ -228,7 +228,7 @@ bool winograd_weights(int64_t columns, int64_t depth, const WinogradKernels<T>& 
       winograd_transform<T, 3, 3, points, points>(
           [&](int y, int x) {
             const Vec<T> g = load_upto(from + y * kernels.row_step + x * kernels.tap_step + v, count);
-            zero_or_nan += g * T(0);
+            zero_or_nan[y] += g * T(0);
             return g;
           },
           axis, axis,
@@ -238,7 +238,8 @@ bool winograd_weights(int64_t columns, int64_t depth, const WinogradKernels<T>& 
           });
     }
   }
-  return !any_lane<T>(zero_or_nan != zero_or_nan);
+  const Vec<T> all = zero_or_nan[0] + zero_or_nan[1] + zero_or_nan[2];
+  return !any_lane<T>(all != all);
 }
 
 // body(pixel) for a patch of an image, where pixel(y, x) is the address of the patch's pixel; outside the image,
@@ -479,6 +480,20 @@ FASTNN_INLINE void winograd_store(const GatherConv<T>& conv, int64_t image, int6
   }
 }
 
+// In pairs, which do not wait for each other.
+template <class T, int height, int width>
+FASTNN_INLINE Vec<T> sum_of_tile(const Vec<T> (&out)[height][width]) {
+  Vec<T> rows[height];
+  FASTNN_UNROLL
+  for (int y = 0; y < height; ++y) {
+    rows[y] = out[y][0] + out[y][1];
+    if constexpr (width == 4) rows[y] += out[y][2] + out[y][3];
+  }
+  Vec<T> sum = rows[0] + rows[1];
+  if constexpr (height == 4) sum += rows[2] + rows[3];
+  return sum;
+}
+
 // The outputs of a share in one panel's columns. Returns whether all were finite before activation; `with_nan`, or
 // where tiles of 2 are not pooled, nobody asks.
 template <class T, int largest, bool with_nan>
@@ -486,7 +501,7 @@ bool winograd_outputs(const GatherConv<T>& conv, const WinogradTiles* tiles, con
                       bool stream, const T* m, int64_t m_step) {
   const int64_t begin = panel * kTileColumns<T>, beyond = begin + kTileColumns<T>;
   const int64_t end = conv.columns < beyond ? conv.columns : beyond;
-  Vec<T> zero_or_nan{};
+  Vec<T> all{};  // the sum of all outputs: not finite if any is not, or if it overflows
   for (int64_t column = begin; column < end; column += kLanes<T>) {
     const int64_t left = end - column < kLanes<T> ? end - column : kLanes<T>;
     const Vec<T> bias = conv.bias ? load_upto(conv.bias + column, left) : Vec<T>{};
@@ -496,13 +511,13 @@ bool winograd_outputs(const GatherConv<T>& conv, const WinogradTiles* tiles, con
         Vec<T> out[height][width];
         winograd_output<T, size, largest>(m + row * kTileColumns<T> + column - begin, m_step, bias, out);
         if (!with_nan && (largest == 4 || conv.pool)) {
-          FASTNN_UNROLL
-          for (int i = 0; i < height * width; ++i) zero_or_nan += out[i / width][i % width] * T(0);
+          all += sum_of_tile<T>(out);
         }
         winograd_store<T, with_nan>(conv, image, y, x, column, left, stream, out);
       });
     });
   }
+  const Vec<T> zero_or_nan = all * T(0);
   return !any_lane<T>(zero_or_nan != zero_or_nan);
 }
 

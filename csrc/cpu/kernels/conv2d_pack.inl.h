@@ -9,6 +9,7 @@
 #include "cpu/kernels/finite.inl.h"
 #include "cpu/kernels/tile.inl.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/simd/transpose.h"
 #include "ops/conv2d.h"
 
@@ -20,9 +21,25 @@ constexpr int64_t kTasks = 8;
 // A weight gradient is summed in chunks, each with its own copy. Copies beyond 16 MiB cost more memory traffic than
 // they gain, and such large weights have channels enough to share.
 constexpr int64_t kMaxPartialBytes = 16 << 20;
-// Where the copies of all threads are no more than this, each makes the weights that it reads for itself: that takes
-// less time than to read what another has written.
-constexpr int64_t kOwnWeightBytes = 8 << 20;
+
+// Memory for weights that a call packs or transforms. Where copies for all threads are small, each thread has its own
+// and makes what it reads for itself, which takes less time than to read what another has written.
+template <class T>
+class MadeWeights {
+ public:
+  MadeWeights(int threads, int64_t count)
+      : own_(threads * count * static_cast<int64_t>(sizeof(T)) <= kOwnBytes),
+        shared_(own_ ? 0 : count),
+        copies_(threads, own_ ? count : 0) {}
+  bool own() const { return own_; }
+  T* of(int thread) const { return own_ ? copies_[thread] : shared_; }
+
+ private:
+  static constexpr int64_t kOwnBytes = 8 << 20;
+  const bool own_;
+  const Scratch<T> shared_;
+  const ThreadScratch<T> copies_;
+};
 
 inline int64_t kernel_taps(const Conv2dShape& s) { return s.kernel_height * s.kernel_width; }
 inline int64_t group_inputs(const Conv2dShape& s) { return s.in_channels / s.groups; }

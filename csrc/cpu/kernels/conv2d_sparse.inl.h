@@ -379,9 +379,8 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
                 windows = pooled_height * pooled_width;
   const int64_t words = (s.out_channels + 63) / 64, inputs = s.in_channels, vectors = inputs / kLanes<T>;
   const int threads = max_threads();
-  const bool own = threads * weight_elements(s) * static_cast<int64_t>(sizeof(T)) <= kOwnWeightBytes;
-  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s)), shared(own ? 0 : weight_elements(s));
-  const ThreadScratch<T> copies(threads, own ? weight_elements(s) : 0);
+  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
+  const MadeWeights<T> packed(threads, weight_elements(s));
   const Scratch<bool> has_copy(threads);
   for (int thread = 0; thread < threads; ++thread) has_copy[thread] = false;
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
@@ -390,8 +389,8 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const auto pack = [&](int64_t begin, int64_t end, T* to) {
     if (!pack_slide_weights<T>(s, weight, begin, end, to)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
   };
-  if (!own) {
-    parallel_ranges(kernel_rows, kSlideGrain, [&](int64_t begin, int64_t end) { pack(begin, end, shared); });
+  if (!packed.own()) {
+    parallel_ranges(kernel_rows, kSlideGrain, [&](int64_t begin, int64_t end) { pack(begin, end, packed.of(0)); });
     if (!finite) return false;
   }
 
@@ -413,8 +412,8 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
     const int64_t end = first + images < s.batch ? first + images : s.batch;
     uint64_t* masks = all_masks[thread];
     T* buffer = buffers[thread];
-    T* weights = own ? copies[thread] : shared;
-    if (own && !has_copy[thread]) {
+    T* weights = packed.of(thread);
+    if (packed.own() && !has_copy[thread]) {
       pack(0, kernel_rows, weights);
       has_copy[thread] = true;
     }

@@ -570,9 +570,7 @@ bool winograd_conv(const GatherConv<T>& conv, const WinogradKernels<T>& kernels,
   const int64_t u_step = winograd_step<Element>(padded * kTileColumns<T>), u_panel = places * u_step;
   const int64_t v_step = winograd_step<Element>(most_rows * padded);
   const int64_t m_step = winograd_step<T>(most_rows * kTileColumns<T>);
-  const bool own = threads * panels * u_panel * static_cast<int64_t>(sizeof(Element)) <= kOwnWeightBytes;
-  const Scratch<Element> shared_u(own ? 0 : panels * u_panel);
-  const ThreadScratch<Element> own_u(threads, own ? panels * u_panel : 0);
+  const MadeWeights<Element> weights(threads, panels * u_panel);
   const ThreadScratch<Element> inputs(threads, places * v_step);
   const ThreadScratch<T> sums(threads, places * m_step);
   const Scratch<WinogradHeld> all_held(threads);
@@ -587,24 +585,25 @@ bool winograd_conv(const GatherConv<T>& conv, const WinogradKernels<T>& kernels,
   };
 
   *weights_finite = true;
-  if (!own) {
-    parallel_for(panels * units, [&](int64_t task) { transform(task / units, task % units, shared_u); });
+  if (!weights.own()) {
+    parallel_for(panels * units, [&](int64_t task) { transform(task / units, task % units, weights.of(0)); });
     if (!*weights_finite && !always) return false;
   }
-  const TaskOrder order{shares, column_parts, !own && panels * u_panel > conv.batch * conv.source_image_stride};
+  const TaskOrder order{shares, column_parts,
+                        !weights.own() && panels * u_panel > conv.batch * conv.source_image_stride};
   bool finite = true;
   parallel_tasks(order.tasks(), [&](int64_t task, int thread) {
     const int64_t index = order.block(task), part = order.part(task);
     const int64_t first_panel = panels * part / column_parts, end_panel = panels * (part + 1) / column_parts;
     const WinogradShare share = winograd_share(tiles, conv.batch, index, shares);
     WinogradHeld& held = all_held[thread];
-    Element* u = own ? own_u[thread] : shared_u;
+    Element* u = weights.of(thread);
     Element* v = inputs[thread];
     T* m = sums[thread];
     if (held.end_share != index + 1) winograd_inputs<T, Products, largest>(conv, tiles, share, zeros, v, v_step);
     held.end_share = index + 1;
     for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-      if (own && (panel < held.first_panel || panel >= held.end_panel))
+      if (weights.own() && (panel < held.first_panel || panel >= held.end_panel))
         for (int64_t unit = 0; unit < units; ++unit) transform(panel, unit, u);
       const bool narrow = conv.columns - panel * kTileColumns<T> <= kLanes<T>;
       winograd_products<T, Products, largest>(groups, narrow, share, v, v_step, u + panel * u_panel, u_step, m, m_step);

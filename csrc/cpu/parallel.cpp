@@ -66,7 +66,7 @@ class alignas(64) Range {
   }
 
  private:
-  struct Left {
+  struct alignas(8) Left {  // or Clang calls libatomic
     uint32_t begin, end;
   };
   std::atomic<Left> left_;

@@ -44,7 +44,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 # Images per forward pass outside of training: enough to pay for the transformation of the weights, and on a GPU for the
 # launches; on the CPU, where each thread has a batch of its own, few enough that the first block's output (2 MiB at
 # 32x32 and 32 channels) stays near its core.
-EVALUATION_BATCH = {"cpu": 64, "cuda": 128}
+EVALUATION_BATCH_ON_CPU, EVALUATION_BATCH_ELSEWHERE = 64, 128
 
 # Images per pass of the search for NaN: a pass over 1024 28x28 images stays in the cache of one core.
 FINITE_CHECK_BATCH = 1024
@@ -429,7 +429,7 @@ class CNNClassifier(nn.Sequential):
 
     def _evaluation_batch(self, batch_size: int | None) -> int:
         if batch_size is None:
-            return EVALUATION_BATCH.get(self._device.type, 128)
+            return EVALUATION_BATCH_ON_CPU if self._device.type == "cpu" else EVALUATION_BATCH_ELSEWHERE
         return whole_number(batch_size, "batch_size", 1)
 
     def _images(self, x: Any, name: str) -> torch.Tensor:

@@ -309,41 +309,25 @@ class CompiledForward(_Compiled):
             for rows, to in zip(index.split(batch_size), output.split(batch_size), strict=True):
                 to.copy_(self._on_rows(recordings[0], images, rows))
             return
+        rows_of = [recording.rows(index[: len(recording.images)]) for recording in recordings]
+        programs = []
+        for recording, rows in zip(recordings, rows_of, strict=True):
+            programs.append(_C.Program())
+            programs[-1].record(partial(self._compute, recording, images, rows))
         with _own_threads():
-            _C.run_batches(
-                [self._of_batch(recording, images) for recording in recordings],
-                [recording.rows(index[: len(recording.images)]) for recording in recordings],
-                [recording.results["output"] for recording in recordings],
-                index,
-                output,
-            )
+            _C.run_batches(programs, rows_of, [recording.results["output"] for recording in recordings], index, output)
 
     def _on_rows(self, recording: _Recording, images: Tensor, index: Tensor) -> Tensor:
         """The output for one batch on a GPU, by a graph; the next call overwrites it."""
         rows = recording.rows(index)
-
-        def launch() -> bool:
-            self._gather(recording, images, rows)
-            recording.programs["forward"].run()
-            return True
-
-        recording.launch("rows", _data(images), [launch])
+        recording.launch("rows", _data(images), [partial(self._compute, recording, images, rows)])
         return recording.results["output"]
 
-    def _of_batch(self, recording: _Recording, images: Tensor) -> _C.Program:
-        """The program of one batch, the gathering of its images included."""
-        depends = _data(images)
-        launch = recording.launches.get("batch")
-        if launch is None or not _same(launch.depends, depends):
-            rows = recording.rows(torch.zeros(len(recording.images), dtype=torch.int64))
-
-            def calls() -> None:
-                self._gather(recording, images, rows)
-                recording.programs["forward"].run()
-
-            recording.record("batch", calls)
-            recording.launches["batch"] = _Launch(depends)
-        return recording.programs["batch"]
+    def _compute(self, recording: _Recording, images: Tensor, rows: Tensor) -> bool:
+        """The output for one batch, from the gathering of its images on; kernels do all of it."""
+        self._gather(recording, images, rows)
+        recording.programs["forward"].run()
+        return True
 
     def _record_programs(self, recording: _Recording) -> None:
         recording.results["output"], _ = recording.record("forward", partial(self._forward, recording))

@@ -6,12 +6,6 @@
 namespace fastnn::cpu {
 namespace {
 
-// a0 b0 a1 b1 ... from the first (half 0) or second (half 1) half of a and b.
-template <class T, int half, int... Index>
-FASTNN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, Indices<Index...>) {
-  return __builtin_shufflevector(a, b, (half * kLanes<T> / 2 + Index / 2 + (Index % 2) * kLanes<T>)...);
-}
-
 // Of a vector of pixels [p][plane], the one that begins at element part * lanes: `merged` has the planes before `plane`
 // in place - or the only one before it as it came -, `values` are the plane's own.
 template <class T, int planes, int part, int plane, int... Index>
@@ -47,8 +41,8 @@ FASTNN_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
     Vec<T> next[n];
     FASTNN_UNROLL
     for (int i = 0; i < n / 2; ++i) {
-      next[2 * i] = interleave<T, 0>(rows[i], rows[i + n / 2], LaneIndices<T>{});
-      next[2 * i + 1] = interleave<T, 1>(rows[i], rows[i + n / 2], LaneIndices<T>{});
+      next[2 * i] = merge_plane<T, 2, 0, 1>(rows[i], rows[i + n / 2], LaneIndices<T>{});
+      next[2 * i + 1] = merge_plane<T, 2, 1, 1>(rows[i], rows[i + n / 2], LaneIndices<T>{});
     }
     FASTNN_UNROLL
     for (int i = 0; i < n; ++i) rows[i] = next[i];

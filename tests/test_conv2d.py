@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -129,6 +130,45 @@ def test_output_has_the_memory_format_of_the_input(case: Conv2dCase, memory_form
     assert y.stride() == expected.stride()
     grads = torch.autograd.grad(y.sum(), (x, w))
     assert grads[0].is_contiguous(memory_format=memory_format)
+
+
+ROW_CASES = [  # input, output channels, padding, further arguments: for tiles of 1x4 and few input channels
+    ((3, 1, 28, 28), 32, 0, {"activation": "relu", "max_pool": 2}),
+    ((2, 3, 32, 32), 32, 1, {"activation": "relu", "max_pool": 2}),
+    ((9, 3, 11, 14), 17, 1, {"max_pool": 2}),  # odd rows, tiles half empty, one channel in a second vector
+    ((1, 1, 5, 270), 5, 1, {}),  # more tiles than a row of V holds
+    ((1, 3, 6, 98), 40, (2, 4), {"activation": "relu"}),  # the tile beside the image
+    ((2, 2, 9, 8), 8, 1, {}),
+    ((2, 4, 8, 13), 33, 0, {"activation": "relu"}),
+    ((1, 15, 7, 42), 16, 2, {}),
+    ((2, 9, 12, 12), 21, 1, {"groups": 3, "activation": "relu", "max_pool": 2}),
+    ((8, 6, 3, 6), 4, 0, {"groups": 2}),
+    ((1, 5, 1, 1), 3, (3, 4), {}),  # a border of zeros alone but for one pixel
+]
+
+
+@pytest.mark.skipif(ON_CUDA, reason="a kernel of the CPU's")
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("case", ROW_CASES, ids=str)
+def test_few_channels_in_tiles_of_a_row(case: tuple[Any, ...], fill: str, isa: str) -> None:
+    size, outputs, padding, arguments = case
+    weight = (outputs, size[1] // arguments.get("groups", 1), 3, 3)
+    check_conv2d(Conv2dCase("row", size, weight, kwargs={"padding": padding, **arguments}), fill, torch.float32)
+    rng = generator("row", str(case))
+    x, w = random(size, torch.float32, rng), random(weight, torch.float32, rng)
+    with ran_kernels("conv2d_forward", dtype=torch.float32) as records:
+        expected = functional.conv2d(x, w, padding=padding, **arguments)
+    assert [record.kernel for record in records] == ["winograd_1x4"]
+
+    # Numbers whose transformation might overflow, wherever they lie.
+    for tensor, place in itertools.product((x, w), (0, -1)):
+        before = tensor.flatten()[place].item()
+        tensor.view(-1)[place] = 1e30
+        with ran_kernels("conv2d_forward", dtype=torch.float32) as records:
+            functional.conv2d(x, w, padding=padding, **arguments)
+        assert [record.kernel for record in records] == ["winograd_1x4" if "groups" in arguments else "gather"]
+        tensor.view(-1)[place] = before
+    assert torch.equal(functional.conv2d(x, w, padding=padding, **arguments), expected)
 
 
 def test_fused_equals_separate_operators() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import generator, random
-from tolerance import assert_close_bound, rounding_bound, winograd, winograd_bound
+from tolerance import assert_close_bound, rounding_bound, winograd, winograd_bound, winograd_row
 from torch import Tensor
 
 from fastnn import functional, reference
@@ -114,7 +115,7 @@ def test_bound_accepts_float32_and_refuses_bfloat16() -> None:
 
 @pytest.mark.parametrize("channels", [1, 16, 64])
 @pytest.mark.parametrize("offset", [0.0, 10.0], ids=["", "far_from_zero"])
-@pytest.mark.parametrize("kernel", ["winograd_2x2", "winograd_4x4"])
+@pytest.mark.parametrize("kernel", ["winograd_1x4", "winograd_2x2", "winograd_4x4"])
 @pytest.mark.parametrize("size", [(14, 12), (13, 9), (3, 4)], ids=str)
 def test_winograd_bound_holds_for_winograd_in_float32(
     channels: int, offset: float, kernel: str, size: tuple[int, int]
@@ -122,10 +123,14 @@ def test_winograd_bound_holds_for_winograd_in_float32(
     rng = generator("winograd", channels)
     x = random((2, channels, *size), torch.float32, rng) + offset
     w = random((8, channels, 3, 3), torch.float32, rng)
-    largest = 4 if kernel == "winograd_4x4" else 2
+    convolve = {
+        "winograd_1x4": winograd_row,
+        "winograd_2x2": partial(winograd, largest=2),
+        "winograd_4x4": partial(winograd, largest=4),
+    }[kernel]
     exact = F.conv2d(x.double(), w.double())
-    assert_close_bound(winograd(x.double(), w.double(), largest), exact, 1e-9)
+    assert_close_bound(convolve(x.double(), w.double()), exact, 1e-9)
     bound = winograd_bound(x, w, torch.float32, [kernel])
-    assert_close_bound(winograd(x, w, largest), exact, bound)
+    assert_close_bound(convolve(x, w), exact, bound)
     # Tight enough to find a wrong kernel: well below the values themselves.
     assert (bound / F.conv2d(x.double().abs(), w.double().abs())).max() < 1e-3

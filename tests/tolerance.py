@@ -27,6 +27,11 @@ LOG_ULPS = 4
 WINOGRAD_TRANSFORM_ROUNDINGS = 27
 
 
+# The same along the one axis of tiles of 1x4, besides two sums over channels and kernel rows: 3 in B^T d (two additions,
+# one of them scaled by an inexact product), 2 in G g, 2 in A^T m, the product itself, the factor of 2/3 and its product.
+WINOGRAD_ROW_ROUNDINGS = 10
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
@@ -138,6 +143,25 @@ def winograd(input: Tensor, weight: Tensor, largest: int, groups: int = 1, absol
     return (a_y @ m @ a_x.T).flatten(1, 2)
 
 
+def winograd_row(input: Tensor, weight: Tensor, groups: int = 1, absolute: bool = False) -> Tensor:
+    """Winograd's F(1x4, 3x3), else as :func:`winograd`; the points are 0, +-1, +-1/2 and infinity."""
+    prepare = torch.abs if absolute else torch.Tensor.clone
+    points = [1, -1, 0.5, -0.5]
+    output = [[float(k == 0), *(point**k for point in points), float(k == 3)] for k in range(4)]
+    filters = [[6, 0, 0], [1, 1, 1], [1, -1, 1], [-4, -2, -1], [-4, 2, -1], [0, 0, 1.5]]
+    source = [[0.25, 0, -1.25, 0, 1, 0]]
+    source += [[0, -point * (1.25 - point**2), -(1.25 - point**2), point, 1, 0] for point in points]
+    source += [[0, 0.25, 0, -1.25, 0, 1]]
+    a, g, b = (prepare(torch.tensor(m, dtype=input.dtype)) for m in (output, filters, source))
+    width = input.shape[-1] - 2
+    tiles = -(-width // 4)
+    patches = F.pad(prepare(input), (0, 4 * tiles - width)).unfold(3, 6, 4).unfold(2, 3, 1)
+    v = torch.einsum("px,ncytxk->ncytpk", b, patches).unflatten(1, (groups, -1))
+    u = torch.einsum("px,ockx->ocpk", g, prepare(weight)).unflatten(0, (groups, -1))
+    m = torch.einsum("ngcytpk,gocpk->ngoytp", v, u)
+    return (torch.einsum("xp,ngoytp->ngoytx", a, m) * (2 / 3)).flatten(1, 2).flatten(3)[..., :width]
+
+
 def _winograd_magnitude(values: Tensor, weight: Tensor, largest: int, groups: int) -> Tensor:
     """Of a batch; with pooling the cut is that of whole windows: the larger of both."""
     magnitude = winograd(values, weight, largest, groups, absolute=True)
@@ -173,8 +197,12 @@ def winograd_bound(
     vertical, horizontal = _padding(padding)
     batch = input.double().reshape(-1, *input.shape[-3:])
     padded = F.pad(batch, (horizontal, horizontal, vertical, vertical))
-    magnitude = _winograd_magnitude(padded, weight.double(), _largest_tile(kernels), groups)
-    roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS
+    if "winograd_1x4" in kernels:
+        magnitude = winograd_row(padded, weight.double(), groups, absolute=True)
+        roundings = 2 * 3 * weight.shape[1] + WINOGRAD_ROW_ROUNDINGS
+    else:
+        magnitude = _winograd_magnitude(padded, weight.double(), _largest_tile(kernels), groups)
+        roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS
     bound = rounding_bound(roundings, dtype, magnitude)
     return bound.reshape(*input.shape[:-3], *bound.shape[1:])
 

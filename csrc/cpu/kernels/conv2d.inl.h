@@ -1,6 +1,7 @@
 // conv2d (ops/conv2d.h): which kernel serves which geometry.
 //
 //   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, depthwise, else the gather
+//   forward               winograd along rows for 3x3 of stride 1 with few channels
 //   grad_input            scatter where a weight is not finite
 //   grad_weight           winograd for 3x3 of stride 1 with channels enough, packed for a vector of input channels and
 //                         more - direct where packing would not pay -, depthwise, else outer products, also where the
@@ -19,6 +20,7 @@
 #include "cpu/kernels/conv2d_scatter.inl.h"
 #include "cpu/kernels/conv2d_sparse.inl.h"
 #include "cpu/kernels/conv2d_winograd.inl.h"
+#include "cpu/kernels/conv2d_winograd_row.inl.h"
 #include "cpu/kernels/linear.inl.h"
 
 namespace fastnn::cpu {
@@ -97,6 +99,12 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
     if (t.bias) conv.bias = t.bias + group * outputs;
     if (largest == 0) {
       pack_forward_panels<T>(outputs, inputs, taps, of_group, panels);
+      if constexpr (sizeof(T) == 4) {
+        if (winograd_row_serves(conv) && winograd_row_conv(conv)) {
+          variant = "winograd_1x4";
+          continue;
+        }
+      }
       gather_conv(conv);
     } else {
       variant = winograd<T, Products>(conv, {of_group, taps * inputs, 1, 3 * inputs, inputs}, largest, true);

@@ -81,10 +81,19 @@ inline int64_t tap_run(const Taps& taps, int64_t t) {
   return run;
 }
 
+struct Unchanged {
+  template <class V>
+  FASTNN_INLINE V operator()(V v) const {
+    return v;
+  }
+};
+
 // The largest of the four outputs of a window, of equal ones the first, and its place; after ReLU 0 and kNoWinner where
 // none is positive. NaN wins, but only where `with_nan`: otherwise what comes out beside NaN is to be made anew.
-template <class T, bool with_nan>
-FASTNN_INLINE void pool_window(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, Vec<T>* best, Mask<T>* place) {
+// `finish`, monotone, makes outputs of what is compared.
+template <class T, bool with_nan, class Finish>
+FASTNN_INLINE void pool_window(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, const Finish& finish,
+                               Vec<T>* best, Mask<T>* place) {
   const Mask<T> zero{};
   if constexpr (with_nan) {
     *best = a;
@@ -102,25 +111,25 @@ FASTNN_INLINE void pool_window(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with
     *best = larger<T>(lower, upper);
     *place = lower > upper ? (d > c ? zero + 3 : zero + 2) : (b > a ? zero + 1 : zero);
   }
+  *best = finish(*best);
   if (with_relu) {
-    const Mask<T> dead = *best <= Vec<T>{};
-    *best = dead ? Vec<T>{} : *best;
-    *place = dead ? zero + kNoWinner : *place;
+    *place = *best <= Vec<T>{} ? zero + kNoWinner : *place;
+    *best = relu(*best);
   }
 }
 
 // Stores at out[at] the `count` channels of a window's maximum and, unless `winner` is null, at winner[at] its place,
 // as pool_window has them.
-template <class T, bool with_nan>
+template <class T, bool with_nan, class Finish = Unchanged>
 FASTNN_INLINE void store_pooled(Vec<T> a, Vec<T> b, Vec<T> c, Vec<T> d, bool with_relu, int64_t count, T* out,
-                                uint8_t* winner, int64_t at) {
+                                uint8_t* winner, int64_t at, const Finish& finish = {}) {
   Vec<T> best;
   Mask<T> place;
   if (winner) {
-    pool_window<T, with_nan>(a, b, c, d, with_relu, &best, &place);
+    pool_window<T, with_nan>(a, b, c, d, with_relu, finish, &best, &place);
     store_bytes_upto<T>(winner + at, place, count);
   } else {  // again, so that the compiler leaves out what finds the place
-    pool_window<T, with_nan>(a, b, c, d, with_relu, &best, &place);
+    pool_window<T, with_nan>(a, b, c, d, with_relu, finish, &best, &place);
   }
   store_upto(out + at, best, count);
 }
@@ -298,73 +307,6 @@ bool gather_windows(const GatherConv<T>& conv, const Image<T>& window, const Run
   return with_nan || !any_lane<T>(all != all);
 }
 
-// As gather_windows for a square kernel on one channel, whose weights stay in registers: each pixel that a window
-// reaches is read once, for all of its outputs.
-template <class T, int kernel, int vectors, bool with_nan>
-bool grey_windows(const GatherConv<T>& conv, const Image<T>& window, const T* panel, int64_t column,
-                  int64_t pooled_rows, T* out, uint8_t* winner) {
-  const int64_t columns = conv.columns - column, pooled_width = conv.out_width / 2;
-  Vec<T> bias[vectors], weights[kernel * kernel][vectors];
-  load_bias<T, vectors>(conv.bias ? conv.bias + column : nullptr, columns, bias);
-  FASTNN_UNROLL
-  for (int t = 0; t < kernel * kernel; ++t) {
-    FASTNN_UNROLL
-    for (int v = 0; v < vectors; ++v) weights[t][v] = load(panel + t * kTileColumns<T> + v * kLanes<T>);
-  }
-  Vec<T> all{};  // the sum of all outputs: NaN if any is
-  for (int64_t py = 0; py < pooled_rows; ++py) {
-    const T* corner = window.data + 2 * py * window.row_stride;
-    int64_t place = py * conv.out_row_stride;
-    for (int64_t px = 0; px < pooled_width; ++px, corner += 2 * window.pixel_stride, place += conv.out_pixel_stride) {
-      Vec<T> acc[4][vectors];
-      FASTNN_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        FASTNN_UNROLL
-        for (int v = 0; v < vectors; ++v) acc[i][v] = bias[v];
-      }
-      FASTNN_UNROLL
-      for (int y = 0; y < kernel + 1; ++y) {
-        FASTNN_UNROLL
-        for (int x = 0; x < kernel + 1; ++x) {
-          const Vec<T> pixel = broadcast(corner[y * window.row_stride + x * window.pixel_stride]);
-          FASTNN_UNROLL
-          for (int i = 0; i < 4; ++i) {
-            const int ky = y - i / 2, kx = x - i % 2;
-            if (ky < 0 || ky >= kernel || kx < 0 || kx >= kernel) continue;
-            FASTNN_UNROLL
-            for (int v = 0; v < vectors; ++v) acc[i][v] += pixel * weights[ky * kernel + kx][v];
-          }
-        }
-      }
-      FASTNN_UNROLL
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t left = columns - v * kLanes<T>;
-        if (left <= 0) continue;
-        const int64_t width = left < kLanes<T> ? left : kLanes<T>;
-        all += (acc[0][v] + acc[1][v]) + (acc[2][v] + acc[3][v]);
-        store_pooled<T, with_nan>(acc[0][v], acc[1][v], acc[2][v], acc[3][v], conv.relu, width, out, winner,
-                                  place + v * kLanes<T>);
-      }
-    }
-  }
-  return with_nan || !any_lane<T>(all != all);
-}
-
-// Vectors of columns that grey_windows handles at a time: 9 weights and 4 sums each, beside 4 values, in 16 registers
-// or twice in 32.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kGreyVectors = 2;
-#else
-constexpr int kGreyVectors = 1;
-#endif
-
-// Whether grey_windows serves: a dense 3x3 kernel on one channel, step 1, pooled.
-template <class T>
-bool is_grey(const GatherConv<T>& conv, const Runs& runs) {
-  return conv.pool && conv.depth == 1 && conv.step_y == 1 && conv.step_x == 1 && conv.taps.count == 9 &&
-         runs.count == 3 && runs.common_depth == 3 && conv.taps.y[8] == conv.taps.y[0] + 2;
-}
-
 // The taps of a window as runs; `table` holds one a tap. Where the window lies `in_place`, without a border, those
 // taps alone that find the image under output column `first`.
 template <class T>
@@ -446,16 +388,6 @@ void gather_panel(const GatherConv<T>& conv, const Image<T>& window, const Runs&
   const T* panel = conv.panels + column * conv.taps.count * conv.depth;
   T* out = conv.out + place + column;
   uint8_t* winner = conv.winner ? conv.winner + place + column : nullptr;
-  if (is_grey(conv, runs)) {
-    for (int v = 0; v < kTileVectors && column + v * kLanes<T> < conv.columns; v += kGreyVectors) {
-      pool_twice_if_nan([&](auto with_nan) {
-        return grey_windows<T, 3, kGreyVectors, decltype(with_nan)::value>(
-            conv, window, panel + v * kLanes<T>, column + v * kLanes<T>, rows, out + v * kLanes<T>,
-            winner ? winner + v * kLanes<T> : nullptr);
-      });
-    }
-    return;
-  }
   const auto run = [&](auto vectors, auto depth) {
     constexpr int kVectors = decltype(vectors)::value, kDepth = decltype(depth)::value;
     if (conv.pool)

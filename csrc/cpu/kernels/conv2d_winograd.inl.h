@@ -352,16 +352,20 @@ inline WinogradCut winograd_cut(int64_t length, int largest) {
   return length % 4 == 3 ? WinogradCut{length / 4 + 1, 0} : WinogradCut{length / 4, (length % 4 + 1) / 2};
 }
 
+// Whether these are all nine taps of an undilated 3x3 kernel, read at step 1.
+template <class T>
+bool is_dense_3x3(const GatherConv<T>& conv) {
+  const Taps& taps = conv.taps;
+  return taps.count == 9 && conv.step_y == 1 && conv.step_x == 1 && taps.y[8] - taps.y[0] == 2 &&
+         taps.x[8] - taps.x[0] == 2 && taps.y[1] == taps.y[0] && taps.x[1] == taps.x[0] + 1;
+}
+
 // The largest tile with which Winograd takes the fewest multiplications, transforming the weights counted in; 0 if the
-// gather takes fewer or Winograd does not serve: it wants all nine taps of an undilated 3x3 kernel, step 1, and
-// channels enough.
+// gather takes fewer or Winograd does not serve: it wants channels enough.
 template <class T, class Products>
 int winograd_tile(const GatherConv<T>& conv) {
-  const bool serves = sizeof(T) == 4 && conv.taps.count == 9 && conv.step_y == 1 && conv.step_x == 1 &&
-                      conv.taps.y[8] - conv.taps.y[0] == 2 && conv.taps.x[8] - conv.taps.x[0] == 2 &&
-                      conv.taps.y[1] == conv.taps.y[0] && conv.taps.x[1] == conv.taps.x[0] + 1 &&
-                      conv.depth >= kWinogradChannels && conv.columns >= kLanes<T> && conv.out_height >= 2 &&
-                      conv.out_width >= 2;
+  const bool serves = sizeof(T) == 4 && is_dense_3x3(conv) && conv.depth >= kWinogradChannels &&
+                      conv.columns >= kLanes<T> && conv.out_height >= 2 && conv.out_width >= 2;
   if (!serves) return 0;
   int best = 0;
   int64_t least = 9 * conv.batch * conv.out_height * conv.out_width;

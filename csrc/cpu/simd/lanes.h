@@ -39,22 +39,11 @@ FASTNN_INLINE Mask<T> lane_numbers() {
   return numbers<T>(LaneIndices<T>{});
 }
 
-// a > b ? a : b in one instruction: b where they are equal or one is NaN.
+// |v| as integers, whose order is that of the magnitudes, NaN beyond infinity.
 template <class T>
-FASTNN_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return (Vec<T>)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
-  else
-    return (Vec<T>)_mm512_maskz_max_pd(0xFF, (__m512d)a, (__m512d)b);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4)
-    return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
-  else
-    return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
-#else
-  return a > b ? a : b;
-#endif
+FASTNN_INLINE Mask<T> magnitude_bits(Vec<T> v) {
+  constexpr LaneType<T> sign = LaneType<T>(1) << (8 * sizeof(T) - 1);
+  return (Mask<T>)v & ~sign;
 }
 
 // Whether any lane of a comparison's mask is set.

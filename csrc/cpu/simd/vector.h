@@ -1,6 +1,6 @@
 // Vec<T>: one SIMD register of T for the ISA this file is compiled for, with arithmetic and comparison
-// operators from the compiler's vector extension. Intrinsics appear only where the extension has no word:
-// partial loads and square roots.
+// operators from the compiler's vector extension. Intrinsics appear only where the extension has no word, or no short
+// one: partial loads, square roots, maxima.
 #pragma once
 
 #include <cstdint>
@@ -175,11 +175,31 @@ FASTNN_INLINE T horizontal_sum(Vec<T> v) {
     return sums[0];
 }
 
-// Zero where v < 0; NaN stays NaN, as in torch.
-template <class V>
-FASTNN_INLINE V relu(V v) {
-  return v < V{} ? V{} : v;
+// a > b ? a : b in one instruction: b where they are equal or one is NaN.
+template <class T>
+FASTNN_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+  else
+    return (Vec<T>)_mm512_maskz_max_pd(0xFF, (__m512d)a, (__m512d)b);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_max_ps((__m256)a, (__m256)b);
+  else
+    return (Vec<T>)_mm256_max_pd((__m256d)a, (__m256d)b);
+#else
+  return a > b ? a : b;
+#endif
 }
+
+// Zero where v < 0; NaN stays NaN, as in torch.
+template <class T>
+FASTNN_INLINE T relu(T s) {
+  return s < T(0) ? T(0) : s;
+}
+FASTNN_INLINE Vec<float> relu(Vec<float> v) { return larger<float>(Vec<float>{}, v); }
+FASTNN_INLINE Vec<double> relu(Vec<double> v) { return larger<double>(Vec<double>{}, v); }
 
 }  // namespace
 }  // namespace fastnn::cpu

@@ -27,8 +27,8 @@ LOG_ULPS = 4
 WINOGRAD_TRANSFORM_ROUNDINGS = 27
 
 
-# The same along the one axis of tiles of 1x4, besides two sums over channels and kernel rows: 3 in B^T d (two additions,
-# one of them scaled by an inexact product), 2 in G g, 2 in A^T m, the product itself, the factor of 2/3 and its product.
+# The same along the one axis of tiles of 1x4, besides two sums over channels and kernel rows: 3 in B^T d (two
+# additions, one of an inexact product), 2 in G g, 2 in A^T m, the product itself, the factor of 2/3 and its product.
 WINOGRAD_ROW_ROUNDINGS = 10
 
 

@@ -370,26 +370,14 @@ void test_all(const char* isa, const char* dtype, bool own) {
 }
 
 // Kernels that the cases above are made for, whatever the vector's width.
-const char* const kExpectedVariants[] = {"conv2d_forward depthwise",
-                                         "conv2d_forward gather",
-                                         "conv2d_forward winograd_1x4",
-                                         "conv2d_forward winograd_2x2",
-                                         "conv2d_forward winograd_4x4",
-                                         "conv2d_grad_input depthwise",
-                                         "conv2d_grad_input gather",
-                                         "conv2d_grad_input sparse",
-                                         "conv2d_grad_input winograd_2x2",
-                                         "conv2d_grad_input winograd_4x4",
-                                         "conv2d_grad_weight depthwise",
-                                         "conv2d_grad_weight lookup",
-                                         "conv2d_grad_weight outer",
-                                         "conv2d_grad_weight packed",
-                                         "conv2d_grad_weight winograd_4x4",
-                                         "conv2d_grad_weight sparse",
-                                         "linear_forward dot",
-                                         "linear_forward gemm",
-                                         "softmax_forward abreast",
-                                         "softmax_forward along"};
+const char* const kExpectedVariants[] = {
+    "conv2d_forward depthwise",       "conv2d_forward gather",        "conv2d_forward winograd_1x4",
+    "conv2d_forward winograd_2x2",    "conv2d_forward winograd_4x4",  "conv2d_grad_input depthwise",
+    "conv2d_grad_input gather",       "conv2d_grad_input sparse",     "conv2d_grad_input winograd_2x2",
+    "conv2d_grad_input winograd_4x4", "conv2d_grad_weight depthwise", "conv2d_grad_weight lookup",
+    "conv2d_grad_weight outer",       "conv2d_grad_weight packed",    "conv2d_grad_weight winograd_4x4",
+    "conv2d_grad_weight sparse",      "linear_forward dot",           "linear_forward gemm",
+    "softmax_forward abreast",        "softmax_forward along"};
 
 }  // namespace
 }  // namespace fastnn::tests

@@ -130,7 +130,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& 
   const bool pack = b.column_stride != 1 || (m >= kPackRows && k > kPackDepth);
   const int64_t read = pack ? 0 : n / width;  // panels that are read from B; a last, partial one is always packed
   const int64_t fitting = kPackedBytes / ((k + 1) * width * static_cast<int64_t>(sizeof(T)));
-  const int64_t most = fitting > max_threads() ? fitting : max_threads();
+  const int threads = max_threads();
+  const int64_t most = threads == 1 ? 1 : fitting > threads ? fitting : threads;  // L2 still has what one has packed
   const int64_t pass = pack && most < panels ? most : panels;
   const Scratch<T> packed((pass - read) * k * width);
   for (int64_t first = 0; first < panels; first += pass) {

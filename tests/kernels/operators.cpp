@@ -49,7 +49,7 @@ struct Conv2dCase {
 
 const Conv2dCase kConv2dCases[] = {
     {2, 3, 7, 6, 5, 3, 3, 1, 1, 1, 1, false, false},     // winograd by rows, outer
-    {1, 15, 5, 42, 35, 3, 3, 1, 2, 1, 1, true, false},   // winograd by rows, several runs of tiles
+    {1, 15, 5, 42, 13, 3, 3, 1, 2, 1, 1, true, false},   // winograd by rows, several runs of tiles
     {1, 17, 9, 7, 19, 5, 4, 2, 2, 1, 1, true, false},    // gather by phases, packed
     {1, 16, 10, 10, 16, 3, 3, 1, 1, 1, 1, true, false},  // winograd, tiles of 2x2
     {2, 16, 12, 11, 33, 3, 3, 1, 1, 1, 1, true, false},  // winograd, tiles of 4x4, some over the edge

@@ -52,13 +52,16 @@ bool winograd_row_serves(const GatherConv<T>& conv) {
          4 * kRowPoints * ((width + 3) / 4) <= 3 * 3 * width;
 }
 
+// The lanes of numbers that are beyond the limit.
+template <class T>
+FASTNN_INLINE Mask<T> beyond_row_limit(Vec<T> v) {
+  return magnitude_bits<T>(v) > magnitude_bits<T>(broadcast(T(kRowLimit)));
+}
 template <class T>
 bool within_row_limit(int64_t count, const T* data) {
-  const Mask<T> limit = magnitude_bits<T>(broadcast(T(kRowLimit)));
   Mask<T> beyond{};
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) beyond |= magnitude_bits<T>(load(data + i)) > limit;
-  if (i < count) beyond |= magnitude_bits<T>(load_first(data + i, count - i)) > limit;
+  for (int64_t i = 0; i < count; i += kLanes<T>)
+    beyond |= beyond_row_limit<T>(load_upto(data + i, count - i < kLanes<T> ? count - i : kLanes<T>));
   return !any_lane<T>(beyond);
 }
 
@@ -115,7 +118,7 @@ FASTNN_INLINE void deal_phases(const Vec<T> (&row)[count], T* dealt) {
 }
 // A vector of each phase, then the next one, from a row of `count` elements.
 template <class T, int depth, int vector = 0>
-FASTNN_INLINE void deal_vectors(const T* row, int64_t count, T* dealt) {
+FASTNN_INLINE void deal_vectors(const T* row, int64_t count, T* dealt, Mask<T>* beyond) {
   constexpr int first = dealt_from<T, depth>(vector, 0, 0) / kLanes<T>;
   constexpr int last = dealt_from<T, depth>(vector, 3, kLanes<T> - 1) / kLanes<T>;
   Vec<T> sources[last - first + 1];
@@ -123,20 +126,23 @@ FASTNN_INLINE void deal_vectors(const T* row, int64_t count, T* dealt) {
   for (int i = 0; i <= last - first; ++i) {
     const int64_t at = (first + i) * kLanes<T>, left = count - at;
     sources[i] = left <= 0 ? Vec<T>{} : load_upto(row + at, left < kLanes<T> ? left : kLanes<T>);
+    *beyond |= beyond_row_limit<T>(sources[i]);
   }
   deal_phases<T, depth, vector, first>(sources, dealt);
   if constexpr (vector + 1 < depth) {
-    if (4 * (vector + 1) * kLanes<T> < count + 3 * depth) deal_vectors<T, depth, vector + 1>(row, count, dealt);
+    if (4 * (vector + 1) * kLanes<T> < count + 3 * depth) deal_vectors<T, depth, vector + 1>(row, count, dealt, beyond);
   }
 }
 
-// `count` pixels of a row, `pixel_stride` apart, dealt out by column. Zeros, or nothing, are written behind them.
+// `count` pixels of a row, `pixel_stride` apart, dealt out by column; zeros, or nothing, are written behind them. Where
+// one is beyond the limit, so are lanes of `beyond` afterwards.
 template <class T, int depth>
-FASTNN_INLINE void deal_row(const T* row, int64_t count, int64_t pixel_stride, int64_t channels, T* dealt) {
+FASTNN_INLINE void deal_row(const T* row, int64_t count, int64_t pixel_stride, int64_t channels, T* dealt,
+                            Mask<T>* beyond) {
   if constexpr (depth > 0) {
     if (pixel_stride == depth) {  // a vector of tiles at a time
       for (int64_t x = 0; x < count; x += 4 * kLanes<T>, dealt += depth * kLanes<T>)
-        deal_vectors<T, depth>(row + x * depth, (count - x) * depth, dealt);
+        deal_vectors<T, depth>(row + x * depth, (count - x) * depth, dealt, beyond);
       return;
     }
   }
@@ -145,7 +151,9 @@ FASTNN_INLINE void deal_row(const T* row, int64_t count, int64_t pixel_stride, i
     T* to = dealt + x % 4 * kDealtElements + x / 4 * channels;
     for (int64_t c = 0; c < channels; c += kLanes<T>) {
       const int64_t left = channels - c < kLanes<T> ? channels - c : kLanes<T>;
-      store_upto(to + c, load_upto(from + c, left), left);
+      const Vec<T> values = load_upto(from + c, left);
+      *beyond |= beyond_row_limit<T>(values);
+      store_upto(to + c, values, left);
     }
   }
 }
@@ -250,7 +258,7 @@ struct RowOutput {
   bool relu, stream;
 };
 
-// One tile's outputs of one vector of channels, of which there are `count`: all of them, or those that there are.
+// One tile's outputs of one vector of `count` channels: `all`, or those inside the image.
 template <class T, bool pool, bool all>
 FASTNN_INLINE void winograd_row_store(const RowOutput<T>& to, int64_t x, int64_t column, int64_t count, Vec<T> bias,
                                       const Vec<T> (&out)[2][4]) {
@@ -309,9 +317,9 @@ struct RowBlock {
   int64_t image, y, pairs, first_tile, end_tile;
 };
 
-// One block for the panels [first_panel, end_panel).
+// One block for the panels [first_panel, end_panel). Returns whether its pixels were within the limit.
 template <class T, int depth>
-void winograd_row_block(const GatherConv<T>& conv, const RowBlock& block, const T* u, int64_t first_panel,
+bool winograd_row_block(const GatherConv<T>& conv, const RowBlock& block, const T* u, int64_t first_panel,
                         int64_t end_panel, T* dealt, T* v) {
   constexpr int64_t kDealtRow = 4 * kDealtElements, kRow = kRowPoints * kRowElements;
   const int64_t pooling = conv.pool ? 2 : 1, channels = conv.depth, tiles = block.end_tile - block.first_tile;
@@ -327,11 +335,12 @@ void winograd_row_block(const GatherConv<T>& conv, const RowBlock& block, const 
   for (int64_t i = 0; i < kRowPoints; ++i)
     pixels[i] = (i - beside + 4) % 4 * kDealtElements + (i - beside + 4) / 4 * channels;
 
+  Mask<T> beyond{};
   const auto deal = [&](int64_t pair) {
     for (int64_t i = 0, row = 2 * pair; i < 2; ++i, ++row)
       if (is_inside(row))
         deal_row<T, depth>(source + (top + row) * conv.source_row_stride, count, conv.source_pixel_stride, channels,
-                           dealt + i * kDealtRow + channels);
+                           dealt + i * kDealtRow + channels, &beyond);
   };
   const auto transform = [&](int64_t pair) {
     for (int64_t i = 0, row = 2 * pair; i < 2; ++i, ++row) {
@@ -387,6 +396,7 @@ void winograd_row_block(const GatherConv<T>& conv, const RowBlock& block, const 
     if (pair < block.pairs) deal(pair + 1);  // now: what has just been written in parts comes late as whole vectors
     if (pair > 0) multiply(pair - 1);
   }
+  return !any_lane<T>(beyond);
 }
 
 // Convolves one group, whose weights are packed for the gather in conv.panels. Returns whether all numbers were within
@@ -415,20 +425,14 @@ bool winograd_row_conv(const GatherConv<T>& conv) {
     const int64_t part = order.part(task), index = order.block(task);
     const int64_t first_pair = index % plan.blocks * plan.block, left = pairs - first_pair;
     RowBlock block{index / plan.blocks, 2 * first_pair, left < plan.block ? left : plan.block, 0, 0};
-    const int64_t top = block.y + conv.taps.y[0], bottom = top + 2 * block.pairs + 2;
-    const int64_t first_row = top < 0 ? 0 : top, end_row = bottom < conv.source_height ? bottom : conv.source_height;
-    const int64_t elements =
-        (end_row - first_row - 1) * conv.source_row_stride + (conv.source_width - 1) * conv.source_pixel_stride + depth;
-    const T* rows = conv.source + block.image * conv.source_image_stride + first_row * conv.source_row_stride;
-    if (end_row > first_row && !within_row_limit(elements, rows))
-      return __atomic_store_n(&within, false, __ATOMIC_RELAXED);
     for (int64_t run = 0; run < runs; ++run) {
       block.first_tile = block.end_tile;
       block.end_tile = tiles * (run + 1) / runs;
       const auto with_depth = [&](auto constant) {
-        winograd_row_block<T, decltype(constant)::value>(conv, block, u, panels * part / plan.column_parts,
-                                                         panels * (part + 1) / plan.column_parts, dealt[thread],
-                                                         v[thread]);
+        if (!winograd_row_block<T, decltype(constant)::value>(conv, block, u, panels * part / plan.column_parts,
+                                                              panels * (part + 1) / plan.column_parts, dealt[thread],
+                                                              v[thread]))
+          __atomic_store_n(&within, false, __ATOMIC_RELAXED);
       };
       switch (depth) {
         case 1: with_depth(Constant<1>{}); break;

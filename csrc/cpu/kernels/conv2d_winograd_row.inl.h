@@ -14,9 +14,9 @@
 // Two output rows are computed together. The four input rows that they read are two pairs; each pair's V serves the
 // outputs above it and those below.
 //
-//   dealt: [row of a pair][column modulo 4][kDealtElements]    a row's pixels, so that one place in all tiles lies
-//   together V: [pair modulo 2][row of a pair][point][kRowElements]     of each tile of a row, channels as they lie U:
-//   [panel][channel][point][kernel row][kTileColumns]
+//   dealt: [row of a pair][column modulo 4][kDealtElements]      so that a place of all tiles lies together
+//   V: [pair modulo 2][row of a pair][point][kRowElements]       of each tile of a row, channels as they lie
+//   U: [panel][channel][point][kernel row][kTileColumns]
 //
 // Numbers beyond kRowLimit, NaN and infinities among them, are left to the gather: they would spread, or overflow.
 #pragma once

@@ -197,10 +197,12 @@ inline Runs runs_inside(const Runs& runs, int64_t source_row, int64_t height) {
 }
 
 // Output rows [row, row + rows) of an image for one panel. Tiles stay in one row where it fills most of a tile, and
-// leave out the taps above and below the image; narrower rows follow each other in a tile.
+// leave out the taps above and below the image; narrower rows follow each other in a tile. A tile fetches its share of
+// `next`.
 template <class T, int vectors, int depth>
 void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs& all_runs, const T* panel,
-                   int64_t column, int64_t row, int64_t rows_in_block, int64_t width, T* out) {
+                   int64_t column, int64_t row, int64_t rows_in_block, int64_t width, T* out,
+                   const FetchAhead<T>& next) {
   const int64_t columns = conv.columns - column;
   const bool whole = columns >= vectors * kLanes<T>, with_relu = conv.relu, stream = conv.stream;
   const int64_t x_step = conv.step_x * window.pixel_stride, out_step = conv.out_pixel_stride;
@@ -218,6 +220,7 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs
   for (int64_t strip = 0; strip < strips; ++strip) {
     const Runs runs = by_row ? runs_inside(all_runs, (row + strip) * conv.step_y, conv.source_height) : all_runs;
     for (int64_t tile = 0; tile < tiles; ++tile) {
+      next.fetch(strip * tiles + tile, strips * tiles);
       with_rows(least + (tile < longer), [&](auto constant) {
         constexpr int rows = decltype(constant)::value;
         const T* pixels[rows];
@@ -380,10 +383,10 @@ ColumnRange columns_in_place(const GatherConv<T>& conv, const TapRange& range) {
   return edges * kColumnsOfEdge <= conv.out_width ? ColumnRange{first, end - first} : ColumnRange{0, 0};
 }
 
-// Some rows of an image for one panel; `place` is where the first is stored.
+// Some rows of an image for one panel; `place` is where the first is stored. `next` is fetched meanwhile.
 template <class T>
 void gather_panel(const GatherConv<T>& conv, const Image<T>& window, const Runs& runs, int64_t index, int64_t row,
-                  int64_t rows, int64_t width, int64_t place) {
+                  int64_t rows, int64_t width, int64_t place, const FetchAhead<T>& next) {
   const int64_t column = index * kTileColumns<T>;
   const T* panel = conv.panels + column * conv.taps.count * conv.depth;
   T* out = conv.out + place + column;
@@ -396,7 +399,7 @@ void gather_panel(const GatherConv<T>& conv, const Image<T>& window, const Runs&
                                                                               out, winner);
       });
     else
-      gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, row, rows, width, out);
+      gather_pixels<T, kVectors, kDepth>(conv, window, runs, panel, column, row, rows, width, out, next);
   };
   if (conv.columns - column <= kLanes<T>) return run(Constant<1>{}, Constant<0>{});
   switch (runs.common_depth) {
@@ -449,8 +452,7 @@ void gather_conv(const GatherConv<T>& conv) {
       columns.data += x * conv.step_x * window.pixel_stride;
       const Runs runs = runs_of(conv, range, window, in_place, x, tables[thread]);
       for (int64_t i = panels * part / plan.column_parts; i < panels * (part + 1) / plan.column_parts; ++i) {
-        next.fetch(i, panels);
-        gather_panel(conv, columns, runs, i, row, rows, count, place + x * conv.out_pixel_stride);
+        gather_panel(conv, columns, runs, i, row, rows, count, place + x * conv.out_pixel_stride, next.part(i, panels));
       }
     }
     if (conv.stream) finish_streaming();

@@ -43,17 +43,22 @@ FASTNN_INLINE void store_streamed(T* p, Vec<T> v) {
 }
 #endif
 
-// Elements to be read soon: fetched into L2 in equal shares, one with each piece of the present work. It costs a tenth
-// of a kernel's time where they lie there already, and saves up to half of it where they come from memory.
+// Elements to be read soon: fetched into L2 in equal shares, one with each piece of the present work, of a few lines:
+// the processor waits where more are under way than it can note. It costs a tenth of a kernel's time where they lie
+// there already, and saves up to half of it where they come from memory.
 template <class T>
 struct FetchAhead {
   const T* data;
   int64_t elements;
+  FetchAhead part(int64_t index, int64_t parts) const {
+    const int64_t first = elements * index / parts;
+    return {data + first, elements * (index + 1) / parts - first};
+  }
   FASTNN_INLINE void fetch(int64_t share, int64_t shares) const {
     constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
     if (elements == 0) return;  // before two divisions
-    for (int64_t e = elements * share / shares; e < elements * (share + 1) / shares; e += line)
-      __builtin_prefetch(data + e, 0, 2);
+    const FetchAhead mine = part(share, shares);
+    for (int64_t e = 0; e < mine.elements; e += line) __builtin_prefetch(mine.data + e, 0, 2);
   }
 };
 

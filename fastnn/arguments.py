@@ -13,6 +13,16 @@ Pair = tuple[int, int]  # (height, width)
 FUSED_POOL = ((2, 2), (2, 2), (0, 0))
 
 
+# Channels of groups, as many out as in, whose kernels keep channels in vectors and have no window in registers to pool.
+NARROW_GROUPS = (1, 2, 4, 8)
+
+
+def pools_in_registers(weight: torch.Tensor, groups: int) -> bool:
+    """Whether the kernels of a convolution with this weight take ``FUSED_POOL``."""
+    members = weight.shape[1]
+    return groups == 1 or members not in NARROW_GROUPS or weight.shape[0] != groups * members
+
+
 def wants_relu(activation: str | None) -> bool:
     """Whether ``activation=`` asks for a ReLU."""
     if activation is None:

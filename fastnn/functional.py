@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastnn import reference
-from fastnn.arguments import FUSED_POOL, Pair, pair, pool_arguments, wants_relu
+from fastnn.arguments import FUSED_POOL, Pair, pair, pool_arguments, pools_in_registers, wants_relu
 from fastnn.autograd.common import in_autocast_dtype, needs_grad, route
 from fastnn.autograd.conv2d import Conv2dFunction, Geometry, conv2d_forward, conv2d_op
 from fastnn.autograd.cross_entropy import (
@@ -159,10 +159,7 @@ def conv2d(
     if isinstance(padding, str):
         input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     geometry = Geometry(stride, pair("padding", padding), dilation, groups)
-    # Depthwise kernels keep channels in vectors and have no window in registers to pool.
-    fused = (
-        pool == FUSED_POOL and (groups == 1 or groups != weight.shape[0]) and _leaves_a_window(input, weight, geometry)
-    )
+    fused = pool == FUSED_POOL and _leaves_a_window(input, weight, geometry) and pools_in_registers(weight, groups)
     if way == "op":
         output = conv2d_op(input, weight, bias, *geometry, relu, fused)[0]
     elif way == "record":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastnn import _C
-from fastnn.arguments import FUSED_POOL, pair, pool_arguments, wants_relu
+from fastnn.arguments import FUSED_POOL, pair, pool_arguments, pools_in_registers, wants_relu
 from fastnn.autograd.common import allows_tf32
 from fastnn.autograd.conv2d import Geometry, output_shape
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
@@ -110,8 +110,7 @@ def conv2d_stages(layer: Any) -> list[Stage]:
     )
     if min(geometry.stride) < 1:
         raise NotCompilable(f"{layer}: expected a stride of at least 1")
-    depthwise = layer.groups == layer.out_channels and layer.groups > 1
-    fused = pool == FUSED_POOL and not depthwise
+    fused = pool == FUSED_POOL and pools_in_registers(layer.weight, layer.groups)
 
     def stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
         if input.dim() != 4:

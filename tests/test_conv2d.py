@@ -107,6 +107,8 @@ def test_bf16_is_for_float32_and_its_isa() -> None:
         "1x1",
         "asymmetric",
         "groups2",
+        "groups_of_4_stride2",
+        "groups_of_8",
         "depthwise_multiplier2",
         "first_layer",
         "relu_pool2_odd",
@@ -169,6 +171,32 @@ def test_few_channels_in_tiles_of_a_row(case: tuple[Any, ...], fill: str, isa: s
         assert [record.kernel for record in records] == ["winograd_1x4" if "groups" in arguments else "gather"]
         tensor.view(-1)[place] = before
     assert torch.equal(functional.conv2d(x, w, padding=padding, **arguments), expected)
+
+
+# Input, members of a group, kernel, further arguments, and the instruction sets whose vectors hold whole groups.
+NARROW_GROUPS = [
+    ((2, 32, 9, 17), 2, 3, {"padding": 1}, ("avx2", "avx512")),
+    ((2, 32, 9, 17), 4, 3, {"padding": 2, "dilation": 2}, ("avx2", "avx512")),
+    ((1, 24, 12, 9), 8, 5, {"padding": 2, "stride": 2}, ("avx2", "avx512")),
+    ((2, 40, 7, 7), 4, 1, {}, ("avx2", "avx512")),
+    ((1, 48, 9, 9), 16, 3, {"stride": 2}, ("avx512",)),
+    ((1, 48, 9, 9), 16, 3, {"padding": 1}, ()),  # Winograd takes fewer multiplications
+    ((1, 48, 9, 9), 3, 3, {"padding": 1}, ()),
+]
+
+
+@pytest.mark.skipif(ON_CUDA, reason="kernels of the CPU's")
+@pytest.mark.parametrize("case", NARROW_GROUPS, ids=str)
+def test_narrow_groups_have_kernels_of_their_own(case: tuple[Any, ...], isa: str) -> None:
+    size, members, kernel, arguments, served = case
+    rng = generator("narrow groups", str(case))
+    x = random(size, torch.float32, rng).requires_grad_()
+    w = random((size[1], members, kernel, kernel), torch.float32, rng).requires_grad_()
+    stages = ("conv2d_forward", "conv2d_grad_input", "conv2d_grad_weight")
+    with ran_kernels(*stages, dtype=torch.float32) as records:
+        functional.conv2d(x, w, groups=size[1] // members, **arguments).sum().backward()
+    for record in records:
+        assert (record.kernel == "grouped") == (isa in served), record
 
 
 def test_fused_equals_separate_operators() -> None:
@@ -241,11 +269,11 @@ def test_input_gradients_of_pooled_blocks_come_from_winners(case: Conv2dCase, is
     assert [record.kernel for record in records if record.operator == "conv2d_grad_input"] == ["sparse"]
 
 
-@pytest.mark.parametrize("name", ["1x1", "3x3", "3x3_stride2", "depthwise", "depthwise_stride2"])
+@pytest.mark.parametrize("name", ["1x1", "3x3", "3x3_stride2", "depthwise", "depthwise_stride2", "groups_of_4"])
 def test_a_batch_that_exceeds_the_caches_has_the_bits_of_its_images(name: str, isa: str, dtype: torch.dtype) -> None:
     """From 16 MiB on, outputs are stored past the caches and inputs fetched ahead; a single image has 2 or 4 MiB."""
     size = 1 if name == "1x1" else 3
-    stride, groups = 2 if "stride2" in name else 1, 32 if "depthwise" in name else 1
+    stride, groups = 2 if "stride2" in name else 1, 32 if "depthwise" in name else 8 if "groups" in name else 1
     rng = generator("exceeds the caches", name)
     x = random((8, 32, 128, 128), dtype, rng).contiguous(memory_format=torch.channels_last)
     w = random((32, 32 // groups, size, size), dtype, rng)
@@ -310,6 +338,8 @@ BLOCKS = [
     Block((2, 8, 11, 9), 12, 5, padding=2),
     Block((2, 3, 13, 13), 12, 3, stride=2, padding=1),
     Block((4, 32, 12, 11), 32, 3, padding=1, groups=2),
+    Block((4, 32, 12, 11), 32, 3, padding=1, groups=8),
+    Block((4, 32, 12, 11), 32, 3, stride=2, groups=4),
     Block((5, 16, 12, 12), 16, 1),
 ]
 
@@ -423,8 +453,11 @@ def test_any_geometry(data: st.DataObject) -> None:
     padding = draw(st.sampled_from(["valid", "same"]) | pairs(st.integers(0, 4), st.integers(0, 4)))
     size = draw(pairs(st.integers(1, 14), st.integers(1, 14)))
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 5]))
-    in_channels = groups * draw(st.integers(1, 20 // groups))
-    out_channels = groups * draw(st.integers(1, 36 // groups))
+    if groups > 1 and draw(st.booleans()):
+        in_channels = out_channels = groups * draw(st.sampled_from([1, 2, 4, 8]))
+    else:
+        in_channels = groups * draw(st.integers(1, 20 // groups))
+        out_channels = groups * draw(st.integers(1, 36 // groups))
     batch = draw(st.integers(0, 3))
     if padding == "same":
         stride = (1, 1)

@@ -129,7 +129,11 @@ class ConvShape(NamedTuple):
 
 
 def _depthwise(channels: int, size: int, stride: int = 1) -> ConvShape:
-    return ConvShape(channels, channels, size, 3, stride, groups=channels)
+    return _grouped(channels, size, stride, groups=channels)
+
+
+def _grouped(channels: int, size: int, stride: int = 1, groups: int = 32) -> ConvShape:
+    return ConvShape(channels, channels, size, 3, stride, groups)
 
 
 # Every different convolution of each network at 224x224.
@@ -197,6 +201,16 @@ NETWORKS: dict[str, tuple[ConvShape, ...]] = {
         ConvShape(512, 1024, 7, 1),
         _depthwise(1024, 7),
         ConvShape(1024, 1024, 7, 1),
+    ),
+    # 32x4d: its groups of 4 to 32 channels.
+    "ResNeXt-50": (
+        _grouped(128, 56),
+        _grouped(256, 56, 2),
+        _grouped(256, 28),
+        _grouped(512, 28, 2),
+        _grouped(512, 14),
+        _grouped(1024, 14, 2),
+        _grouped(1024, 7),
     ),
     "GoogLeNet": (
         ConvShape(16, 32, 28, 5),

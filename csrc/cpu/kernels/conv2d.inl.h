@@ -1,21 +1,22 @@
 // conv2d (ops/conv2d.h): which kernel serves which geometry.
 //
-//   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, depthwise, else the gather
+//   all                   depthwise, and grouped where groups are narrow
+//   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, else the gather
 //   forward               winograd along rows for 3x3 of stride 1 with few channels
 //   grad_input            scatter where a weight is not finite
 //   grad_weight           winograd for 3x3 of stride 1 with channels enough, packed for a vector of input channels and
-//                         more - direct where packing would not pay -, depthwise, else outer products, also where the
-//                         output channels fill vectors better
+//                         more - direct where packing would not pay -, else outer products, also where the output
+//                         channels fill vectors better
 //
 // The input gradient of stride s is s * s gathers, one per phase: input pixel (s * q + phase) receives
 // grad[q + (phase + padding - ky * dilation) / s] through each tap ky for which that division is exact.
 #pragma once
 
-#include "cpu/kernels/conv2d_depthwise.inl.h"
 #include "cpu/kernels/conv2d_gather.inl.h"
 #include "cpu/kernels/conv2d_grad_weight.inl.h"
 #include "cpu/kernels/conv2d_grad_weight_packed.inl.h"
 #include "cpu/kernels/conv2d_grad_weight_winograd.inl.h"
+#include "cpu/kernels/conv2d_grouped.inl.h"
 #include "cpu/kernels/conv2d_pack.inl.h"
 #include "cpu/kernels/conv2d_scatter.inl.h"
 #include "cpu/kernels/conv2d_sparse.inl.h"
@@ -26,9 +27,22 @@
 namespace fastnn::cpu {
 namespace {
 
-inline bool is_depthwise(const Conv2dShape& s) {
-  return s.groups == s.in_channels && s.in_channels == s.out_channels && s.groups > 1;
+// Groups of as many channels out as in, and so few that a vector holds whole groups; but not where Winograd serves.
+template <class T>
+inline bool has_narrow_groups(const Conv2dShape& s) {
+  const int64_t members = group_inputs(s);
+  if (s.groups == 1 || s.in_channels != s.out_channels) return false;
+  if (members == 1) return true;
+  if (sizeof(T) == 4 && is_dense_3x3(s) && members >= kWinogradChannels) return false;
+  return kPermutesLanes && members <= kLanes<T> && kLanes<T> % members == 0;
 }
+
+template <class T>
+inline Conv2dShape as_computed(const Conv2dShape& as_given) {
+  return has_narrow_groups<T>(as_given) ? as_given : with_pixels_as_rows(as_given);
+}
+
+inline const char* grouped_name(const Conv2dShape& s) { return group_inputs(s) == 1 ? "depthwise" : "grouped"; }
 
 inline int64_t multiply_adds(const Conv2dShape& s) { return s.batch * s.out_height * s.out_width * weight_elements(s); }
 
@@ -46,11 +60,11 @@ const char* winograd(const GatherConv<T>& conv, const WinogradKernels<T>& kernel
 
 template <class T, class Products = FullProducts<T>>
 void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
-  const Conv2dShape s = with_pixels_as_rows(as_given);
+  const Conv2dShape s = as_computed<T>(as_given);
   const AloneIfSmall scope(multiply_adds(s));
-  if (is_depthwise(s) && !s.pool) {
-    trace<T>("conv2d_forward", "depthwise");
-    return depthwise_forward<T>(s, t);
+  if (has_narrow_groups<T>(s) && !s.pool) {
+    trace<T>("conv2d_forward", grouped_name(s));
+    return grouped_forward<T>(s, t);
   }
   const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
   const Scratch<int64_t> tap_places(2 * taps);
@@ -165,10 +179,10 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
     trace<T>("conv2d_grad_input", "scatter");
     scatter_grad_input<T>(s, grad.data, grad.pixel_stride, weight, grad_input);
   };
-  if (is_depthwise(s)) {
+  if (has_narrow_groups<T>(s)) {
     if (!all_finite(weight_elements(s), weight)) return scatter();
-    trace<T>("conv2d_grad_input", "depthwise");
-    return depthwise_grad_input<T>(s, grad.data, grad.pixel_stride, weight_as_given, grad_input);
+    trace<T>("conv2d_grad_input", grouped_name(s));
+    return grouped_grad_input<T>(s, grad.data, grad.pixel_stride, weight, grad_input);
   }
   const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
   const Scratch<T> panels(panels_of<T>(inputs) * taps * outputs * kTileColumns<T>);
@@ -253,9 +267,9 @@ template <class T>
 void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const T* input, T* grad_weight) {
   if (weight_elements(s) == 0) return;
   if (s.batch * s.out_height * s.out_width == 0) return zero_run(weight_elements(s), grad_weight);
-  if (is_depthwise(s)) {
-    trace<T>("conv2d_grad_weight", "depthwise");
-    return depthwise_grad_weight<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
+  if (has_narrow_groups<T>(s)) {
+    trace<T>("conv2d_grad_weight", grouped_name(s));
+    return grouped_grad_weight<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
   }
   const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
   const auto each_group = [&](const auto& kernel) {
@@ -275,7 +289,7 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
 
 template <class T>
 void conv2d_backward(const Conv2dShape& as_given, const Conv2dBackward<T>& t) {
-  const Conv2dShape s = with_pixels_as_rows(as_given);
+  const Conv2dShape s = as_computed<T>(as_given);
   const AloneIfSmall scope(multiply_adds(s));
   Conv2dBackward<T> dense = t;  // what the winner-sparse kernels leave to the dense ones
   if (s.pool && s.batch > 0) {
@@ -299,7 +313,7 @@ void conv2d_backward(const Conv2dShape& as_given, const Conv2dBackward<T>& t) {
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   // The outer products read the gradient in whole vectors, past a group's channels up to the next multiple.
-  const bool outer = dense.grad_weight && !is_depthwise(s) && !packed_serves_grad_weight<T>(s);
+  const bool outer = dense.grad_weight && !has_narrow_groups<T>(s) && !packed_serves_grad_weight<T>(s);
   const bool pad = outer && group_outputs(s) % kLanes<T> != 0;
   const bool copy = s.relu || s.pool || pad;
   const Scratch<T> buffer(copy ? pixels * padded : 0);

@@ -61,9 +61,7 @@ FASTNN_INLINE void winograd_add_products(int64_t tiles, int64_t outputs, const T
 // Whether this is the way with the fewest multiplications, the transformation of dU counted in.
 template <class T>
 bool winograd_serves_grad_weight(const Conv2dShape& s) {
-  if (sizeof(T) != 4 || s.kernel_height != 3 || s.kernel_width != 3 || s.stride_height != 1 || s.stride_width != 1 ||
-      s.dilation_height != 1 || s.dilation_width != 1 || group_inputs(s) < kWinogradChannels ||
-      group_outputs(s) < kWinogradChannels)
+  if (sizeof(T) != 4 || !is_dense_3x3(s) || group_inputs(s) < kWinogradChannels || group_outputs(s) < kWinogradChannels)
     return false;
   const int64_t places = winograd_places(4), bytes = places * group_inputs(s) * group_outputs(s) * 4;
   const int64_t tiles = s.batch * ((s.out_height + 3) / 4) * ((s.out_width + 3) / 4);

@@ -45,6 +45,10 @@ inline int64_t kernel_taps(const Conv2dShape& s) { return s.kernel_height * s.ke
 inline int64_t group_inputs(const Conv2dShape& s) { return s.in_channels / s.groups; }
 inline int64_t group_outputs(const Conv2dShape& s) { return s.out_channels / s.groups; }
 inline int64_t weight_elements(const Conv2dShape& s) { return s.out_channels * group_inputs(s) * kernel_taps(s); }
+inline bool is_dense_3x3(const Conv2dShape& s) {
+  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_height == 1 && s.stride_width == 1 &&
+         s.dilation_height == 1 && s.dilation_width == 1;
+}
 template <class T>
 inline int64_t panels_of(int64_t columns) {
   return (columns + kTileColumns<T> - 1) / kTileColumns<T>;

@@ -106,6 +106,27 @@ FASTNN_INLINE Mask<T> load_bytes(const uint8_t* p, int64_t n) {
   return widen_bytes<T>(bytes);
 }
 
+// Whether permute() is one instruction.
+constexpr bool kPermutesLanes = kVectorBytes >= 32;
+
+// Lane i becomes v[index[i]].
+template <class T>
+FASTNN_INLINE Vec<T> permute(Vec<T> v, Mask<T> index) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_maskz_permutexvar_ps(0xFFFF, (__m512i)index, (__m512)v);
+  else
+    return (Vec<T>)_mm512_maskz_permutexvar_pd(0xFF, (__m512i)index, (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 8) index = index << 1 | ((index << 1) + 1) << 32;  // of halves
+  return (Vec<T>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+#else
+  Vec<T> lanes;
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = v[index[i]];
+  return lanes;
+#endif
+}
+
 template <class T, int first, int... Index>
 FASTNN_INLINE Vec<T> every_second_lane(Vec<T> a, Vec<T> b, Indices<Index...>) {
   return __builtin_shufflevector(a, b, (2 * Index + first)...);

@@ -1,0 +1,546 @@
+// Convolution in narrow groups, each of as many channels out as in: so few that a vector holds whole groups. Groups of
+// one channel are depthwise convolution. Vectors run along the channels of all groups.
+//
+//   out[y][x][c]         = bias[c] + sum over ky, kx, i of source[y * step + oy[ky]][x * step + ox[kx]][g(c) + i] *
+//                          w[ky][kx][i][c]
+//   grad_w[ky][kx][i][c] = sum over images, y, x of source[the same][g(c) + i] * grad[y][x][c]
+//
+// g(c) is the first channel of c's group, i < its channels: members of the group. In the source's vector for member i,
+// each lane has its group's member i: a permutation of what is loaded, where a group has more than one.
+//
+// The input gradient of stride s is the first formula too, with step 1 and grad as the source, for each of the s * s
+// phases of the input's pixels (conv2d_pack.inl.h): a row of the input gradient interleaves its s phases.
+//
+// A tile is kTilePixels neighbours of an output row and one vector of channels. It slides along each source row: a
+// source vector is loaded once for all taps that it meets.
+//
+//   source row    s0  s1  s2  s3  s4 ...
+//                 |________|                  out[0] = s0 w0 + s1 w1 + s2 w2      3 taps, step 1:
+//                     |________|              out[1] = s1 w0 + s2 w1 + s3 w2      10 loads for 24 FMAs
+//
+// Nothing is copied: source rows outside the image are left out of the sum, and so are source columns, in the tiles
+// that reach over the left or right edge.
+#pragma once
+
+#include "cpu/kernels/conv2d_pack.inl.h"
+#include "cpu/kernels/conv2d_window.inl.h"
+#include "cpu/kernels/tile.inl.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd/lanes.h"
+#include "cpu/simd/streaming.h"
+#include "ops/conv2d.h"
+
+namespace fastnn::cpu {
+namespace {
+
+// 8 pixels: 8 accumulators + 5 weights (5x5) + 1 source vector + 1 permutation fit 16 registers, and so do 8 gradients
+// + 5 accumulators.
+constexpr int kTilePixels = 8;
+
+// One output row. As template arguments below, `width` is horizontal.count where that is known at compile time and the
+// taps are neighbours, else 0, and `depthwise` whether groups have one member.
+template <class T>
+struct GroupedRow {
+  Image<T> source;
+  TapAxis vertical, horizontal;
+  int64_t source_row, source_step;  // the source row of offset 0; source pixels from one output pixel to the next
+  int64_t pixels;
+  int64_t channels, members;
+  bool stream = false;  // stores of the output go past the caches
+  FetchAhead<T> next_source{}, next_grad{};
+};
+
+// The taps [first, end) of an axis that lie inside the image: 0 <= at + offset < size.
+struct TapSpan {
+  int64_t first, end;
+};
+
+inline TapSpan taps_inside(const TapAxis& axis, int64_t at, int64_t size) {
+  TapSpan span{0, axis.count};
+  while (span.first < span.end && at + axis.offset(span.first) < 0) ++span.first;
+  while (span.end > span.first && at + axis.offset(span.end - 1) >= size) --span.end;
+  return span;
+}
+
+// A tile's place in its row. The tiles of a row are equal to within one pixel.
+struct TilePlace {
+  int64_t first, pixels;
+};
+
+inline int64_t tiles_of(int64_t pixels) { return (pixels + kTilePixels - 1) / kTilePixels; }
+inline TilePlace tile_place(int64_t pixels, int64_t tile) {
+  const int64_t tiles = tiles_of(pixels), first = pixels * tile / tiles;
+  return {first, pixels * (tile + 1) / tiles - first};
+}
+
+// Where vector i of the channels starts. The last one begins early enough to be whole, so some channels may be computed
+// twice, to the same bits.
+template <class T>
+int64_t vector_start(int64_t i, int64_t channels) {
+  const int64_t last = channels > kLanes<T> ? channels - kLanes<T> : 0;
+  return i * kLanes<T> < last ? i * kLanes<T> : last;
+}
+template <class T>
+int64_t vectors_of(int64_t channels) {
+  return (channels + kLanes<T> - 1) / kLanes<T>;
+}
+
+// One member of each lane's group: the permutation's `lanes`.
+template <class T, bool depthwise>
+FASTNN_INLINE Vec<T> member_of_groups(Vec<T> channels, Mask<T> lanes) {
+  if constexpr (depthwise)
+    return channels;
+  else
+    return permute<T>(channels, lanes);
+}
+
+// body(permutation for the member, i) for each member i of the groups.
+template <class T, bool depthwise, class Body>
+FASTNN_INLINE void each_member(int64_t members, const Body& body) {
+  if constexpr (depthwise) {
+    body(Mask<T>{}, 0);
+  } else {
+    Mask<T> lanes = lane_numbers<T>() & broadcast_lane<T>(-members);
+    for (int64_t i = 0; i < members; ++i, lanes += 1) body(lanes, i);
+  }
+}
+
+// body(pixel, kx, source vector) for every pair that meets on one source row; see grouped_row for the arguments.
+template <class T, int pixels, int width, int step, bool inside, bool depthwise, class Body>
+FASTNN_INLINE void slide(const GroupedRow<T>& row, const T* from, int64_t column, Mask<T> lanes, const Body& body) {
+  FASTNN_UNROLL
+  for (int j = 0; j < (pixels - 1) * step + width; ++j, from += row.source.pixel_stride) {
+    if (!inside && (column + j < 0 || column + j >= row.source.width)) continue;
+    const Vec<T> value = in_register(member_of_groups<T, depthwise>(load(from), lanes));
+    FASTNN_UNROLL
+    for (int kx = 0; kx < width; ++kx)
+      if (j >= kx && (j - kx) % step == 0 && (j - kx) / step < pixels) body((j - kx) / step, kx, value);
+  }
+}
+
+// Elements from a vector of weights, or of sums of their gradient, to that of the next kernel place, and to that of the
+// next member of the group.
+struct WeightSteps {
+  int64_t place, member;
+};
+
+// acc[p] += the taps of one source row. `from` is the source of pixel 0 and tap 0, in source column `column`;
+// steps.place leads from one tap to the next; `left` is the number of channels, at most a vector.
+template <class T, int pixels, int width, int step, bool inside, bool depthwise>
+FASTNN_INLINE void grouped_row(const GroupedRow<T>& row, const T* from, int64_t column, const T* weight,
+                               WeightSteps steps, int64_t left, Vec<T> (&acc)[pixels]) {
+  const int64_t pixel_stride = row.source.pixel_stride;
+  const int64_t first = -column, end = row.source.width - column;  // the source pixels that the image has
+  each_member<T, depthwise>(row.members, [&](Mask<T> lanes, int64_t i) __attribute__((always_inline)) {
+    const T* of_member = weight + i * steps.member;
+    if constexpr (width > 0) {
+      Vec<T> w[width];
+      FASTNN_UNROLL
+      for (int kx = 0; kx < width; ++kx) w[kx] = load(of_member + kx * steps.place);
+      slide<T, pixels, width, step, inside, depthwise>(row, from, column, lanes,
+                                                       [&](int p, int kx, Vec<T> value)
+                                                           __attribute__((always_inline)) { acc[p] += value * w[kx]; });
+    } else {
+      const auto taps = [&](const auto& read) __attribute__((always_inline)) {
+        for (int64_t kx = 0; kx < row.horizontal.count; ++kx) {
+          const Vec<T> w = read(of_member + kx * steps.place);
+          FASTNN_UNROLL
+          for (int p = 0; p < pixels; ++p) {
+            const int64_t j = p * row.source_step + kx * row.horizontal.offset_step;
+            if (!inside && (j < first || j >= end)) continue;
+            acc[p] += member_of_groups<T, depthwise>(read(from + j * pixel_stride), lanes) * w;
+          }
+        }
+      };
+      if (left == kLanes<T>)
+        taps([](const T* at) { return load(at); });
+      else
+        taps([&](const T* at) { return load_first(at, left); });
+    }
+  });
+}
+
+// The source rows that the output row `step` source rows on reads and this one does not.
+template <class T>
+FetchAhead<T> next_rows(const GroupedRow<T>& row, int64_t step) {
+  if (row.vertical.count == 0) return {};
+  const int64_t next = row.source_row + row.vertical.offset(row.vertical.count - 1) + 1;
+  return rows_ahead(row.source, next, next + step);
+}
+
+// Where output goes: pixels and rows so many elements apart.
+template <class T>
+struct GroupedOutput {
+  T* data;
+  int64_t pixel_stride, row_stride;
+};
+
+// `rows` output rows from `row` on, `row_step` source rows apart, all channels. A tile of all rows comes before
+// the next tile: the source rows that it shares with the row before are in L1 still. What comes from memory is better
+// read row by row, and fetched ahead.
+template <class T, int width, int step, bool depthwise>
+void grouped_pixels(const GroupedRow<T>& row, int64_t rows, int64_t row_step, const T* weight, WeightSteps steps,
+                    int64_t kernel_width, const T* bias, bool with_relu, const GroupedOutput<T>& out) {
+  const int64_t reach = row.horizontal.count > 0 ? row.horizontal.offset(row.horizontal.count - 1) : 0;
+  const int64_t left = row.channels < kLanes<T> ? row.channels : kLanes<T>;
+  const WeightSteps tap_steps{row.horizontal.place_step * steps.place, steps.member};
+  const int64_t tiles = tiles_of(row.pixels), vectors = vectors_of<T>(row.channels), out_step = out.pixel_stride;
+  const bool stream = row.stream;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const TilePlace place = tile_place(row.pixels, tile);
+    const int64_t column = place.first * row.source_step + row.horizontal.first_offset;
+    const bool is_inside = column >= 0 && (place.first + place.pixels - 1) * row.source_step + reach < row.source.width;
+    with_count<kTilePixels>(place.pixels, [&](auto constant) {
+      constexpr int pixels = decltype(constant)::value;
+      const auto run = [&](auto inside, int64_t y) {
+        const int64_t source_row = row.source_row + y * row_step;
+        const TapSpan span = taps_inside(row.vertical, source_row, row.source.height);
+        for (int64_t i = 0; i < vectors; ++i) {
+          const int64_t c = vector_start<T>(i, row.channels);
+          row.next_source.fetch(tile * vectors + i, tiles * vectors);
+          Vec<T> acc[pixels];
+          const Vec<T> start = bias ? load_upto(bias + c, left) : Vec<T>{};
+          FASTNN_UNROLL
+          for (int p = 0; p < pixels; ++p) acc[p] = start;
+          for (int64_t ky = span.first; ky < span.end; ++ky) {
+            const T* from = row.source.data + (source_row + row.vertical.offset(ky)) * row.source.row_stride +
+                            column * row.source.pixel_stride + c;
+            const T* w =
+                weight + (row.vertical.place(ky) * kernel_width + row.horizontal.first_place) * steps.place + c;
+            grouped_row<T, pixels, width, step, decltype(inside)::value, depthwise>(row, from, column, w, tap_steps,
+                                                                                    left, acc);
+          }
+          T* to = out.data + y * out.row_stride + place.first * out_step + c;
+          if (with_relu) {
+            FASTNN_UNROLL
+            for (int p = 0; p < pixels; ++p) acc[p] = relu(acc[p]);
+          }
+          if (stream) {
+            FASTNN_UNROLL
+            for (int p = 0; p < pixels; ++p) store_streamed(to + p * out_step, acc[p]);
+          } else if (left == kLanes<T>) {
+            FASTNN_UNROLL
+            for (int p = 0; p < pixels; ++p) store(to + p * out_step, acc[p]);
+          } else {
+            FASTNN_UNROLL
+            for (int p = 0; p < pixels; ++p) store_first(to + p * out_step, acc[p], left);
+          }
+        }
+      };
+      for (int64_t y = 0; y < rows; ++y) {
+        if (is_inside)
+          run(Constant<1>{}, y);
+        else
+          run(Constant<0>{}, y);
+      }
+    });
+  }
+}
+
+// body(Constant<width>{}, Constant<step>{}, Constant<depthwise>{}) for the row's taps.
+template <class T, class Body>
+FASTNN_INLINE void with_taps(const GroupedRow<T>& row, const Body& body_of_groups) {
+  const auto body = [&](auto width, auto step) {
+    if (row.members == 1)
+      body_of_groups(width, step, Constant<1>{});
+    else if constexpr (kPermutesLanes)
+      body_of_groups(width, step, Constant<0>{});
+  };
+  const bool neighbours = row.channels >= kLanes<T> && (row.horizontal.count == 1 || row.horizontal.offset_step == 1);
+  if (neighbours && row.source_step == 1) {
+    switch (row.horizontal.count) {
+      case 1: return body(Constant<1>{}, Constant<1>{});  // of a 3x3 kernel's input gradient, stride 2
+      case 2: return body(Constant<2>{}, Constant<1>{});  // of 3x3 and 5x5 kernels' input gradients, stride 2
+      case 3: return body(Constant<3>{}, Constant<1>{});
+      case 5: return body(Constant<5>{}, Constant<1>{});
+      default: break;
+    }
+  } else if (neighbours && row.source_step == 2) {
+    switch (row.horizontal.count) {
+      case 3: return body(Constant<3>{}, Constant<2>{});
+      case 5: return body(Constant<5>{}, Constant<2>{});
+      default: break;
+    }
+  }
+  body(Constant<0>{}, Constant<0>{});
+}
+
+// body(part, first, step) for the parts of a row, every step-th pixel from `first` on, that taps next to each other
+// make: a row of step 1 whose taps lie `step` pixels apart is as many rows without a distance.
+template <class T, class Body>
+FASTNN_INLINE void for_each_part(const GroupedRow<T>& row, const Body& body) {
+  const int64_t step = row.horizontal.count > 1 && row.source_step == 1 ? row.horizontal.offset_step : 1;
+  for (int64_t first = 0; first < step && first < row.pixels; ++first) {
+    GroupedRow<T> part = row;
+    const int64_t at = first + row.horizontal.first_offset, column = at - floor_div(at, step) * step;
+    part.source.data += column * row.source.pixel_stride;
+    part.source.width = (row.source.width - column + step - 1) / step;
+    part.source.pixel_stride *= step;
+    if (step > 1) part.horizontal.first_offset = floor_div(at, step), part.horizontal.offset_step = 1;
+    part.pixels = (row.pixels - first + step - 1) / step;
+    if (first > 0) part.next_source = part.next_grad = {};
+    body(part, first, step);
+  }
+}
+
+// Rows of the output in one task: few enough that eight threads share the work evenly.
+inline int64_t grouped_rows_per_task(int64_t images, int64_t height) {
+  const int64_t rows = images * height / 32;
+  return rows < 1 ? 1 : rows > height ? height : rows;
+}
+
+// Whether to stream an output of so many pixels an image. A tile stores one vector of a pixel's channels.
+template <class T>
+bool grouped_streams(const Conv2dShape& s, const T* output, int64_t pixels) {
+  return kVectorBytes == kLineBytes && worth_streaming(output, s.batch * pixels * s.in_channels, s.in_channels);
+}
+
+// As WeightSteps, of weights [channel][...] as they were given, whose channels come side by side.
+inline WeightSteps given_steps(const Conv2dShape& s) {
+  const int64_t members = group_inputs(s), taps = kernel_taps(s);
+  return is_ohwi(s) ? WeightSteps{members, 1} : WeightSteps{1, taps};
+}
+
+inline WeightSteps times(WeightSteps steps, int64_t factor) { return {steps.place * factor, steps.member * factor}; }
+
+// [channel][weights of an output] to [weight of an output][channel]
+template <class T>
+void pack_grouped_forward(const Conv2dShape& s, const T* weight, T* packed) {
+  constexpr int64_t kShare = 8 << 10;  // elements worth another thread
+  const int64_t channels = s.out_channels, weights = group_inputs(s) * kernel_taps(s);
+  const int64_t grain = (kShare / weights / kLanes<T> + 1) * kLanes<T>;
+  parallel_ranges(channels, grain, [&](int64_t begin, int64_t end) {
+    transpose_matrix(weight + begin * weights, weights, end - begin, weights, packed + begin, channels);
+  });
+}
+
+// OHWI to [kernel place][member of the output's group][input channel]
+template <class T>
+void pack_grouped_gradient(const Conv2dShape& s, const T* ohwi, T* packed) {
+  if (group_inputs(s) == 1) return pack_grouped_forward(s, ohwi, packed);
+  const auto pack = [&](auto constant) {
+    constexpr int64_t members = decltype(constant)::value;
+    const int64_t taps = kernel_taps(s), channels = s.in_channels;
+    parallel_for(taps, [&](int64_t tap) {
+      for (int64_t o = 0; o < channels; ++o)
+        copy_run(ohwi + (o * taps + tap) * members, members,
+                 packed + (tap * members + o % members) * channels + o / members * members);
+    });
+  };
+  switch (group_inputs(s)) {
+    case 2: return pack(Constant<2>{});
+    case 4: return pack(Constant<4>{});
+    case 8: return pack(Constant<8>{});
+    default: return pack(Constant<16>{});
+  }
+}
+
+template <class T>
+void grouped_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
+  if (s.out_width == 0) return;
+  const Scratch<T> weight(weight_elements(s));
+  pack_grouped_forward<T>(s, t.weight, weight);
+  const WeightSteps steps = times(given_steps(s), s.out_channels);
+  const TapAxis vertical = forward_taps(vertical_axis(s));
+  const TapAxis horizontal = forward_taps(horizontal_axis(s));
+  const bool stream = grouped_streams(s, t.output, s.out_height * s.out_width);
+  const bool fetch = exceeds_caches<T>(s.batch * s.in_height * s.in_width * s.in_channels);
+  const int64_t block = grouped_rows_per_task(s.batch, s.out_height), blocks = (s.out_height + block - 1) / block;
+  parallel_tasks(s.batch * blocks, [&](int64_t task, int) {
+    const int64_t image = task / blocks, first = task % blocks * block;
+    const int64_t end = first + block < s.out_height ? first + block : s.out_height;
+    const int64_t source_row = s.in_width * s.in_channels, out_row = s.out_width * s.in_channels;
+    GroupedRow<T> row{{t.input + image * s.in_height * source_row, s.in_height, s.in_width, source_row, s.in_channels},
+                      vertical,
+                      horizontal,
+                      0,
+                      s.stride_width,
+                      s.out_width,
+                      s.in_channels,
+                      group_inputs(s),
+                      stream};
+    const int64_t run = fetch ? 1 : end - first;
+    for (int64_t y = first; y < end; y += run) {
+      row.source_row = y * s.stride_height;
+      if (fetch) row.next_source = next_rows(row, s.stride_height);
+      T* out = t.output + (image * s.out_height + y) * out_row;
+      for_each_part(row, [&](const GroupedRow<T>& part, int64_t pixel, int64_t pixel_step) {
+        with_taps(part, [&](auto width, auto step, auto depthwise) {
+          grouped_pixels<T, decltype(width)::value, decltype(step)::value, decltype(depthwise)::value>(
+              part, run, s.stride_height, weight, steps, s.kernel_width, t.bias, s.relu,
+              {out + pixel * s.in_channels, pixel_step * s.in_channels, out_row});
+        });
+      });
+    }
+    if (stream) finish_streaming();
+  });
+}
+
+// grad: pixels grad_stride elements apart.
+template <class T>
+void grouped_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stride, const T* ohwi, T* grad_input) {
+  if (s.in_width == 0) return;
+  const int64_t members = group_inputs(s);
+  const Scratch<T> weight(weight_elements(s));
+  pack_grouped_gradient<T>(s, ohwi, weight);
+  const WeightSteps steps{members * s.in_channels, s.in_channels};
+  const bool stream = grouped_streams(s, grad_input, s.in_height * s.in_width);
+  const bool fetch = exceeds_caches<T>(s.batch * s.out_height * s.out_width * s.in_channels);
+  const int64_t block = grouped_rows_per_task(s.batch, s.in_height), blocks = (s.in_height + block - 1) / block;
+  parallel_tasks(s.batch * blocks, [&](int64_t task, int) {
+    const int64_t image = task / blocks, first = task % blocks * block;
+    const int64_t end = first + block < s.in_height ? first + block : s.in_height;
+    const int64_t source_row = s.out_width * grad_stride;
+    const Image<T> source{grad + image * s.out_height * source_row, s.out_height, s.out_width, source_row, grad_stride};
+    const int64_t run = s.stride_height == 1 && !fetch ? end - first : 1;  // rows that read through the same taps
+    for (int64_t y = first; y < end; y += run) {
+      const TapAxis vertical = phase_taps(vertical_axis(s), y % s.stride_height);
+      T* out = grad_input + (image * s.in_height + y) * s.in_width * s.in_channels;
+      for (int64_t phase = 0; phase < s.stride_width && phase < s.in_width; ++phase) {
+        GroupedRow<T> row{source,
+                          vertical,
+                          phase_taps(horizontal_axis(s), phase),
+                          y / s.stride_height,
+                          1,
+                          (s.in_width - phase + s.stride_width - 1) / s.stride_width,
+                          s.in_channels,
+                          members,
+                          stream};
+        if (fetch && phase == 0 && y % s.stride_height == 0) row.next_source = next_rows(row, 1);
+        for_each_part(row, [&](const GroupedRow<T>& part, int64_t pixel, int64_t pixel_step) {
+          with_taps(part, [&](auto width, auto step, auto depthwise) {
+            grouped_pixels<T, decltype(width)::value, decltype(step)::value, decltype(depthwise)::value>(
+                part, run, 1, weight, steps, s.kernel_width, nullptr, false,
+                {out + (phase + pixel * s.stride_width) * s.in_channels, pixel_step * s.stride_width * s.in_channels,
+                 s.in_width * s.in_channels});
+          });
+        });
+      }
+    }
+    if (stream) finish_streaming();
+  });
+}
+
+// As grouped_row, the other way round: sums += source * grad, vectors of sums by steps.
+template <class T, int pixels, int width, int step, bool inside, bool depthwise>
+FASTNN_INLINE void grouped_outer_row(const GroupedRow<T>& row, const T* from, int64_t column, int64_t left,
+                                     const Vec<T> (&grad)[pixels], T* sums, WeightSteps steps) {
+  const int64_t pixel_stride = row.source.pixel_stride;
+  const int64_t place_step = depthwise ? kLanes<T> : steps.place;
+  const int64_t first = -column, end = row.source.width - column;  // the source pixels that the image has
+  each_member<T, depthwise>(row.members, [&](Mask<T> lanes, int64_t i) __attribute__((always_inline)) {
+    T* of_member = sums + i * steps.member;
+    if constexpr (width > 0) {
+      Vec<T> acc[width];
+      FASTNN_UNROLL
+      for (int kx = 0; kx < width; ++kx) acc[kx] = load(of_member + kx * place_step);
+      slide<T, pixels, width, step, inside, depthwise>(
+          row, from, column, lanes,
+          [&](int p, int kx, Vec<T> value) __attribute__((always_inline)) { acc[kx] += value * grad[p]; });
+      FASTNN_UNROLL
+      for (int kx = 0; kx < width; ++kx) store(of_member + kx * place_step, acc[kx]);
+    } else {
+      for (int64_t kx = 0; kx < row.horizontal.count; ++kx) {
+        Vec<T> acc = load(of_member + kx * place_step);
+        FASTNN_UNROLL
+        for (int p = 0; p < pixels; ++p) {
+          const int64_t j = p * row.source_step + kx * row.horizontal.offset_step;
+          if (!inside && (j < first || j >= end)) continue;
+          acc += member_of_groups<T, depthwise>(load_upto(from + j * pixel_stride, left), lanes) * grad[p];
+        }
+        store(of_member + kx * place_step, acc);
+      }
+    }
+  });
+}
+
+// Adds one row of grad to sums: [vector of channels][weight of an output, as it was given][lanes].
+template <class T, int width, int step, bool depthwise>
+void grouped_outer(const GroupedRow<T>& row, const T* grad, int64_t grad_stride, WeightSteps steps, int64_t weights,
+                   T* sums) {
+  const TapSpan span = taps_inside(row.vertical, row.source_row, row.source.height);
+  const int64_t reach = row.horizontal.offset(row.horizontal.count - 1);
+  const int64_t left = row.channels < kLanes<T> ? row.channels : kLanes<T>;
+  for (int64_t tile = 0; tile < tiles_of(row.pixels); ++tile) {
+    const TilePlace place = tile_place(row.pixels, tile);
+    const int64_t column = place.first * row.source_step + row.horizontal.first_offset;
+    const bool is_inside = column >= 0 && (place.first + place.pixels - 1) * row.source_step + reach < row.source.width;
+    with_count<kTilePixels>(place.pixels, [&](auto constant) {
+      constexpr int pixels = decltype(constant)::value;
+      const auto run = [&](auto inside) {
+        for (int64_t i = 0; i < vectors_of<T>(row.channels); ++i) {
+          const int64_t c = vector_start<T>(i, row.channels);
+          const int64_t share = tile * vectors_of<T>(row.channels) + i;
+          const int64_t shares = tiles_of(row.pixels) * vectors_of<T>(row.channels);
+          row.next_source.fetch(share, shares);
+          row.next_grad.fetch(share, shares);
+          Vec<T> g[pixels];
+          FASTNN_UNROLL
+          for (int p = 0; p < pixels; ++p) g[p] = load_upto(grad + (place.first + p) * grad_stride + c, left);
+          for (int64_t ky = span.first; ky < span.end; ++ky) {
+            const T* from = row.source.data + (row.source_row + row.vertical.offset(ky)) * row.source.row_stride +
+                            column * row.source.pixel_stride + c;
+            grouped_outer_row<T, pixels, width, step, decltype(inside)::value, depthwise>(
+                row, from, column, left, g, sums + i * weights * kLanes<T> + ky * row.horizontal.count * steps.place,
+                steps);
+          }
+        }
+      };
+      if (is_inside)
+        run(Constant<1>{});
+      else
+        run(Constant<0>{});
+    });
+  }
+}
+
+// Chunks of rows, whose number depends on the shape alone, each sum into their own partial gradient, and the partials
+// are added in order: the same bits for every thread count.
+template <class T>
+void grouped_grad_weight(const Conv2dShape& s, const T* input, const T* grad, int64_t grad_stride, T* grad_weight) {
+  const int64_t weights = kernel_taps(s) * group_inputs(s), rows = s.batch * s.out_height;
+  const int64_t chunks = rows < kTasks ? rows : kTasks;
+  const int64_t vectors = vectors_of<T>(s.in_channels), elements = vectors * weights * kLanes<T>;
+  const bool fetch = exceeds_caches<T>(s.batch * s.in_height * s.in_width * s.in_channels);
+  const WeightSteps steps = times(given_steps(s), kLanes<T>);
+  const Scratch<T> partials(chunks * elements);
+  const TapAxis vertical = forward_taps(vertical_axis(s));
+  const TapAxis horizontal = forward_taps(horizontal_axis(s));
+  parallel_tasks(chunks, [&](int64_t chunk, int) {
+    T* sums = partials + chunk * elements;
+    zero_run(elements, sums);
+    const int64_t source_row = s.in_width * s.in_channels;
+    for (int64_t i = rows * chunk / chunks; i < rows * (chunk + 1) / chunks; ++i) {
+      GroupedRow<T> row{
+          {input + i / s.out_height * s.in_height * source_row, s.in_height, s.in_width, source_row, s.in_channels},
+          vertical,
+          horizontal,
+          i % s.out_height * s.stride_height,
+          s.stride_width,
+          s.out_width,
+          s.in_channels,
+          group_inputs(s)};
+      if (fetch) {
+        row.next_source = next_rows(row, s.stride_height);
+        if (i + 1 < rows) row.next_grad = {grad + (i + 1) * s.out_width * grad_stride, s.out_width * grad_stride};
+      }
+      for_each_part(row, [&](const GroupedRow<T>& part, int64_t pixel, int64_t pixel_step) {
+        with_taps(part, [&](auto width, auto step, auto depthwise) {
+          grouped_outer<T, decltype(width)::value, decltype(step)::value, decltype(depthwise)::value>(
+              part, grad + (i * s.out_width + pixel) * grad_stride, pixel_step * grad_stride, steps, weights, sums);
+        });
+      });
+    }
+  });
+  add_partials<T>(chunks, elements, elements, partials, partials);
+  for (int64_t i = 0; i < vectors; ++i) {
+    const int64_t c = vector_start<T>(i, s.in_channels);
+    const int64_t left = s.in_channels < kLanes<T> ? s.in_channels : kLanes<T>;
+    transpose_matrix<T>(partials + i * weights * kLanes<T>, kLanes<T>, weights, left, grad_weight + c * weights,
+                        weights);
+  }
+}
+
+}  // namespace
+}  // namespace fastnn::cpu

@@ -178,7 +178,9 @@ CONV2D_CASES = (
     Conv2dCase("depthwise", (2, 5, 8, 7), (5, 1, 3, 3), kwargs={"groups": 5, "padding": 1}),
     Conv2dCase("depthwise_multiplier2", (2, 3, 8, 7), (6, 1, 3, 3), kwargs={"groups": 3, "stride": 2}),
     Conv2dCase("depthwise_33", (1, 33, 6, 5), (33, 1, 5, 5), bias=False, kwargs={"groups": 33, "padding": 2}),
-    Conv2dCase("depthwise_dilation2", (2, 37, 9, 21), (37, 1, 3, 3), kwargs={"groups": 37, "padding": 1, "dilation": 2}),
+    Conv2dCase(
+        "depthwise_dilation2", (2, 37, 9, 21), (37, 1, 3, 3), kwargs={"groups": 37, "padding": 1, "dilation": 2}
+    ),
     Conv2dCase("depthwise_dilation5", (1, 17, 7, 3), (17, 1, 3, 3), kwargs={"groups": 17, "padding": 5, "dilation": 5}),
     Conv2dCase("groups_of_2", (2, 38, 7, 9), (38, 2, 3, 3), kwargs={"groups": 19, "padding": 1}),
     Conv2dCase("groups_of_2_few", (3, 6, 5, 6), (6, 2, 3, 3), kwargs={"groups": 3, "padding": 1}),

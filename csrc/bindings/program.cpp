@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <exception>
-#include <mutex>
 #include <tuple>
 
 #include "bindings/module.h"
@@ -93,8 +91,6 @@ void run_batches(const std::vector<const Program*>& programs, const std::vector<
 
   adopt_torch_threads();
   const py::gil_scoped_release release;
-  std::mutex failed;
-  std::exception_ptr failure;
   const auto compute = [&](int64_t number, int thread) {
     const size_t i = static_cast<size_t>(thread);
     std::memcpy(rows[i].data<char>(), index.data<char>() + number * bytes_of(rows[i]), bytes_of(rows[i]));
@@ -105,15 +101,7 @@ void run_batches(const std::vector<const Program*>& programs, const std::vector<
     for (int64_t number = 0; number < batches; ++number) compute(number, 0);
     return;
   }
-  cpu::parallel_tasks(batches, [&](int64_t number, int thread) {
-    try {
-      compute(number, thread);
-    } catch (...) {  // no exception leaves a thread
-      const std::lock_guard<std::mutex> lock(failed);
-      if (!failure) failure = std::current_exception();
-    }
-  });
-  if (failure) std::rethrow_exception(failure);
+  cpu::parallel_tasks(batches, compute);
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <new>
 #include <thread>
@@ -79,6 +80,8 @@ struct Loop {
   Work work;
   const void* context;
   Range* ranges;  // one a thread
+  std::atomic_flag failed{};
+  std::exception_ptr failure{};  // the first one: none leaves a thread
 
   void take_part(int thread) {
     in_task = true;
@@ -87,7 +90,11 @@ struct Loop {
       for (;;) {
         const auto [begin, end] = range.claim(i == 0);
         if (begin == end) break;
-        work(context, begin * unit, std::min(end * unit, tasks), thread);
+        try {
+          work(context, begin * unit, std::min(end * unit, tasks), thread);
+        } catch (...) {
+          if (!failed.test_and_set()) failure = std::current_exception();
+        }
       }
     }
     in_task = false;
@@ -177,13 +184,14 @@ void run_tasks(int64_t tasks, Work work, const void* context) {
   const Scratch<Range> ranges(threads);
   const int64_t unit = tasks / UINT32_MAX + 1, units = (tasks + unit - 1) / unit;
   for (int i = 0; i < threads; ++i) new (&ranges[i]) Range(units * i / threads, units * (i + 1) / threads);
-  Loop loop{tasks, unit, threads, work, context, ranges};
-  if (use_own_threads) {
-    if (!crew().run(loop)) work(context, 0, tasks, 0);
-    return;
-  }
+  Loop loop{.tasks = tasks, .unit = unit, .threads = threads, .work = work, .context = context, .ranges = ranges};
+  if (!use_own_threads) {
 #pragma omp parallel num_threads(threads)
-  loop.take_part(omp_get_thread_num());
+    loop.take_part(omp_get_thread_num());
+  } else if (!crew().run(loop)) {
+    return work(context, 0, tasks, 0);
+  }
+  if (loop.failure) std::rethrow_exception(loop.failure);
 }
 
 bool set_own_threads(bool own) { return std::exchange(use_own_threads, own); }

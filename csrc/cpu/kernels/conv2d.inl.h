@@ -46,6 +46,22 @@ inline const char* grouped_name(const Conv2dShape& s) { return group_inputs(s) =
 
 inline int64_t multiply_adds(const Conv2dShape& s) { return s.batch * s.out_height * s.out_width * weight_elements(s); }
 
+// Whether groups are computed side by side, each on one thread, instead of one after the other on all threads. They
+// share well, nothing waits, and a weight's gradient needs fewer sums. But where a group is much work, each thread
+// reads parts of all pixels then, instead of some pixels.
+inline bool groups_side_by_side(const Conv2dShape& s) { return s.groups >= 4 * max_threads(); }
+inline bool small_groups_side_by_side(const Conv2dShape& s) {
+  constexpr int64_t kMultiplyAdds = 1 << 25;  // of a group
+  return groups_side_by_side(s) && multiply_adds(s) / s.groups < kMultiplyAdds;
+}
+
+// body(group, thread) for every group.
+template <class Body>
+inline void for_each_group(int64_t groups, bool side_by_side, const Body& body) {
+  if (side_by_side) return parallel_tasks(groups, body);
+  for (int64_t group = 0; group < groups; ++group) body(group, 0);
+}
+
 // Convolves one group with tiles up to `largest`; returns the kernel's name. Where a weight is not finite, only
 // `always`, else the name is null.
 template <class T, class Products = FullProducts<T>>
@@ -73,7 +89,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   list_taps(forward_taps(vertical_axis(s)), forward_taps(horizontal_axis(s)), tap_y, tap_x);
   const int64_t stored_height = s.pool ? s.out_height / 2 : s.out_height;
   const int64_t stored_width = s.pool ? s.out_width / 2 : s.out_width;
-  GatherConv<T> conv{
+  const GatherConv<T> all_groups{
       .batch = s.batch,
       .out_height = s.out_height,
       .out_width = s.out_width,
@@ -101,29 +117,34 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   };
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
-  const int largest = winograd_tile<T, Products>(conv);
-  const Scratch<T> panels(largest == 0 ? panels_of<T>(outputs) * taps * inputs * kTileColumns<T> : 0);
-  conv.panels = panels;
-  const char* variant = "gather";
-  for (int64_t group = 0; group < s.groups; ++group) {
+  const int largest = winograd_tile<T, Products>(all_groups);
+  const bool side_by_side = small_groups_side_by_side(s);
+  const int64_t panel_elements = largest == 0 ? panels_of<T>(outputs) * taps * inputs * kTileColumns<T> : 0;
+  const Scratch<T> panels((side_by_side ? max_threads() : 1) * panel_elements);
+  const char* variant = nullptr;  // of the last group
+  for_each_group(s.groups, side_by_side, [&](int64_t group, int thread) {
     const T* of_group = weight + group * outputs * taps * inputs;
-    conv.source = t.input + group * inputs;
-    conv.out = t.output + group * outputs;
-    if (t.winner) conv.winner = t.winner + group * outputs;
-    if (t.bias) conv.bias = t.bias + group * outputs;
-    if (largest == 0) {
-      pack_forward_panels<T>(outputs, inputs, taps, of_group, panels);
-      if constexpr (sizeof(T) == 4) {
-        if (winograd_row_serves(conv) && winograd_row_conv(conv)) {
-          variant = "winograd_1x4";
-          continue;
-        }
-      }
-      gather_conv(conv);
+    T* own_panels = panels + thread * panel_elements;
+    GatherConv<T> conv = all_groups;
+    conv.panels = own_panels;
+    conv.source += group * inputs;
+    conv.out += group * outputs;
+    if (conv.winner) conv.winner += group * outputs;
+    if (conv.bias) conv.bias += group * outputs;
+    const char* name = "gather";
+    if (largest > 0) {
+      name = winograd<T, Products>(conv, {of_group, taps * inputs, 1, 3 * inputs, inputs}, largest, true);
     } else {
-      variant = winograd<T, Products>(conv, {of_group, taps * inputs, 1, 3 * inputs, inputs}, largest, true);
+      pack_forward_panels<T>(outputs, inputs, taps, of_group, own_panels);
+      bool by_row = false;
+      if constexpr (sizeof(T) == 4) by_row = winograd_row_serves(conv) && winograd_row_conv(conv);
+      if (by_row)
+        name = "winograd_1x4";
+      else
+        gather_conv(conv);
     }
-  }
+    if (group == s.groups - 1) variant = name;
+  });
   trace<T>("conv2d_forward", variant);
 }
 
@@ -185,13 +206,15 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
     return grouped_grad_input<T>(s, grad.data, grad.pixel_stride, weight, grad_input);
   }
   const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
-  const Scratch<T> panels(panels_of<T>(inputs) * taps * outputs * kTileColumns<T>);
+  const bool side_by_side = small_groups_side_by_side(s);
+  const int64_t panel_elements = panels_of<T>(inputs) * taps * outputs * kTileColumns<T>;
+  const Scratch<T> panels((side_by_side ? max_threads() : 1) * panel_elements);
   const Scratch<int64_t> tables(3 * taps);
   int64_t* tap_y = tables;
   int64_t* tap_x = tap_y + taps;
   int64_t* places = tap_x + taps;
-  const char* variant = "gather";
-  T* of_phase = panels;  // each has its own, of which a thread always packs the same part
+  const char* variant = "gather";  // of the last group and phase
+  int64_t of_phase = 0;            // each has panels of its own, of which a thread always packs the same part
 
   for (int64_t phase_y = 0; phase_y < s.stride_height && phase_y < s.in_height; ++phase_y) {
     const TapAxis vertical = phase_taps(vertical_axis(s), phase_y);
@@ -214,7 +237,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
       list_taps(vertical, horizontal, tap_y, tap_x);
       for (int64_t i = 0; i < count; ++i)
         places[i] = vertical.place(i / horizontal.count) * s.kernel_width + horizontal.place(i % horizontal.count);
-      GatherConv<T> conv{
+      const GatherConv<T> all_groups{
           .batch = s.batch,
           .out_height = height,
           .out_width = width,
@@ -229,7 +252,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .source_image_stride = s.out_height * s.out_width * grad.pixel_stride,
           .source_row_stride = s.out_width * grad.pixel_stride,
           .source_pixel_stride = grad.pixel_stride,
-          .panels = of_phase,
+          .panels = nullptr,
           .bias = nullptr,
           .relu = false,
           .out = first,
@@ -240,23 +263,31 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .pool = false,
           .winner = nullptr,
       };
-      const int largest = winograd_tile<T, FullProducts<T>>(conv);
-      for (int64_t group = 0; group < s.groups; ++group) {
+      const int largest = winograd_tile<T, FullProducts<T>>(all_groups);
+      bool finite = true;
+      for_each_group(s.groups, side_by_side, [&](int64_t group, int thread) {
         const T* of_group = weight + group * outputs * taps * inputs;
-        conv.source = grad.data + group * outputs;
-        conv.out = first + group * inputs;
+        T* own_panels = panels + thread * panel_elements + of_phase;
+        GatherConv<T> conv = all_groups;
+        conv.panels = own_panels;
+        conv.source += group * outputs;
+        conv.out += group * inputs;
+        const char* name = nullptr;
         if (largest == 0) {
-          if (!pack_gradient_panels<T>(outputs, inputs, taps, of_group, count, places, of_phase)) return scatter();
-          gather_conv(conv);
-          variant = "gather";
-          continue;
+          if (pack_gradient_panels<T>(outputs, inputs, taps, of_group, count, places, own_panels)) {
+            gather_conv(conv);
+            name = "gather";
+          }
+        } else {
+          // OHWI has a panel's columns side by side: nothing is packed.
+          const WinogradKernels<T> kernels{of_group + places[0] * inputs, 1, taps * inputs,
+                                           (places[3] - places[0]) * inputs, (places[1] - places[0]) * inputs};
+          name = winograd<T>(conv, kernels, largest, false);
         }
-        // OHWI has a panel's columns side by side: nothing is packed.
-        const WinogradKernels<T> kernels{of_group + places[0] * inputs, 1, taps * inputs,
-                                         (places[3] - places[0]) * inputs, (places[1] - places[0]) * inputs};
-        variant = winograd<T>(conv, kernels, largest, false);
-        if (!variant) return scatter();
-      }
+        if (!name) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+        if (group == s.groups - 1) variant = name;
+      });
+      if (!finite) return scatter();
       of_phase += panels_of<T>(inputs) * count * outputs * kTileColumns<T>;
     }
   }
@@ -273,9 +304,10 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
   }
   const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
   const auto each_group = [&](const auto& kernel) {
-    for (int64_t group = 0; group < s.groups; ++group)
+    for_each_group(s.groups, groups_side_by_side(s), [&](int64_t group, int) {
       kernel(s, input + group * group_inputs(s), grad.data + group * group_outputs(s), grad.pixel_stride,
              grad_weight + group * group_weights);
+    });
   };
   if (winograd_serves_grad_weight<T>(s)) {
     each_group(winograd_grad_weight<T>);

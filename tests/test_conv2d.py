@@ -231,7 +231,17 @@ def test_pooling_without_winners_has_the_same_bits(channels: int, activation: st
 
 
 @pytest.mark.parametrize(
-    "case", find(CONV2D_CASES, "relu_pool2_32_to_64", "relu_pool2_wide_5x5", "groups2", "5x5_stride2_pad2", "depthwise")
+    "case",
+    find(
+        CONV2D_CASES,
+        "relu_pool2_32_to_64",
+        "relu_pool2_wide_5x5",
+        "groups2",
+        "groups_of_4_stride2",
+        "groups8_of_20_stride2",
+        "5x5_stride2_pad2",
+        "depthwise",
+    ),
 )
 def test_same_bits_for_every_thread_count(case: Conv2dCase, isa: str) -> None:
     rng = generator("threads", case.id)

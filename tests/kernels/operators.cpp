@@ -3,6 +3,8 @@
 // Small integers must come out bit for bit; what takes roots and exponentials must be near by a bound that is counted.
 #include <omp.h>
 
+#include <atomic>
+#include <new>
 #include <set>
 
 #include "check.h"
@@ -62,6 +64,9 @@ const Conv2dCase kConv2dCases[] = {
     {2, 21, 6, 5, 21, 3, 3, 1, 1, 1, 21, true, false},   // depthwise
     {1, 8, 9, 9, 8, 3, 3, 2, 2, 2, 8, false, false},     // depthwise, dilated
     {2, 6, 7, 8, 8, 3, 3, 1, 1, 1, 2, true, false},      // groups
+    {2, 36, 7, 11, 36, 3, 3, 1, 2, 2, 9, true, false},   // narrow groups where a vector holds some, dilated
+    {1, 24, 8, 9, 24, 5, 5, 2, 2, 1, 3, false, false},   // the same with a stride
+    {2, 36, 6, 5, 24, 3, 3, 1, 1, 1, 12, true, false},   // groups side by side
     {3, 37, 5, 4, 41, 1, 1, 1, 0, 1, 1, false, false},   // pixels as rows
     {1, 2, 9, 11, 3, 2, 2, 4, 0, 1, 1, false, false},    // a stride beyond the kernel
     {0, 3, 7, 6, 4, 3, 3, 1, 1, 1, 1, true, false},      // no images
@@ -354,6 +359,26 @@ void test_batches() {
   report.exact("count_correct", correct, {3});
 }
 
+// What a task throws arrives at the caller when the loop has ended, and the next loop finds nothing of it.
+void test_tasks_that_throw() {
+  for (int round = 0; round < 20; ++round) {
+    std::atomic<int64_t> ended{0};
+    bool caught = false;
+    try {
+      cpu::parallel_for(100, [&](int64_t task) {
+        ++ended;
+        if (task % 10 == round % 10) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    report.that("tasks that throw", caught && ended > 0, "expected std::bad_alloc, got nothing");
+    ended = 0;
+    cpu::parallel_for(100, [&](int64_t) { ++ended; });
+    report.that("tasks after some that threw", ended == 100, std::to_string(ended) + " of 100");
+  }
+}
+
 template <class T>
 void test_all(const char* isa, const char* dtype, bool own) {
   report.enter(std::string(isa) + " " + dtype + (own ? ", own threads" : ", OpenMP"));
@@ -366,6 +391,7 @@ void test_all(const char* isa, const char* dtype, bool own) {
   test_class_losses<T>();
   test_optimizers<T>();
   test_batches<T>();
+  test_tasks_that_throw();
   cpu::set_own_threads(false);
 }
 

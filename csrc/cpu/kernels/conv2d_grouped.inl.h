@@ -176,9 +176,9 @@ struct GroupedOutput {
   int64_t pixel_stride, row_stride;
 };
 
-// `rows` output rows from `row` on, `row_step` source rows apart, all channels. A tile of all rows comes before the next
-// tile: the source rows that it shares with the row before are in L1 still. What comes from memory is better read row by
-// row, and fetched ahead.
+// `rows` output rows from `row` on, `row_step` source rows apart, all channels. A tile of all rows comes before the
+// next tile: the source rows that it shares with the row before are in L1 still. What comes from memory is better read
+// row by row, and fetched ahead.
 template <class T, int width, int step, bool depthwise>
 void grouped_pixels(const GroupedRow<T>& row, int64_t rows, int64_t row_step, const T* weight, WeightSteps steps,
                     int64_t kernel_width, const T* bias, bool with_relu, const GroupedOutput<T>& out) {

@@ -16,8 +16,8 @@ int max_threads();
 const char* openmp_library();
 
 // work(context, begin, end, thread) over runs of tasks until all of [0, tasks) are done; a free thread takes the next
-// run. 0 <= thread < max_threads() picks scratch memory. What a task throws is thrown when the loop has ended, the first
-// of several.
+// run. 0 <= thread < max_threads() picks scratch memory. What a task throws is thrown when the loop has ended, the
+// first of several.
 using Work = void (*)(const void* context, int64_t begin, int64_t end, int thread);
 void run_tasks(int64_t tasks, Work work, const void* context);
 

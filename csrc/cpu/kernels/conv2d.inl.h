@@ -120,13 +120,13 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const int largest = winograd_tile<T, Products>(all_groups);
   const bool side_by_side = small_groups_side_by_side(s);
   const int64_t panel_elements = largest == 0 ? panels_of<T>(outputs) * taps * inputs * kTileColumns<T> : 0;
-  const Scratch<T> panels((side_by_side ? max_threads() : 1) * panel_elements);
+  const MadeWeights<T> panels(max_threads(), panel_elements, side_by_side);
   const char* variant = nullptr;  // of the last group
   for_each_group(s.groups, side_by_side, [&](int64_t group, int thread) {
     const T* of_group = weight + group * outputs * taps * inputs;
-    T* own_panels = panels + thread * panel_elements;
+    T* panels_of_group = panels.of(thread);
     GatherConv<T> conv = all_groups;
-    conv.panels = own_panels;
+    conv.panels = panels_of_group;
     conv.source += group * inputs;
     conv.out += group * outputs;
     if (conv.winner) conv.winner += group * outputs;
@@ -135,7 +135,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
     if (largest > 0) {
       name = winograd<T, Products>(conv, {of_group, taps * inputs, 1, 3 * inputs, inputs}, largest, true);
     } else {
-      pack_forward_panels<T>(outputs, inputs, taps, of_group, own_panels);
+      pack_forward_panels<T>(outputs, inputs, taps, of_group, panels_of_group);
       bool by_row = false;
       if constexpr (sizeof(T) == 4) by_row = winograd_row_serves(conv) && winograd_row_conv(conv);
       if (by_row)
@@ -207,8 +207,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
   }
   const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
   const bool side_by_side = small_groups_side_by_side(s);
-  const int64_t panel_elements = panels_of<T>(inputs) * taps * outputs * kTileColumns<T>;
-  const Scratch<T> panels((side_by_side ? max_threads() : 1) * panel_elements);
+  const MadeWeights<T> panels(max_threads(), panels_of<T>(inputs) * taps * outputs * kTileColumns<T>, side_by_side);
   const Scratch<int64_t> tables(3 * taps);
   int64_t* tap_y = tables;
   int64_t* tap_x = tap_y + taps;
@@ -267,14 +266,14 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
       bool finite = true;
       for_each_group(s.groups, side_by_side, [&](int64_t group, int thread) {
         const T* of_group = weight + group * outputs * taps * inputs;
-        T* own_panels = panels + thread * panel_elements + of_phase;
+        T* panels_of_group = panels.of(thread) + of_phase;
         GatherConv<T> conv = all_groups;
-        conv.panels = own_panels;
+        conv.panels = panels_of_group;
         conv.source += group * outputs;
         conv.out += group * inputs;
         const char* name = nullptr;
         if (largest == 0) {
-          if (pack_gradient_panels<T>(outputs, inputs, taps, of_group, count, places, own_panels)) {
+          if (pack_gradient_panels<T>(outputs, inputs, taps, of_group, count, places, panels_of_group)) {
             gather_conv(conv);
             name = "gather";
           }

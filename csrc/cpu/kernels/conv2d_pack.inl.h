@@ -22,15 +22,15 @@ constexpr int64_t kTasks = 8;
 // they gain, and such large weights have channels enough to share.
 constexpr int64_t kMaxPartialBytes = 16 << 20;
 
-// Memory for weights that a call packs or transforms. Where copies for all threads are small, each thread has its own
-// and makes what it reads for itself, which takes less time than to read what another has written.
+// Memory for weights that a call packs or transforms: shared, or each thread's own. Where copies for all threads are
+// small, each makes what it reads for itself, which takes less time than to read what another has written.
 template <class T>
 class MadeWeights {
  public:
   MadeWeights(int threads, int64_t count)
-      : own_(threads * count * static_cast<int64_t>(sizeof(T)) <= kOwnBytes),
-        shared_(own_ ? 0 : count),
-        copies_(threads, own_ ? count : 0) {}
+      : MadeWeights(threads, count, threads * count * static_cast<int64_t>(sizeof(T)) <= kOwnBytes) {}
+  MadeWeights(int threads, int64_t count, bool own)
+      : own_(own), shared_(own_ ? 0 : count), copies_(threads, own_ ? count : 0) {}
   bool own() const { return own_; }
   T* of(int thread) const { return own_ ? copies_[thread] : shared_; }
 

@@ -50,13 +50,13 @@ template <class T>
 struct FetchAhead {
   const T* data;
   int64_t elements;
-  FetchAhead part(int64_t index, int64_t parts) const {
+  FASTNN_INLINE FetchAhead part(int64_t index, int64_t parts) const {
+    if (elements == 0) return {};  // before two divisions
     const int64_t first = elements * index / parts;
     return {data + first, elements * (index + 1) / parts - first};
   }
   FASTNN_INLINE void fetch(int64_t share, int64_t shares) const {
     constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
-    if (elements == 0) return;  // before two divisions
     const FetchAhead mine = part(share, shares);
     for (int64_t e = 0; e < mine.elements; e += line) __builtin_prefetch(mine.data + e, 0, 2);
   }

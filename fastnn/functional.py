@@ -100,10 +100,10 @@ def conv2d(
 ) -> Tensor:
     """2-D convolution (cross-correlation), with an optional ReLU and max-pooling in the same pass.
 
-    3x3 convolutions of stride 1 with at least 16 channels use Winograd's F(4x4, 3x3) and F(2x2, 3x3) in float32 (Lavin
-    and Gray, 2015) where that takes fewer multiplications, the weights' transformation counted in; with fewer channels
-    F(1x4, 3x3) in the forward pass. Their rounding is larger than a direct sum's (docs/performance.md states the
-    bounds).
+    3x3 and 5x5 convolutions of stride 1 with at least 16 channels use Winograd's F(4x4, 3x3), F(2x2, 3x3) and
+    F(2x2, 5x5) in float32 (Lavin and Gray, 2015) where that takes fewer multiplications, the weights' transformation
+    counted in; 3x3 with fewer channels F(1x4, 3x3) in the forward pass. Their rounding is larger than a direct sum's
+    (docs/performance.md states the bounds).
 
     Args:
         input: ``(batch, in_channels, height, width)`` or ``(in_channels, height, width)``.

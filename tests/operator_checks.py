@@ -187,7 +187,7 @@ def check_conv2d(case: Conv2dCase, fill: str, dtype: torch.dtype, layout: str = 
         if is_winograd(ran) and name == "grad_input":
             bound = bound + winograd_grad_input_bound(x.detach(), passed, w.detach(), dtype, ran, **case.convolution)
         elif is_winograd(ran):
-            bound = bound + winograd_grad_weight_bound(x.detach(), passed, dtype, **case.convolution)
+            bound = bound + winograd_grad_weight_bound(x.detach(), passed, w.shape[-1], dtype, **case.convolution)
         assert_close_bound(actual, expected, bound, name)
 
 

@@ -38,12 +38,41 @@ from torch import Tensor
 
 import fastnn
 from fastnn import _C, functional, reference
+from fastnn.runtime import thread_limit
 
 
 @pytest.mark.parametrize("fill", FILLS)
 @pytest.mark.parametrize("case", by_id(CONV2D_CASES))
 def test_matches_reference(case: Conv2dCase, fill: str, isa: str, dtype: torch.dtype) -> None:
     check_conv2d(case, fill, dtype)
+
+
+WINOGRAD_KERNELS = [  # input, weight, padding, kernel forward and for the input, kernel for the weight
+    ((8, 16, 26, 26), (32, 16, 3, 3), 1, "winograd_4x4", "winograd_4x4"),
+    ((1, 32, 14, 14), (32, 32, 3, 3), 0, "winograd_2x2", "winograd_4x4"),
+    ((4, 32, 14, 14), (32, 32, 5, 5), 2, "winograd_2x2_5x5", "winograd_2x2_5x5"),
+]
+
+
+@pytest.mark.skipif(ON_CUDA, reason="kernels of the CPU's")
+@pytest.mark.parametrize("case", WINOGRAD_KERNELS, ids=str)
+def test_many_channels_by_winograd(case: tuple[Any, ...], isa: str) -> None:
+    size, weight, padding, of_images, of_weight = case
+    rng = generator("winograd", str(case))
+    x, w = (random(shape, torch.float32, rng).requires_grad_() for shape in (size, weight))
+    results = {}
+    for threads in (1, 2, 16):  # the weight's gradient in parts of one thread each, or of all
+        with thread_limit(threads), fastnn.explain_dispatch() as log:
+            y = functional.conv2d(x, w, padding=padding)
+            results[threads] = [y, *torch.autograd.grad(y.square().sum(), (x, w))]
+        kernels = {record.operator: record.kernel for record in log if record.operator.startswith("conv2d_")}
+        assert kernels == {
+            "conv2d_forward": of_images,
+            "conv2d_grad_input": of_images,
+            "conv2d_grad_weight": of_weight,
+        }
+    for threads in (2, 16):
+        assert all(map(torch.equal, results[threads], results[1])), threads
 
 
 BF16_SHAPES = [  # batch, in_channels, out_channels, size, padding, fused ReLU and pooling, float32's kernel
@@ -78,6 +107,21 @@ def test_products_in_bf16_are_within_their_bound(shape: tuple[int, int, int, int
     assert_close_bound(results["bf16"], expected, bound, "output")
     error = (results["bf16"] - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert 1e-4 < error < 1e-2  # bfloat16's, neither float32's nor an index that is wrong
+
+
+@pytest.mark.skipif(not _C.has_bf16(), reason="this processor has no AVX512-BF16")
+def test_5x5_stays_in_float32_under_bf16() -> None:
+    rng = generator("bf16", "5x5")
+    x = random((2, 16, 14, 14), torch.float32, rng).contiguous(memory_format=torch.channels_last)
+    w = random((32, 16, 5, 5), torch.float32, rng)
+    results = []
+    for precision in ("fp32", "bf16"):
+        y = torch.empty(2, 32, 10, 10).contiguous(memory_format=torch.channels_last)
+        with ran_kernels("conv2d_forward", dtype=torch.float32) as records:
+            _C.conv2d_forward(y, None, x, w, None, (1, 1), (0, 0), (1, 1), 1, False, False, precision)
+        assert [record.kernel for record in records] == ["winograd_2x2_5x5"]
+        results.append(y)
+    assert torch.equal(*results)
 
 
 @pytest.mark.skipif(not _C.has_bf16(), reason="this processor has no AVX512-BF16")
@@ -347,6 +391,7 @@ BLOCKS = [
     Block((3, 32, 13, 10), 32, 3),
     Block((3, 32, 12, 12), 24, 3, padding=1),
     Block((2, 8, 11, 9), 12, 5, padding=2),
+    Block((3, 17, 13, 12), 20, 5, padding=2),
     Block((2, 3, 13, 13), 12, 3, stride=2, padding=1),
     Block((4, 32, 12, 11), 32, 3, padding=1, groups=2),
     Block((4, 32, 12, 11), 32, 3, padding=1, groups=8),

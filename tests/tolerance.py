@@ -21,10 +21,11 @@ LOG_ULPS = 4
 
 # Roundings on the way of one product of Winograd's algorithm besides the sum over channels, where no instruction fuses
 # a multiplication with an addition. Along one axis at most 5 in B^T d (two of its additions scaled, one constant
-# rounded), 3 in G g (one addition, one scaled by a rounded constant, and that product) and 5 in A^T m (three
-# additions, one of them scaled by a rounded constant); twice that for two axes, and the product itself. The weight's
-# gradient has no more: 5, 4 in A dy and 4 in G^T u.
-WINOGRAD_TRANSFORM_ROUNDINGS = 27
+# rounded), 3 in G g of 3 taps (one addition, one scaled by a rounded constant, and that product), 5 of 5 taps (three
+# additions, one of them scaled), and 5 in A^T m (three additions, one of them scaled by a rounded constant); twice that
+# for two axes, and the product itself. The weight's gradient has no more: 5, 4 in A dy and 4 in G^T u, or 5, 3 and 5.
+# By the number of taps along an axis:
+WINOGRAD_TRANSFORM_ROUNDINGS = {3: 27, 5: 31}
 
 
 # The same along the one axis of tiles of 1x4, besides two sums over channels and kernel rows: 3 in B^T d (two
@@ -85,12 +86,12 @@ def tf32_bound(length: int, magnitude: Tensor) -> Tensor:
     return magnitude.double() * (factors + 2 * (length + 1) * 2.0**-24 * (1 + factors))
 
 
-def _winograd_tile(outputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A^T, G and B^T of a tile of 2 or 4 outputs; the points are 0, +-1/sqrt(2), +-sqrt(2) and infinity."""
+def _winograd_tile(outputs: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A^T, G and B^T of a tile of 2 or 4 outputs of 3 taps, or 2 of 5; the points are 0, +-1/sqrt(2), +-sqrt(2) and
+    infinity."""
     root = 0.5**0.5
-    points = [0, root, -root, 2 * root, -2 * root][: outputs + 1]
-    powers = [[point**k for k in range(3)] for point in points]
-    if outputs == 2:
+    points = [0, root, -root, 2 * root, -2 * root][: outputs + taps - 2]
+    if len(points) == 3:
         scales = [1, 1, 1]
         source = [[1, 0, -2, 0], [0, root, 1, 0], [0, -root, 1, 0], [0, -0.5, 0, 1]]
     else:
@@ -98,12 +99,14 @@ def _winograd_tile(outputs: int) -> tuple[Tensor, Tensor, Tensor]:
         source = [[1, 0, -2.5, 0, 1, 0]]
         source += [[0, -point * (2.5 - point**2), -(2.5 - point**2), point, 1, 0] for point in points[1:]]
         source += [[0, 1, 0, -2.5, 0, 1]]
+    of_output, of_weight = ([1] * len(points), scales) if taps == 5 else (scales, [1] * len(points))
     output = [
-        [scale * point**k for point, scale in zip(points, scales, strict=True)] + [float(k == outputs - 1)]
+        [scale * point**k for point, scale in zip(points, of_output, strict=True)] + [float(k == outputs - 1)]
         for k in range(outputs)
     ]
-    matrices = (output, [*powers, [0, 0, 1]], source)
-    return tuple(torch.tensor(m, dtype=torch.float64) for m in matrices)  # type: ignore[return-value]
+    filters = [[scale * point**k for k in range(taps)] for point, scale in zip(points, of_weight, strict=True)]
+    filters += [[float(k == taps - 1) for k in range(taps)]]
+    return tuple(torch.tensor(m, dtype=torch.float64) for m in (output, filters, source))  # type: ignore[return-value]
 
 
 def _winograd_cut(length: int, largest: int) -> list[int]:
@@ -114,28 +117,31 @@ def _winograd_cut(length: int, largest: int) -> list[int]:
     return tiles
 
 
-def _winograd_axis(length: int, tiles: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _winograd_axis(length: int, tiles: list[int], taps: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a whole axis of so many outputs."""
-    parts = [_winograd_tile(tile) for tile in tiles]
-    points, reach = sum(tile + 2 for tile in tiles), sum(tiles)
-    output, source = torch.zeros(reach, points).double(), torch.zeros(points, reach + 2).double()
+    more = taps - 1
+    parts = [_winograd_tile(tile, taps) for tile in tiles]
+    points, reach = sum(tile + more for tile in tiles), sum(tiles)
+    output, source = torch.zeros(reach, points).double(), torch.zeros(points, reach + more).double()
     point = pixel = 0
     for tile, (of_output, _, of_source) in zip(tiles, parts, strict=True):
-        output[pixel : pixel + tile, point : point + tile + 2] = of_output
-        source[point : point + tile + 2, pixel : pixel + tile + 2] = of_source
-        point, pixel = point + tile + 2, pixel + tile
-    return output[:length], torch.cat([g for _, g, _ in parts]), source[:, : length + 2]
+        output[pixel : pixel + tile, point : point + tile + more] = of_output
+        source[point : point + tile + more, pixel : pixel + tile + more] = of_source
+        point, pixel = point + tile + more, pixel + tile
+    return output[:length], torch.cat([g for _, g, _ in parts]), source[:, : length + more]
 
 
 def winograd(input: Tensor, weight: Tensor, largest: int, groups: int = 1, absolute: bool = False) -> Tensor:
-    """Winograd's 3x3 convolution of a batch without padding, in the dtype of its inputs.
+    """Winograd's 3x3 or 5x5 convolution of a batch without padding, in the dtype of its inputs.
 
     ``absolute`` takes the absolute value of every number on the way: what its rounding errors are proportional to.
     """
     prepare = torch.abs if absolute else torch.Tensor.clone
+    taps = weight.shape[-1]
+    lengths = [size - taps + 1 for size in input.shape[2:]]
     (a_y, g_y, b_y), (a_x, g_x, b_x) = (
-        [prepare(m).to(input.dtype) for m in _winograd_axis(size - 2, _winograd_cut(size - 2, largest))]
-        for size in input.shape[2:]
+        [prepare(m).to(input.dtype) for m in _winograd_axis(length, _winograd_cut(length, largest), taps)]
+        for length in lengths
     )
     v = b_y @ prepare(input).unflatten(1, (groups, -1)) @ b_x.T
     u = g_y @ prepare(weight).unflatten(0, (groups, -1)) @ g_x.T
@@ -168,14 +174,15 @@ def _winograd_magnitude(values: Tensor, weight: Tensor, largest: int, groups: in
     height, width = (size // 2 * 2 for size in magnitude.shape[2:])
     if not height or not width:
         return magnitude
-    even = winograd(values[:, :, : height + 2, : width + 2], weight, largest, groups, absolute=True)
+    more = weight.shape[-1] - 1
+    even = winograd(values[:, :, : height + more, : width + more], weight, largest, groups, absolute=True)
     magnitude[:, :, :height, :width] = torch.maximum(magnitude[:, :, :height, :width], even)
     return magnitude
 
 
-def _padding(padding: Any) -> tuple[int, int]:
-    """Of a 3x3 kernel, from a number, a pair or a word."""
-    padding = {"same": 1, "valid": 0}[padding] if isinstance(padding, str) else padding
+def _padding(padding: Any, taps: int) -> tuple[int, int]:
+    """Of a square kernel, from a number, a pair or a word."""
+    padding = {"same": taps // 2, "valid": 0}[padding] if isinstance(padding, str) else padding
     return (padding, padding) if isinstance(padding, int) else padding
 
 
@@ -194,7 +201,7 @@ def winograd_bound(
     **_: Any,
 ) -> Tensor:
     """Bound of a convolution by one of these kernels."""
-    vertical, horizontal = _padding(padding)
+    vertical, horizontal = _padding(padding, weight.shape[-1])
     batch = input.double().reshape(-1, *input.shape[-3:])
     padded = F.pad(batch, (horizontal, horizontal, vertical, vertical))
     if "winograd_1x4" in kernels:
@@ -202,7 +209,7 @@ def winograd_bound(
         roundings = 2 * 3 * weight.shape[1] + WINOGRAD_ROW_ROUNDINGS
     else:
         magnitude = _winograd_magnitude(padded, weight.double(), _largest_tile(kernels), groups)
-        roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS
+        roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS[weight.shape[-1]]
     bound = rounding_bound(roundings, dtype, magnitude)
     return bound.reshape(*input.shape[:-3], *bound.shape[1:])
 
@@ -210,26 +217,29 @@ def winograd_bound(
 def winograd_grad_weight_bound(
     input: Tensor,
     grad_output: Tensor,
+    taps: int,
     dtype: torch.dtype,
     *,
     padding: Any = 0,
     groups: int = 1,
     **_: Any,
 ) -> Tensor:
-    """Bound of the weight gradient, whose tiles are all 4x4."""
-    vertical, horizontal = _padding(padding)
+    """Bound of the weight gradient, whose tiles are all 4x4, or 2x2 for 5x5 taps."""
+    vertical, horizontal = _padding(padding, taps)
     values = F.pad(input.double().abs().reshape(-1, *input.shape[-3:]), (horizontal, horizontal, vertical, vertical))
     grad = grad_output.double().abs().reshape(-1, *grad_output.shape[-3:])
-    counts = [-(-size // 4) for size in grad.shape[2:]]
+    tile = 7 - taps
+    counts = [-(-size // tile) for size in grad.shape[2:]]
     (a_y, g_y, b_y), (a_x, g_x, b_x) = (
-        [m.abs() for m in _winograd_axis(size, [4] * count)] for size, count in zip(grad.shape[2:], counts, strict=True)
+        [m.abs() for m in _winograd_axis(size, [tile] * count, taps)]
+        for size, count in zip(grad.shape[2:], counts, strict=True)
     )
     v = b_y @ values.unflatten(1, (groups, -1)) @ b_x.T
     d = a_y.T @ grad.unflatten(1, (groups, -1)) @ a_x
     du = torch.einsum("ngcyx,ngoyx->gocyx", v, d)
     magnitude = (g_y.T @ du @ g_x).flatten(0, 1)
     tiles = len(grad) * counts[0] * counts[1]
-    return rounding_bound(tiles + WINOGRAD_TRANSFORM_ROUNDINGS, dtype, magnitude)
+    return rounding_bound(tiles + WINOGRAD_TRANSFORM_ROUNDINGS[taps], dtype, magnitude)
 
 
 def winograd_bf16_bound(input: Tensor, weight: Tensor, **convolution: Any) -> Tensor:
@@ -239,7 +249,7 @@ def winograd_bf16_bound(input: Tensor, weight: Tensor, **convolution: Any) -> Te
     Factors below the smallest normal number count as zero.
     """
     exact = winograd_bound(input, weight, torch.float32, ["winograd_bf16"], **convolution)
-    roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS
+    roundings = weight.shape[1] + WINOGRAD_TRANSFORM_ROUNDINGS[3]
     factors = 2**-8 + 2**-18
     tiny = torch.finfo(torch.float32).tiny
     largest = max(input.abs().max().item(), weight.abs().max().item(), 1.0)
@@ -262,10 +272,10 @@ def winograd_grad_input_bound(
 ) -> Tensor:
     """The same for the input gradient, which is a convolution of ``grad_output`` by the turned filters.
 
-    With a stride it is one convolution per phase of the input pixels, and a phase may have 3x3 taps too.
+    With a stride it is one convolution per phase of the input pixels, and a phase may have 3x3 or 5x5 taps too.
     """
     strides, dilations = ((v, v) if isinstance(v, int) else v for v in (stride, dilation))
-    paddings = _padding(padding)
+    paddings = _padding(padding, weight.shape[-1])
     grad = grad_output.double().reshape(-1, *grad_output.shape[-3:])
     turned = weight.double().unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     magnitude = torch.zeros(len(grad), *input.shape[-3:], dtype=torch.float64)
@@ -280,13 +290,18 @@ def winograd_grad_input_bound(
         for phase_x in range(strides[1]):
             (rows, above), (columns, beside) = taps(0, phase_y), taps(1, phase_x)
             of_phase = magnitude[:, :, phase_y :: strides[0], phase_x :: strides[1]]
-            if not all(len(o) == 3 and o == list(range(o[0], o[0] + 3)) for o in (above, beside)):
+            count = len(above)
+            if count not in (3, 5) or not all(o == list(range(o[0], o[0] + count)) for o in (above, beside)):
                 continue
             height, width = of_phase.shape[2:]
-            pads = (-beside[0], beside[0] + width + 2 - grad.shape[3], -above[0], above[0] + height + 2 - grad.shape[2])
+            below, right = (
+                o[-1] + size - of_grad
+                for o, size, of_grad in zip((above, beside), (height, width), grad.shape[2:], strict=True)
+            )
+            pads = (-beside[0], right, -above[0], below)
             filters = turned[:, :, rows][:, :, :, columns]
             of_phase += _winograd_magnitude(F.pad(grad, pads), filters, _largest_tile(kernels), groups)
-    roundings = weight.shape[0] // groups + WINOGRAD_TRANSFORM_ROUNDINGS
+    roundings = weight.shape[0] // groups + max(WINOGRAD_TRANSFORM_ROUNDINGS.values())
     return rounding_bound(roundings, dtype, magnitude).reshape(input.shape)
 
 

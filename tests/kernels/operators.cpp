@@ -57,6 +57,9 @@ const Conv2dCase kConv2dCases[] = {
     {2, 16, 12, 11, 33, 3, 3, 1, 1, 1, 1, true, false},  // winograd, tiles of 4x4, some over the edge
     {2, 16, 14, 14, 20, 3, 3, 1, 1, 1, 1, true, false},  // winograd, tiles of 4x4, 4x2, 2x4 and 2x2
     {3, 32, 13, 10, 32, 3, 3, 1, 0, 1, 1, true, true},   // winograd, pooled; sparse gradients
+    {3, 17, 13, 10, 33, 5, 5, 1, 2, 1, 1, true, false},  // winograd of 5x5, some tiles over the edge
+    {5, 16, 18, 18, 16, 5, 5, 1, 0, 1, 1, true, true},   // the same, pooled
+    {8, 16, 26, 26, 16, 3, 3, 1, 1, 1, 1, true, false},  // the weight's gradient in parts
     {2, 1, 14, 13, 20, 3, 3, 1, 0, 1, 1, true, true},    // first layer: lookup
     {2, 3, 14, 13, 20, 3, 3, 1, 1, 1, 1, true, true},    // the same on three colours, with AVX-512
     {2, 8, 11, 9, 12, 5, 5, 1, 2, 1, 1, false, true},    // gather, pooled; sparse grad_weight
@@ -87,19 +90,23 @@ Conv2dShape shape_of(const Conv2dCase& c) {
 }
 
 // Winograd's square roots round even small integers. How far its results may be from the exact ones: with factors below
-// 1, 25 * 25 bounds the products behind an output for each channel (tests/tolerance.py has the matrices).
+// 1, 25 * 25 bounds the products behind an output of 3x3 for each channel, 38 * 38 of 5x5 (tests/tolerance.py has the
+// matrices).
 template <class T>
 bool may_be_winograd(const Conv2dShape& s) {
-  return sizeof(T) == 4 && s.kernel_height == 3 && s.stride_height == 1 && s.dilation_height == 1 &&
-         s.in_channels / s.groups >= 16;
+  const bool square = s.kernel_height == s.kernel_width && (s.kernel_height == 3 || s.kernel_height == 5);
+  return sizeof(T) == 4 && square && s.stride_height == 1 && s.dilation_height == 1 && s.in_channels / s.groups >= 16;
 }
-double winograd_error(int64_t channels) {
-  return 25. * 25. * static_cast<double>(channels * (channels + 27)) * kUnitRoundoff<float>;
+double winograd_error(const Conv2dShape& s, int64_t channels) {
+  const double along_axis = s.kernel_height == 5 ? 38 : 25;
+  return along_axis * along_axis * static_cast<double>(channels * (channels + 31)) * kUnitRoundoff<float>;
 }
 // The weight's gradient sums over tiles.
 double winograd_weight_error(const Conv2dShape& s) {
-  const int64_t tiles = s.batch * ((s.out_height + 3) / 4) * ((s.out_width + 3) / 4);
-  return 31. * 31. * static_cast<double>(tiles * (tiles + 27)) * kUnitRoundoff<float>;
+  const double along_axis = s.kernel_height == 5 ? 20 : 31;
+  const int64_t tile = 7 - s.kernel_height;
+  const int64_t tiles = s.batch * ((s.out_height + tile - 1) / tile) * ((s.out_width + tile - 1) / tile);
+  return along_axis * along_axis * static_cast<double>(tiles * (tiles + 31)) * kUnitRoundoff<float>;
 }
 
 template <class T>
@@ -120,7 +127,7 @@ void test_conv2d() {
     auto winner = unwritten<uint8_t>(s.pool ? out : 0);
     uint8_t* winners = s.pool ? winner.data() : nullptr;
     cpu::kernels<T>().conv2d_forward(s, {output.data(), winners, input.data(), weight.data(), bias.data()});
-    report.close("conv2d_forward", output, expected.output, 0, rounds ? winograd_error(s.in_channels) : 0);
+    report.close("conv2d_forward", output, expected.output, 0, rounds ? winograd_error(s, s.in_channels) : 0);
     report.exact("conv2d winner", winner, expected.winner);
     if (s.pool) {
       auto alone = unwritten<T>(out);
@@ -133,7 +140,8 @@ void test_conv2d() {
                                           input.data(), weight.data(), output.data(), winners});
     const double pixels = static_cast<double>(s.batch * s.out_height * s.out_width);
     const double summed = rounds ? winograd_weight_error(s) + pixels * pixels * kUnitRoundoff<T> : 0;
-    report.close("conv2d grad_input", grad_input, expected.grad_input, 0, rounds ? winograd_error(s.out_channels) : 0);
+    report.close("conv2d grad_input", grad_input, expected.grad_input, 0,
+                 rounds ? winograd_error(s, s.out_channels) : 0);
     report.close("conv2d grad_weight", grad_weight, expected.grad_weight, 0, summed);
     report.close("conv2d grad_bias", grad_bias, expected.grad_bias, 0, summed);
   }

@@ -1,10 +1,11 @@
 // conv2d (ops/conv2d.h): which kernel serves which geometry.
 //
 //   all                   depthwise, and grouped where groups are narrow
-//   forward, grad_input   winograd for 3x3 of stride 1 with channels enough, else the gather
+//   forward, grad_input   winograd for 3x3 and 5x5 of stride 1 with channels enough, else the gather
 //   forward               winograd along rows for 3x3 of stride 1 with few channels
 //   grad_input            scatter where a weight is not finite
-//   grad_weight           winograd for 3x3 of stride 1 with channels enough, packed for a vector of input channels and
+//   grad_weight           winograd for 3x3 and 5x5 of stride 1 with channels enough, packed for a vector of input
+//   channels and
 //                         more - direct where packing would not pay -, else outer products, also where the output
 //                         channels fill vectors better
 //
@@ -33,7 +34,7 @@ inline bool has_narrow_groups(const Conv2dShape& s) {
   const int64_t members = group_inputs(s);
   if (s.groups == 1 || s.in_channels != s.out_channels) return false;
   if (members == 1) return true;
-  if (sizeof(T) == 4 && is_dense_3x3(s) && members >= kWinogradChannels) return false;
+  if (sizeof(T) == 4 && dense_square_taps(s) != 0 && members >= kWinogradChannels) return false;
   return kPermutesLanes && members <= kLanes<T> && kLanes<T> % members == 0;
 }
 
@@ -62,16 +63,23 @@ inline void for_each_group(int64_t groups, bool side_by_side, const Body& body) 
   for (int64_t group = 0; group < groups; ++group) body(group, 0);
 }
 
-// Convolves one group with tiles up to `largest`; returns the kernel's name. Where a weight is not finite, only
-// `always`, else the name is null.
+// Convolves one group as chosen; returns the kernel's name. Where a weight is not finite, only `always`, else the name
+// is null.
 template <class T, class Products = FullProducts<T>>
-const char* winograd(const GatherConv<T>& conv, const WinogradKernels<T>& kernels, int largest, bool always) {
+const char* winograd(const GatherConv<T>& conv, const WinogradKernels<T>& kernels, WinogradChoice choice, bool always) {
   bool finite = true;
-  if constexpr (Products::kLargestTile == 4) {
-    if (largest == 4 && winograd_conv<T, Products, 4>(conv, kernels, false, &finite)) return Products::name(4);
+  if constexpr (Products::kMostPoints == 6) {
+    if (choice.tile == 4 && winograd_conv<T, Products, Winograd<4, 3>>(conv, kernels, false, &finite))
+      return Products::template kName<Winograd<4, 3>>;
   }
-  if (finite || always) winograd_conv<T, Products, 2>(conv, kernels, always, &finite);
-  return finite || always ? Products::name(2) : nullptr;
+  const auto with_tiles_of_2 = [&](auto products, auto f) -> const char* {
+    using P = decltype(products);
+    using F = decltype(f);
+    if (finite || always) winograd_conv<T, P, F>(conv, kernels, always, &finite);
+    return finite || always ? P::template kName<F> : nullptr;
+  };
+  return choice.taps == 5 ? with_tiles_of_2(FullProducts<T>{}, Winograd<2, 5>{})
+                          : with_tiles_of_2(Products{}, Winograd<2, 3>{});
 }
 
 template <class T, class Products = FullProducts<T>>
@@ -117,9 +125,9 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   };
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
-  const int largest = winograd_tile<T, Products>(all_groups);
+  const WinogradChoice choice = winograd_choice<T, Products>(all_groups);
   const bool side_by_side = small_groups_side_by_side(s);
-  const int64_t panel_elements = largest == 0 ? panels_of<T>(outputs) * taps * inputs * kTileColumns<T> : 0;
+  const int64_t panel_elements = choice.tile == 0 ? panels_of<T>(outputs) * taps * inputs * kTileColumns<T> : 0;
   const MadeWeights<T> panels(max_threads(), panel_elements, side_by_side);
   const char* variant = nullptr;  // of the last group
   for_each_group(s.groups, side_by_side, [&](int64_t group, int thread) {
@@ -132,8 +140,8 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
     if (conv.winner) conv.winner += group * outputs;
     if (conv.bias) conv.bias += group * outputs;
     const char* name = "gather";
-    if (largest > 0) {
-      name = winograd<T, Products>(conv, {of_group, taps * inputs, 1, 3 * inputs, inputs}, largest, true);
+    if (choice.tile > 0) {
+      name = winograd<T, Products>(conv, {of_group, taps * inputs, 1, s.kernel_width * inputs, inputs}, choice, true);
     } else {
       pack_forward_panels<T>(outputs, inputs, taps, of_group, panels_of_group);
       bool by_row = false;
@@ -212,7 +220,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
   int64_t* tap_y = tables;
   int64_t* tap_x = tap_y + taps;
   int64_t* places = tap_x + taps;
-  const char* variant = "gather";  // of the last group and phase
+  const char* variant = "gather";  // or Winograd, where it served a phase of the last group
   int64_t of_phase = 0;            // each has panels of its own, of which a thread always packs the same part
 
   for (int64_t phase_y = 0; phase_y < s.stride_height && phase_y < s.in_height; ++phase_y) {
@@ -262,7 +270,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .pool = false,
           .winner = nullptr,
       };
-      const int largest = winograd_tile<T, FullProducts<T>>(all_groups);
+      const WinogradChoice choice = winograd_choice<T, FullProducts<T>>(all_groups);
       bool finite = true;
       for_each_group(s.groups, side_by_side, [&](int64_t group, int thread) {
         const T* of_group = weight + group * outputs * taps * inputs;
@@ -272,7 +280,7 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
         conv.source += group * outputs;
         conv.out += group * inputs;
         const char* name = nullptr;
-        if (largest == 0) {
+        if (choice.tile == 0) {
           if (pack_gradient_panels<T>(outputs, inputs, taps, of_group, count, places, panels_of_group)) {
             gather_conv(conv);
             name = "gather";
@@ -280,11 +288,12 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
         } else {
           // OHWI has a panel's columns side by side: nothing is packed.
           const WinogradKernels<T> kernels{of_group + places[0] * inputs, 1, taps * inputs,
-                                           (places[3] - places[0]) * inputs, (places[1] - places[0]) * inputs};
-          name = winograd<T>(conv, kernels, largest, false);
+                                           (places[choice.taps] - places[0]) * inputs,
+                                           (places[1] - places[0]) * inputs};
+          name = winograd<T>(conv, kernels, choice, false);
         }
         if (!name) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-        if (group == s.groups - 1) variant = name;
+        if (group == s.groups - 1 && choice.tile != 0) variant = name;
       });
       if (!finite) return scatter();
       of_phase += panels_of<T>(inputs) * count * outputs * kTileColumns<T>;
@@ -309,9 +318,11 @@ void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const
     });
   };
   if (winograd_serves_grad_weight<T>(s)) {
-    each_group(winograd_grad_weight<T>);
+    const bool of_5x5 = dense_square_taps(s) == 5;
+    each_group(of_5x5 ? winograd_grad_weight<T, Winograd<2, 5>> : winograd_grad_weight<T, Winograd<4, 3>>);
     // A NaN or infinity reaches all taps, also those that see the border alone there: made anew below.
-    if (all_finite(weight_elements(s), grad_weight)) return trace<T>("conv2d_grad_weight", "winograd_4x4");
+    if (all_finite(weight_elements(s), grad_weight))
+      return trace<T>("conv2d_grad_weight", of_5x5 ? Winograd<2, 5>::kName : Winograd<4, 3>::kName);
   }
   const bool packed = packed_serves_grad_weight<T>(s);
   trace<T>("conv2d_grad_weight", !packed ? "outer" : packs_grad_weight<T>(s) ? "packed" : "direct");

@@ -45,9 +45,11 @@ inline int64_t kernel_taps(const Conv2dShape& s) { return s.kernel_height * s.ke
 inline int64_t group_inputs(const Conv2dShape& s) { return s.in_channels / s.groups; }
 inline int64_t group_outputs(const Conv2dShape& s) { return s.out_channels / s.groups; }
 inline int64_t weight_elements(const Conv2dShape& s) { return s.out_channels * group_inputs(s) * kernel_taps(s); }
-inline bool is_dense_3x3(const Conv2dShape& s) {
-  return s.kernel_height == 3 && s.kernel_width == 3 && s.stride_height == 1 && s.stride_width == 1 &&
-         s.dilation_height == 1 && s.dilation_width == 1;
+// 3 or 5 where the kernel is so high and wide, of stride and dilation 1, else 0: what Winograd may serve.
+inline int dense_square_taps(const Conv2dShape& s) {
+  const bool dense = s.stride_height == 1 && s.stride_width == 1 && s.dilation_height == 1 && s.dilation_width == 1;
+  const bool square = s.kernel_height == s.kernel_width && (s.kernel_height == 3 || s.kernel_height == 5);
+  return dense && square ? static_cast<int>(s.kernel_height) : 0;
 }
 template <class T>
 inline int64_t panels_of(int64_t columns) {

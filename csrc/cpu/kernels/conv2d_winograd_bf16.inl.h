@@ -9,10 +9,11 @@ namespace {
 
 struct Bf16Products {
   using Element = uint16_t;
-  static constexpr int kLargestTile = 2;  // a larger one would lose most of the 8 bits
+  static constexpr int kMostPoints = 4;  // more would lose most of the 8 bits
   static constexpr int64_t kGroup = 2;
 
-  static const char* name(int) { return "winograd_bf16"; }
+  template <class F>
+  static constexpr const char* kName = "winograd_bf16";
 
   static FASTNN_INLINE __m256i rounded(Vec<float> value) {
     return (__m256i)_mm512_maskz_cvtneps_pbh(0xFFFF, (__m512)value);

@@ -48,7 +48,7 @@ constexpr int kRowVectors = 1;
 template <class T>
 bool winograd_row_serves(const GatherConv<T>& conv) {
   const int64_t width = conv.pool ? conv.out_width / 2 * 2 : conv.out_width;
-  return is_dense_3x3(conv) && conv.depth < kWinogradChannels && conv.taps.x[0] >= -4 &&
+  return dense_square_taps(conv) == 3 && conv.depth < kWinogradChannels && conv.taps.x[0] >= -4 &&
          4 * kRowPoints * ((width + 3) / 4) <= 3 * 3 * width;
 }
 

@@ -8,6 +8,7 @@ the forward and one for the backward pass, and gives these the tensors of each c
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,11 +24,13 @@ from fastnn.autograd.common import (
     differentiable_backward,
     goes_through_op,
     goes_through_torch,
+    wanted_in_this_pass,
 )
 from fastnn.autograd.conv2d import channels_last, layout_of, lies_as_kernels_read, result_format
 from fastnn.stages import (
     PARAMETERS,
     WEIGHTED,
+    Backward,
     Memory,
     Stage,
     everything_is_watched,
@@ -67,10 +70,9 @@ class _StandIns(Memory):
     precision = "fp32"
     backward_follows = True
 
-    def __init__(self, parameters: Sequence[Tensor], trained: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.made: list[Tensor] = []
         self.parameters = {parameter: _stand_in(parameter) for parameter in parameters}
-        self.grads = {parameter: _stand_in(parameter) for parameter in trained}
 
     def at(self, parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else self.parameters[parameter]
@@ -94,13 +96,12 @@ def _room(tensor: Tensor) -> int:
 
 
 class _Plan:
-    """The passes of a chain as programs, for one shape of input and choice of gradients.
+    """The passes of a chain as programs, for one shape of input.
 
     Args:
         stages: of the chain.
         source: an input as the first stage reads it.
         parameters: of the chain, with the number of the stage that each belongs to.
-        needed: whether the input's gradient, and each parameter's, is wanted.
         saves_output: whether the backward pass reads the output.
     """
 
@@ -109,53 +110,66 @@ class _Plan:
         stages: Sequence[Stage],
         source: Tensor,
         parameters: Sequence[tuple[int, Tensor]],
-        needed: Sequence[bool],
         saves_output: bool,
     ) -> None:
-        self._needs_input, *self._needs = needed
-        trained = [pair for pair, need in zip(parameters, self._needs, strict=True) if need]
-        memory = _StandIns([p for _, p in parameters], [p for _, p in trained])
-        given = [_stand_in(source), *memory.parameters.values()]
+        self._parameters = parameters
+        self._memory = memory = _StandIns([p for _, p in parameters])
+        self._given = [_stand_in(source), *memory.parameters.values()]
+        self._stages_back: list[Backward] = []
+        self._backwards: dict[tuple[bool, ...], tuple[_C.Program, int]] = {}
+        self._recording = threading.Lock()
 
-        output, backwards = given[0], []
+        output = self._given[0]
 
         def forward() -> None:
             nonlocal output
             for stage in stages:
                 output, backward = stage(memory, output)
-                backwards.append(backward)
+                self._stages_back.append(backward)
 
         self._forward = _C.Program()
         self._forward.record(forward)
+        self._output = output
+        self._saved_output = [output] if saves_output else []
         self._output_layout = tuple(output.shape), output.stride()
-        activations = [tensor for tensor in memory.made if tensor is not output]
-        *offsets, self._activation_bytes = itertools.accumulate(map(_room, activations), initial=0)
-        slots = [*given, output]
-        self._forward.place(slots, [(t, len(slots), i) for t, i in zip(activations, offsets, strict=True)])
+        self._activations = [tensor for tensor in memory.made if tensor is not output]
+        *self._offsets, self._activation_bytes = itertools.accumulate(map(_room, self._activations), initial=0)
+        slots = [*self._given, output]
+        self._forward.place(slots, self._activations_in(len(slots)))
 
-        memory.made = []
-        grad_output = _stand_in(output)
+    def _activations_in(self, slot: int) -> list[tuple[Tensor, int, int]]:
+        return [(t, slot, i) for t, i in zip(self._activations, self._offsets, strict=True)]
+
+    def _record_backward(self, needed: tuple[bool, ...]) -> tuple[_C.Program, int]:
+        """The backward pass to these of the input and the parameters, and the bytes that its stages hand on."""
+        needs_input, *needs = needed
+        trained = [pair for pair, need in zip(self._parameters, needs, strict=True) if need]
+        memory = self._memory
+        # Laid out as the parameters were when the forward pass was recorded.
+        memory.made, memory.grads = [], {p: _stand_in(memory.parameters[p]) for _, p in trained}
+        grad_output = _stand_in(self._output)
         grad: Tensor | None = grad_output
-        first = -1 if self._needs_input else min(number for number, _ in trained)
+        first = -1 if needs_input else min(number for number, _ in trained)
 
         def backward_pass() -> None:
             nonlocal grad
-            for number in reversed(range(max(first, 0), len(stages))):
+            for number in reversed(range(max(first, 0), len(self._stages_back))):
                 assert grad is not None
-                grad = backwards[number](grad, number > first)
+                grad = self._stages_back[number](grad, number > first)
 
-        self._backward = _C.Program()
-        self._backward.record(backward_pass)
+        program = _C.Program()
+        program.record(backward_pass)
         # A stage makes at most one tensor. When it makes it, the one before the last has been read.
         between = [tensor for tensor in memory.made if tensor is not grad]
-        self._between_bytes = 2 * max(map(_room, between), default=0)
-        optional = [output if saves_output else None, grad if self._needs_input else None]
-        slots = [*given, grad_output, *memory.grads.values(), *(tensor for tensor in optional if tensor is not None)]
-        self._backward.place(
+        between_bytes = 2 * max(map(_room, between), default=0)
+        grad_input = [grad] if needs_input and grad is not None else []
+        slots = [*self._given, grad_output, *memory.grads.values(), *self._saved_output, *grad_input]
+        program.place(
             slots,
-            [(t, len(slots), i) for t, i in zip(activations, offsets, strict=True)]
-            + [(t, len(slots) + 1, i % 2 * self._between_bytes // 2) for i, t in enumerate(between)],
+            self._activations_in(len(slots))
+            + [(t, len(slots) + 1, i % 2 * between_bytes // 2) for i, t in enumerate(between)],
         )
+        return program, between_bytes
 
     def forward(self, source: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
         """The output, and the memory of what lies before it; None where a tensor is laid out in another way."""
@@ -165,18 +179,25 @@ class _Plan:
 
     def backward(
         self,
+        needed: tuple[bool, ...],
         grad_output: Tensor,
         source: Tensor,
         parameters: Sequence[Tensor],
         output: Tensor | None,
         activations: Tensor,
     ) -> tuple[Tensor | None, ...] | None:
-        """The gradients of the input and of the parameters, None for those that the plan leaves out; or None."""
-        grads = [torch.empty_like(p) if need else None for p, need in zip(parameters, self._needs, strict=True)]
-        grad_input = torch.empty_like(source) if self._needs_input else None
-        between = source.new_empty(self._between_bytes, dtype=torch.uint8)
+        """The gradients of the input and of the parameters, None for those that are not needed; or None where a tensor
+        is laid out in another way."""
+        if needed not in self._backwards:
+            with self._recording:  # threads that run one model
+                self._backwards[needed] = self._record_backward(needed)
+        program, between_bytes = self._backwards[needed]
+        grad_input, *grads = (
+            torch.empty_like(t) if need else None for t, need in zip((source, *parameters), needed, strict=True)
+        )
+        between = source.new_empty(between_bytes, dtype=torch.uint8)
         tensors = (source, *parameters, grad_output, *grads, output, grad_input, activations, between)
-        done = self._backward.run_on([tensor for tensor in tensors if tensor is not None])
+        done = program.run_on([tensor for tensor in tensors if tensor is not None])
         return (grad_input, *grads) if done else None
 
 
@@ -216,7 +237,7 @@ class _Chain:
             begin = 0 if first == 0 else self._places[first - 1][1]
             if begin > 0:  # autograd sees nothing of the layers before it
                 return self._call_from(begin, input)
-            results = self._compute(input, parameters, needed)
+            results = self._compute(input, parameters)
             if results is not None:
                 return _ChainFunction.run(input, (self, *results), *parameters)
         return _through((layer for layer, _ in self._layers), input)
@@ -240,19 +261,17 @@ class _Chain:
         before = (layer for layer, _ in self._layers[:begin])
         return _through(self._tails[begin], _through(before, input))
 
-    def _compute(
-        self, input: Tensor, parameters: list[Tensor], needed: tuple[bool, ...]
-    ) -> tuple[_Plan, Tensor, Tensor] | None:
+    def _compute(self, input: Tensor, parameters: list[Tensor]) -> tuple[_Plan, Tensor, Tensor] | None:
         """The plan for this call, the output, and memory with what the backward pass needs; None where the layers have
         to say what does not fit."""
         source = _as_read(input)
-        key = source.shape, needed, allows_tf32(source, "conv"), allows_tf32(source, "matmul")
+        key = source.shape, allows_tf32(source, "conv"), allows_tf32(source, "matmul")
         plan = self._plans.get(key)
         results = None if plan is None else plan.forward(source, parameters)
         if plan is None or results is None:
             numbered = [(number, p) for (number, *_), p in zip(self._places, parameters, strict=True)]
             try:
-                plan = _Plan(self._stages, source, numbered, needed, self.saves_output)
+                plan = _Plan(self._stages, source, numbered, self.saves_output)
             except (ValueError, IndexError, RuntimeError):
                 return None
             results = plan.forward(source, parameters)
@@ -289,7 +308,9 @@ class _ChainFunction(KernelFunction):
         by_layers = goes_through_op(grad_output) or goes_through_torch(grad_output)
         grads: Sequence[Tensor | None] | None = None
         if not by_layers:
-            grads = ctx.plan.backward(_as_read(grad_output), _as_read(input), parameters, output, activations)
+            if needed[0]:  # else the pass is hardly for some of the parameters alone
+                needed = wanted_in_this_pass(ctx, needed, input)
+            grads = ctx.plan.backward(needed, _as_read(grad_output), _as_read(input), parameters, output, activations)
         if grads is None:  # or a parameter is laid out in another way than it was
             grads = differentiable_backward(ctx.chain.layer_by_layer, (input, *parameters), needed, grad_output)
             grads = grads if by_layers else [None if grad is None else grad.detach() for grad in grads]

@@ -19,6 +19,7 @@ from tolerance import assert_identical
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastnn
 from fastnn import functional, reference
 
 
@@ -481,3 +482,44 @@ def test_matches_in_a_chain_of_layers(operator: Operator) -> None:
         results.append(torch.autograd.grad(loss, leaves))
     for actual, expected in zip(*results, strict=True):
         assert_near(actual, expected)
+
+
+PARTIAL = {  # a function of an input, a weight and a bias, with their shapes
+    "conv2d": (functional.conv2d, (4, 3, 40, 40), (6, 3, 3, 3)),
+    "linear": (functional.linear, (5, 300), (60, 300)),
+}
+
+
+@pytest.mark.parametrize("operator", PARTIAL)
+def test_a_backward_pass_makes_the_gradients_that_it_is_for(operator: str) -> None:
+    """As torch's operators do: one for the input alone, as for an adversarial image, leaves out the weight's."""
+    function, *shapes = PARTIAL[operator]
+    rng = generator("partial", operator)
+    sizes = (*shapes, shapes[1][:1])
+    x, w, b = (random(size, torch.float32, rng).requires_grad_() for size in sizes)
+    leaves = {"input": x, "weight": w, "bias": b}
+    # Of twice the input: autograd runs the nodes of what is no leaf, and keeps what it brings to leaves.
+    expected = dict(zip(leaves, torch.autograd.grad(function(x * 2, w, b).square().sum(), [x, w, b]), strict=True))
+    for names in (["input"], ["weight"], ["bias"], ["input", "bias"], ["input", "weight", "bias"]):
+        output = function(x * 2, w, b).square().sum()
+        with fastnn.explain_dispatch() as log:
+            grads = torch.autograd.grad(output, [leaves[name] for name in names])
+        for name, grad in zip(names, grads, strict=True):
+            assert_identical(grad, expected[name], name)
+        if operator == "conv2d":
+            made = {record.operator for record in log} & {"conv2d_grad_input", "conv2d_grad_weight"}
+            assert made == {f"conv2d_grad_{name}" for name in names if name != "bias"}
+
+    for leaf in leaves.values():
+        leaf.grad = None
+    function(x, w, b).square().sum().backward(inputs=[w])
+    assert x.grad is None and b.grad is None and w.grad is not None
+    assert_identical(w.grad, torch.autograd.grad(function(x, w, b).square().sum(), w)[0])
+    # A whole pass, and one in which a hook wants what nobody else does.
+    function(x, w, b).square().sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves.values())
+    middle = x * 2
+    seen: list[torch.Tensor] = []
+    middle.register_hook(seen.append)
+    function(middle, w, b).square().sum().backward(inputs=[x])
+    assert_identical(seen[0] * 2, expected["input"])

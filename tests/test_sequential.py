@@ -126,6 +126,23 @@ def test_parameters_that_are_not_trained_get_no_gradient() -> None:
     assert not model(x).requires_grad
 
 
+def test_a_pass_for_the_input_alone_makes_no_gradients_of_parameters() -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 30 * 30, 10)
+    model = fastnn.convert(torch.nn.Sequential(*layers).to(DEVICE))
+    x = torch.randn(16, 3, 32, 32, device=DEVICE, requires_grad=True)
+    leaves = [x, *model.parameters()]
+    whole = torch.autograd.grad(model(x).square().sum(), leaves)
+    for count in (1, 2, len(leaves)):
+        with fastnn.explain_dispatch() as log:
+            output = model(x)
+            grads = torch.autograd.grad(output.square().sum(), leaves[:count])
+        assert is_chained(output)
+        assert ("conv2d_grad_weight" in {record.operator for record in log}) == (count > 1)
+        for grad, expected in zip(grads, whole[:count], strict=True):
+            assert_identical(grad, expected)
+
+
 def test_shapes_dtypes_and_memory_of_one_model_may_change() -> None:
     plain, model, x = both("images out", torch.float64)
     for size in range(5, sequential.MOST_PLANS + 15):

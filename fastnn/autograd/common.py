@@ -218,6 +218,29 @@ def goes_through_torch(grad_output: Tensor) -> bool:
     return torch.is_grad_enabled() or not _has_storage(grad_output)
 
 
+# Elements of input and weight from which on a gradient takes longer than the question whether anyone wants it.
+_WORTH_ASKING = 1 << 14
+
+_engine_will_run = torch._C._will_engine_execute_node
+
+
+def wanted_in_this_pass(ctx: Any, needed: tuple[bool, ...], largest: Tensor) -> tuple[bool, ...]:
+    """`needed`, of the function's first tensors, without the gradients that this backward pass is not for:
+    ``autograd.grad(loss, images)`` leaves out those of the weights. torch's operators do so by themselves, and
+    ``ctx.needs_input_grad`` does not tell. `largest` is the input or weight whose size says whether to ask."""
+    if largest.numel() < _WORTH_ASKING or sum(needed) < 2:
+        return needed
+    edges = ctx.next_functions
+    return tuple([need and _runs(edges[i][0]) for i, need in enumerate(needed)])
+
+
+def _runs(node: Any) -> bool:
+    try:
+        return _engine_will_run(node)
+    except RuntimeError:  # a leaf that autograd.grad was asked for, or a backward pass that the engine does not run
+        return True
+
+
 def empty_like_if(needed: bool, like: Tensor, shape: Sequence[int]) -> Tensor:
     """What a backward op's fake returns: a gradient of this shape, or the empty tensor that stands for none."""
     return like.new_empty(shape if needed else (0,))

@@ -21,6 +21,7 @@ from fastnn.autograd.common import (
     goes_through_op,
     goes_through_torch,
     wanted,
+    wanted_in_this_pass,
 )
 
 
@@ -196,6 +197,7 @@ def _backward(ctx: Any, grad_output: Tensor, _grad_winner: Tensor | None = None)
             return reference.conv2d(x, w, b, *geometry, activation=activation, max_pool=max_pool)
 
         return *differentiable_backward(function, (input, weight, bias), needed, grad_output), *rest
+    needed = wanted_in_this_pass(ctx, needed, input)
     return *conv2d_backward(grad_output, input, weight, output, winner, geometry, needed), *rest
 
 

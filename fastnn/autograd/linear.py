@@ -19,6 +19,7 @@ from fastnn.autograd.common import (
     goes_through_op,
     goes_through_torch,
     wanted,
+    wanted_in_this_pass,
 )
 
 
@@ -69,6 +70,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             needed,
             grad_output,
         ), None
+    needed = wanted_in_this_pass(ctx, needed, weight)
     return *linear_backward(grad_output, input, weight, output, needed), None
 
 

@@ -1,5 +1,5 @@
-// Weight gradient of a 3x3 or 5x5 convolution of stride 1 by Winograd's F(4x4, 3x3) or F(2x2, 5x5), the transpose of the
-// forward pass (conv2d_winograd.inl.h has the matrices): 36 multiplications for a tile instead of 144 or 100.
+// Weight gradient of a 3x3 or 5x5 convolution of stride 1 by Winograd's F(4x4, 3x3) or F(2x2, 5x5), the transpose of
+// the forward pass (conv2d_winograd.inl.h has the matrices): 36 multiplications for a tile instead of 144 or 100.
 //
 //   D = A dy A'    of each tile's gradients, per output channel
 //   dU = sum over tiles of D * V: one matrix product for each of the 36 places
@@ -8,10 +8,10 @@
 //   V: [place][panel of input channels][tile][kTileColumns]   D: [place][tile][output channel]
 //   dU: [place][output channel][panels * kTileColumns]
 //
-// Tiles are summed in parts, whose dU are added at the end. A thread takes a part by itself, so that V and D stay in its
-// caches, unless there are more threads than parts: then all share each part. A part's tiles are taken a chunk at a time:
-// all are transformed, then every place adds its products to dU. So the sums' order is that of the tiles, whatever the
-// threads.
+// Tiles are summed in parts, whose dU are added at the end. A thread takes a part by itself, so that V and D stay in
+// its caches, unless there are more threads than parts: then all share each part. A part's tiles are taken a chunk at a
+// time: all are transformed, then every place adds its products to dU. So the sums' order is that of the tiles,
+// whatever the threads.
 #pragma once
 
 #include "cpu/kernels/conv2d_winograd.inl.h"

@@ -156,28 +156,18 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   trace<T>("conv2d_forward", variant);
 }
 
-// What conv2d_backward's stages read as the gradient of z: pixels `stride` elements apart.
+// The gradient of z out of that of the output: through ReLU and pooling.
 template <class T>
-struct ConvGradient {
-  const T* data;
-  int64_t pixel_stride;
-};
-
-// The gradient of z out of that of the output: through ReLU and pooling, with channels padded to whole vectors.
-template <class T>
-void undo_activation(const Conv2dShape& s, const Conv2dBackward<T>& t, int64_t padded, T* grad) {
-  const int64_t rows = s.batch * s.out_height, channels = s.out_channels;
+void undo_activation(const Conv2dShape& s, const Conv2dBackward<T>& t, T* grad) {
+  const int64_t rows = s.batch * s.out_height, channels = s.out_channels, row_elements = s.out_width * channels;
   if (!s.pool) {
     parallel_for(rows, [&](int64_t row) {
-      for (int64_t x = 0; x < s.out_width; ++x) {
-        const int64_t from = (row * s.out_width + x) * channels;
-        T* to = grad + (row * s.out_width + x) * padded;
-        for (int64_t c = 0; c < channels; c += kLanes<T>) {
-          const int64_t left = channels - c < kLanes<T> ? channels - c : kLanes<T>;
-          Vec<T> g = load_upto(t.grad_output + from + c, left);
-          if (s.relu) g = load_upto(t.output + from + c, left) <= Vec<T>{} ? Vec<T>{} : g;
-          store(to + c, g);
-        }
+      const T *given = t.grad_output + row * row_elements, *output = t.output + row * row_elements;
+      T* to = grad + row * row_elements;
+      for (int64_t i = 0; i < row_elements; i += kLanes<T>) {
+        const int64_t left = row_elements - i < kLanes<T> ? row_elements - i : kLanes<T>;
+        const Vec<T> g = load_upto(output + i, left) <= Vec<T>{} ? Vec<T>{} : load_upto(given + i, left);
+        store_upto(to + i, g, left);
       }
     });
     return;
@@ -185,33 +175,32 @@ void undo_activation(const Conv2dShape& s, const Conv2dBackward<T>& t, int64_t p
   const int64_t pooled_height = s.out_height / 2, pooled_width = s.out_width / 2;
   parallel_for(rows, [&](int64_t row) {
     const int64_t image = row / s.out_height, y = row % s.out_height;
-    T* to = grad + row * s.out_width * padded;
-    if (y / 2 >= pooled_height) return zero_run(s.out_width * padded, to);
-    for (int64_t x = 0; x < s.out_width; ++x, to += padded) {
+    T* to = grad + row * row_elements;
+    if (y / 2 >= pooled_height) return zero_run(row_elements, to);
+    for (int64_t x = 0; x < s.out_width; ++x, to += channels) {
       if (x / 2 >= pooled_width) {
-        zero_run(padded, to);
+        zero_run(channels, to);
         continue;
       }
       const int64_t from = ((image * pooled_height + y / 2) * pooled_width + x / 2) * channels;
       const uint8_t place = static_cast<uint8_t>(y % 2 * 2 + x % 2);
       for (int64_t c = 0; c < channels; ++c) to[c] = t.winner[from + c] == place ? t.grad_output[from + c] : T(0);
-      for (int64_t c = channels; c < padded; ++c) to[c] = 0;
     }
   });
 }
 
 template <class T>
-void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const T* weight_as_given, T* grad_input) {
+void conv2d_grad_input(const Conv2dShape& s, const T* grad, const T* weight_as_given, T* grad_input) {
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, weight_as_given, ohwi);
   const auto scatter = [&] {
     trace<T>("conv2d_grad_input", "scatter");
-    scatter_grad_input<T>(s, grad.data, grad.pixel_stride, weight, grad_input);
+    scatter_grad_input<T>(s, grad, weight, grad_input);
   };
   if (has_narrow_groups<T>(s)) {
     if (!all_finite(weight_elements(s), weight)) return scatter();
     trace<T>("conv2d_grad_input", grouped_name(s));
-    return grouped_grad_input<T>(s, grad.data, grad.pixel_stride, weight, grad_input);
+    return grouped_grad_input<T>(s, grad, weight, grad_input);
   }
   const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
   const bool side_by_side = small_groups_side_by_side(s);
@@ -253,12 +242,12 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
           .taps = {count, tap_y, tap_x},
           .depth = outputs,
           .columns = inputs,
-          .source = grad.data,
+          .source = grad,
           .source_height = s.out_height,
           .source_width = s.out_width,
-          .source_image_stride = s.out_height * s.out_width * grad.pixel_stride,
-          .source_row_stride = s.out_width * grad.pixel_stride,
-          .source_pixel_stride = grad.pixel_stride,
+          .source_image_stride = s.out_height * s.out_width * s.out_channels,
+          .source_row_stride = s.out_width * s.out_channels,
+          .source_pixel_stride = s.out_channels,
           .panels = nullptr,
           .bias = nullptr,
           .relu = false,
@@ -303,18 +292,17 @@ void conv2d_grad_input(const Conv2dShape& s, const ConvGradient<T>& grad, const 
 }
 
 template <class T>
-void conv2d_grad_weight(const Conv2dShape& s, const ConvGradient<T>& grad, const T* input, T* grad_weight) {
+void conv2d_grad_weight(const Conv2dShape& s, const T* grad, const T* input, T* grad_weight) {
   if (weight_elements(s) == 0) return;
   if (s.batch * s.out_height * s.out_width == 0) return zero_run(weight_elements(s), grad_weight);
   if (has_narrow_groups<T>(s)) {
     trace<T>("conv2d_grad_weight", grouped_name(s));
-    return grouped_grad_weight<T>(s, input, grad.data, grad.pixel_stride, grad_weight);
+    return grouped_grad_weight<T>(s, input, grad, grad_weight);
   }
   const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
   const auto each_group = [&](const auto& kernel) {
     for_each_group(s.groups, groups_side_by_side(s), [&](int64_t group, int) {
-      kernel(s, input + group * group_inputs(s), grad.data + group * group_outputs(s), grad.pixel_stride,
-             grad_weight + group * group_weights);
+      kernel(s, input + group * group_inputs(s), grad + group * group_outputs(s), grad_weight + group * group_weights);
     });
   };
   if (winograd_serves_grad_weight<T>(s)) {
@@ -353,17 +341,13 @@ void conv2d_backward(const Conv2dShape& as_given, const Conv2dBackward<T>& t) {
   if (!dense.grad_input && !dense.grad_weight && !dense.grad_bias) return;
 
   const int64_t pixels = s.batch * s.out_height * s.out_width;
-  const int64_t padded = (s.out_channels + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-  // The outer products read the gradient in whole vectors, past a group's channels up to the next multiple.
-  const bool outer = dense.grad_weight && !has_narrow_groups<T>(s) && !packed_serves_grad_weight<T>(s);
-  const bool pad = outer && group_outputs(s) % kLanes<T> != 0;
-  const bool copy = s.relu || s.pool || pad;
-  const Scratch<T> buffer(copy ? pixels * padded : 0);
-  if (copy) undo_activation<T>(s, t, padded, buffer);
-  const ConvGradient<T> grad{copy ? static_cast<T*>(buffer) : t.grad_output, copy ? padded : s.out_channels};
+  const bool undo = s.relu || s.pool;
+  const Scratch<T> undone(undo ? pixels * s.out_channels : 0);
+  if (undo) undo_activation<T>(s, t, undone);
+  const T* grad = undo ? undone : t.grad_output;
   if (dense.grad_input) conv2d_grad_input<T>(s, grad, t.weight, t.grad_input);
   if (dense.grad_weight) conv2d_grad_weight<T>(s, grad, t.input, t.grad_weight);
-  if (dense.grad_bias) column_sums(pixels, s.out_channels, grad.data, grad.pixel_stride, t.grad_bias);
+  if (dense.grad_bias) column_sums(pixels, s.out_channels, grad, t.grad_bias);
 }
 
 }  // namespace

@@ -2,8 +2,9 @@
 //
 //   grad_w[t][i][o] = sum over images, y, x of source[y * stride + tap_y[t]][x * stride + tap_x[t]][i] * grad[y][x][o]
 //
-// The register tile's rows are kTileRows neighbours of (kx, i) - contiguous in a source row where pixels are dense -
-// its columns output channels, its depth the pixels of an output row.
+// The register tile's rows are up to kTileRows neighbours of (kx, i) - contiguous in a source row where pixels are
+// dense -, in several rows of the kernel where these are few, its columns output channels, its depth the pixels of an
+// output row.
 //
 // A unit is some output rows of one image. Units are cut into chunks whose number depends on the shape alone, each
 // chunk sums into its own partial gradient, and the partials are added in order: the same bits for every thread count.
@@ -60,36 +61,69 @@ inline int64_t unit_window_elements(const Conv2dShape& s, const UnitPlan& plan, 
          ((s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width + 1) * channels;
 }
 
-// partial[r][column..] += source rows x grad rows for `rows` neighbours of (kx, i) and one panel.
+// Sums that are held in registers at a time: few at a time would each wait for the one before.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kOuterSums = 25;
+#else
+constexpr int kOuterSums = 12;
+#endif
+constexpr int kMostRuns = 5;
+
+// Where the parts of an outer product lie, from one to the next.
+struct OuterSteps {
+  int64_t source_run, source_row, source_pixel, grad_row, grad_pixel, sum_run, sum;
+};
+
+// sums[run][r][column..] += source rows x grad rows for `runs` runs of `tile_rows` neighbours of (kx, i), whose runs
+// are rows of the kernel, and one panel.
 template <class T, int vectors>
-FASTNN_INLINE void outer_rows(int64_t tile_rows, const T* source, int64_t y_step, int64_t x_step, const T* grad,
-                              int64_t grad_row, int64_t grad_pixel, int64_t unit_rows, int64_t width, T* partial,
-                              int64_t partial_stride) {
+FASTNN_INLINE void outer_rows(int64_t runs, int64_t tile_rows, const T* source, const T* grad, const OuterSteps& steps,
+                              int64_t unit_rows, int64_t width, T* sums) {
   with_rows(tile_rows, [&](auto constant) {
     constexpr int rows = decltype(constant)::value;
-    Vec<T> acc[rows][vectors];
-    FASTNN_UNROLL
-    for (int r = 0; r < rows; ++r) {
-      FASTNN_UNROLL
-      for (int v = 0; v < vectors; ++v) acc[r][v] = load(partial + r * partial_stride + v * kLanes<T>);
-    }
-    for (int64_t y = 0; y < unit_rows; ++y) {
-      const T* sources[rows];
-      FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) sources[r] = source + y * y_step + r;
-      multiply_add<T, rows, vectors>(width, sources, x_step, grad + y * grad_row, grad_pixel, acc);
-    }
-    FASTNN_UNROLL
-    for (int r = 0; r < rows; ++r) {
-      FASTNN_UNROLL
-      for (int v = 0; v < vectors; ++v) store(partial + r * partial_stride + v * kLanes<T>, acc[r][v]);
-    }
+    with_count<kMostRuns>(runs, [&](auto count) {
+      constexpr int held = decltype(count)::value;
+      if constexpr (held == 1 || held * rows * vectors <= kOuterSums) {
+        Vec<T> acc[held * rows][vectors];
+        FASTNN_UNROLL
+        for (int r = 0; r < held * rows; ++r) {
+          FASTNN_UNROLL
+          for (int v = 0; v < vectors; ++v)
+            acc[r][v] = load(sums + r / rows * steps.sum_run + r % rows * steps.sum + v * kLanes<T>);
+        }
+        for (int64_t y = 0; y < unit_rows; ++y) {
+          const T* of_run[held];
+          FASTNN_UNROLL
+          for (int h = 0; h < held; ++h) of_run[h] = source + y * steps.source_row + h * steps.source_run;
+          const T* g = grad + y * steps.grad_row;
+          for (int64_t x = 0; x < width; ++x, g += steps.grad_pixel) {
+            const int64_t pixel = unknown(x * steps.source_pixel);
+            Vec<T> columns[vectors];
+            FASTNN_UNROLL
+            for (int v = 0; v < vectors; ++v) columns[v] = load(g + v * kLanes<T>);
+            FASTNN_UNROLL
+            for (int r = 0; r < held * rows; ++r) {
+              const Vec<T> value = broadcast((of_run[r / rows] + pixel)[r % rows]);
+              FASTNN_UNROLL
+              for (int v = 0; v < vectors; ++v) acc[r][v] += value * columns[v];
+            }
+          }
+        }
+        FASTNN_UNROLL
+        for (int r = 0; r < held * rows; ++r) {
+          FASTNN_UNROLL
+          for (int v = 0; v < vectors; ++v)
+            store(sums + r / rows * steps.sum_run + r % rows * steps.sum + v * kLanes<T>, acc[r][v]);
+        }
+      }
+    });
   });
 }
 
-// One group. source and grad are at the group's first channel; grad may be read up to a whole panel past its channels.
+// One group. source and grad are at the group's first channel. Vectors of grad reach past a pixel's channels: what they
+// read there adds to sums that nobody reads.
 template <class T>
-void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int64_t grad_pixel, T* grad_weight) {
+void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, T* grad_weight) {
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
   const int64_t panels = panels_of<T>(outputs);
   const int64_t padded = (outputs + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -102,6 +136,12 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
   const ThreadScratch<T> windows(max_threads(), window_elements);
   const Scratch<T> partials(plan.chunks * elements);
   const Scratch<T> buffer(is_ohwi(s) ? 0 : taps * inputs * outputs);
+  // A copy of the last unit's gradient, where they would reach past its end.
+  const int64_t last_row = (plan.units_per_image - 1) * plan.rows_per_unit;
+  const int64_t before_last = ((s.batch - 1) * s.out_height + last_row) * s.out_width * s.out_channels;
+  const int64_t last_elements = ((s.out_height - last_row) * s.out_width - 1) * s.out_channels + outputs;
+  const Scratch<T> last_grad(padded > outputs ? last_elements : 0);
+  if (padded > outputs) copy_run<T>(grad + before_last, last_elements, last_grad);
 
   parallel_tasks(plan.chunks * column_tasks, [&](int64_t task, int thread) {
     const int64_t chunk = task / column_tasks, column_task = task % column_tasks;
@@ -111,37 +151,48 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, int
       const int64_t end = last * kTileColumns<T> < padded ? last * kTileColumns<T> : padded;
       zero_run(end - first * kTileColumns<T>, partial + r * padded + first * kTileColumns<T>);
     }
-    for_each_unit(
-        s, plan, chunk, source, inputs, windows[thread],
-        [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window) {
-          const bool merged = window.pixel_stride == inputs && s.dilation_width == 1;
-          const int64_t run = merged ? s.kernel_width * inputs : inputs, runs = taps * inputs / run;
-          const int64_t tiles = (run + kTileRows - 1) / kTileRows;
-          const int64_t y_step = s.stride_height * window.row_stride, x_step = s.stride_width * window.pixel_stride;
-          const T* unit_grad = grad + (image * s.out_height + row) * s.out_width * grad_pixel;
-          for (int64_t panel = first; panel < last; ++panel) {
-            const int64_t column = panel * kTileColumns<T>;
-            for (int64_t i = 0; i < runs; ++i) {
-              const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
-              const PixelSpan inside = outputs_inside(vertical, ky, row, unit_rows);
-              if (inside.count == 0) continue;
-              const int64_t skipped = inside.first - row;
-              const T* from = window.data + ky * s.dilation_height * window.row_stride +
-                              kx * s.dilation_width * window.pixel_stride + skipped * y_step;
-              const T* grad_from = unit_grad + skipped * s.out_width * grad_pixel + column;
-              for (int64_t tile = 0; tile < tiles; ++tile) {
-                const int64_t begin = run * tile / tiles, rows = run * (tile + 1) / tiles - begin;  // even shares
-                T* to = partial + (i * run + begin) * padded + column;
-                if (padded - column > kLanes<T>)
-                  outer_rows<T, 2>(rows, from + begin, y_step, x_step, grad_from, s.out_width * grad_pixel, grad_pixel,
-                                   inside.count, s.out_width, to, padded);
-                else
-                  outer_rows<T, 1>(rows, from + begin, y_step, x_step, grad_from, s.out_width * grad_pixel, grad_pixel,
-                                   inside.count, s.out_width, to, padded);
-              }
-            }
-          }
-        });
+    for_each_unit(s, plan, chunk, source, inputs, windows[thread],
+                  [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window) {
+                    const bool merged = window.pixel_stride == inputs && s.dilation_width == 1;
+                    const int64_t run = merged ? s.kernel_width * inputs : inputs, runs = taps * inputs / run;
+                    const int64_t tiles = (run + kTileRows - 1) / kTileRows, longest = (run + tiles - 1) / tiles;
+                    const OuterSteps steps{s.dilation_height * window.row_stride,
+                                           s.stride_height * window.row_stride,
+                                           s.stride_width * window.pixel_stride,
+                                           s.out_width * s.out_channels,
+                                           s.out_channels,
+                                           run * padded,
+                                           padded};
+                    const int64_t before = (image * s.out_height + row) * s.out_width * s.out_channels;
+                    const T* unit_grad = padded > outputs && before == before_last ? last_grad : grad + before;
+                    for (int64_t panel = first; panel < last; ++panel) {
+                      const int64_t column = panel * kTileColumns<T>, vectors = padded - column > kLanes<T> ? 2 : 1;
+                      int64_t held = 1;
+                      for (int64_t i = 0; i < runs; i += held) {
+                        const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
+                        const PixelSpan inside = outputs_inside(vertical, ky, row, unit_rows);
+                        held = 1;
+                        if (inside.count == 0) continue;
+                        while (merged && held < kMostRuns && i + held < runs && inside.count == unit_rows &&
+                               (held + 1) * longest * vectors <= kOuterSums &&
+                               outputs_inside(vertical, ky + held, row, unit_rows).count == unit_rows)
+                          ++held;
+                        const int64_t skipped = inside.first - row;
+                        const T* from = window.data + ky * steps.source_run +
+                                        kx * s.dilation_width * window.pixel_stride + skipped * steps.source_row;
+                        const T* grad_from = unit_grad + skipped * steps.grad_row + column;
+                        for (int64_t tile = 0; tile < tiles; ++tile) {
+                          const int64_t begin = run * tile / tiles,
+                                        rows = run * (tile + 1) / tiles - begin;  // even shares
+                          T* to = partial + (i * run + begin) * padded + column;
+                          if (vectors == 2)
+                            outer_rows<T, 2>(held, rows, from + begin, grad_from, steps, inside.count, s.out_width, to);
+                          else
+                            outer_rows<T, 1>(held, rows, from + begin, grad_from, steps, inside.count, s.out_width, to);
+                        }
+                      }
+                    }
+                  });
   });
   add_partials<T>(plan.chunks, elements, elements, partials, partials);
   write_weight_gradient<T>(s, padded, partials, buffer, grad_weight);

@@ -224,7 +224,7 @@ inline bool packs_grad_weight(const Conv2dShape& s) {
 
 // One group. source and grad are at the group's first channel, grad_weight at its first weight.
 template <class T>
-void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, int64_t grad_pixel, T* grad_weight) {
+void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, T* grad_weight) {
   const PackedPlan plan = packed_plan<T>(s);
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
   const int64_t panels = panels_of<T>(inputs), tiles = (outputs + kTileRows - 1) / kTileRows;
@@ -263,7 +263,7 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
       const PackedUnit unit = packed_unit(s, plan, index);
       // The first panel and the first tile, and how far it is to the next ones.
       const T* unit_source = source + unit.image * s.in_height * s.in_width * s.in_channels + first_input;
-      const T* unit_grad = grad + unit.image * s.out_height * s.out_width * grad_pixel + first_output;
+      const T* unit_grad = grad + unit.image * s.out_height * s.out_width * s.out_channels + first_output;
       int64_t next_panel = kTileColumns<T>, next_tile = kTileRows;
       PackedLayout source_layout{{0, 1, s.in_height},
                                  {0, 1, s.in_width},
@@ -272,9 +272,9 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
                                  s.in_channels};
       PackedLayout grad_layout{{0, 1, s.out_height},
                                {0, 1, s.out_width},
-                               s.out_height * s.out_width * grad_pixel,
-                               s.out_width * grad_pixel,
-                               grad_pixel};
+                               s.out_height * s.out_width * s.out_channels,
+                               s.out_width * s.out_channels,
+                               s.out_channels};
       if (pack) {
         const PixelSpan rows = source_pixels(plan.vertical, unit.row, unit.rows);
         const PixelSpan columns = source_pixels(plan.horizontal, 0, s.out_width);
@@ -286,7 +286,7 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
               columns.step * s.in_channels, end_input - first_input, sources + i * row_elements, source_strip);
         }
         pack_strips<T, kTileRows>(unit.images * unit.rows * s.out_width,
-                                  unit_grad + unit.row * s.out_width * grad_pixel, grad_pixel,
+                                  unit_grad + unit.row * s.out_width * s.out_channels, s.out_channels,
                                   end_output - first_output, grads, grad_strip);
         unit_source = sources, next_panel = source_strip;
         unit_grad = grads, next_tile = grad_strip;
@@ -305,8 +305,8 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, in
         const int64_t image_rows = (after.images - 1) * s.in_height + (after_rows.count - 1) * after_rows.step + 1;
         next_source = {source + (after.image * s.in_height + after_rows.first) * s.in_width * s.in_channels,
                        image_rows * s.in_width * s.in_channels};
-        next_grad = {grad + (after.image * s.out_height + after.row) * s.out_width * grad_pixel,
-                     after.images * after.rows * s.out_width * grad_pixel};
+        next_grad = {grad + (after.image * s.out_height + after.row) * s.out_width * s.out_channels,
+                     after.images * after.rows * s.out_width * s.out_channels};
       }
       for (int64_t panel = first_panel; panel < end_panel; ++panel) {
         const int64_t column = panel * kTileColumns<T>;

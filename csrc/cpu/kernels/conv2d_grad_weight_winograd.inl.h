@@ -87,7 +87,7 @@ bool winograd_serves_grad_weight(const Conv2dShape& s) {
 // One group. source and grad are at the group's first channel, grad_weight at its first weight. What is not finite
 // comes out as not finite, but in more places than from a direct sum.
 template <class T, class F>
-void winograd_grad_weight(const Conv2dShape& s, const T* source, const T* grad, int64_t grad_pixel, T* grad_weight) {
+void winograd_grad_weight(const Conv2dShape& s, const T* source, const T* grad, T* grad_weight) {
   constexpr int64_t width = kTileColumns<T>, places = F::kPlaces;
   constexpr int size = F::kTile == 4 ? kWinograd4x4 : kWinograd2x2;
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s), panels = panels_of<T>(inputs);
@@ -126,8 +126,8 @@ void winograd_grad_weight(const Conv2dShape& s, const T* source, const T* grad, 
                 v + (panel * chunk + row) * width, v_step);
           }
         });
-    const Image<T> of_grad{grad + image * s.out_height * s.out_width * grad_pixel, s.out_height, s.out_width,
-                           s.out_width * grad_pixel, grad_pixel};
+    const Image<T> of_grad{grad + image * s.out_height * s.out_width * s.out_channels, s.out_height, s.out_width,
+                           s.out_width * s.out_channels, s.out_channels};
     with_patch<F::kTile, F::kTile>(of_grad, y, x, zeros, [&](const auto& pixel) {
       winograd_gradient<T, F>(pixel, outputs, d + row * outputs, d_step);
     });

@@ -377,9 +377,8 @@ void grouped_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
   });
 }
 
-// grad: pixels grad_stride elements apart.
 template <class T>
-void grouped_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stride, const T* ohwi, T* grad_input) {
+void grouped_grad_input(const Conv2dShape& s, const T* grad, const T* ohwi, T* grad_input) {
   if (s.in_width == 0) return;
   const int64_t members = group_inputs(s);
   const Scratch<T> weight(weight_elements(s));
@@ -391,8 +390,9 @@ void grouped_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_stride
   parallel_tasks(s.batch * blocks, [&](int64_t task, int) {
     const int64_t image = task / blocks, first = task % blocks * block;
     const int64_t end = first + block < s.in_height ? first + block : s.in_height;
-    const int64_t source_row = s.out_width * grad_stride;
-    const Image<T> source{grad + image * s.out_height * source_row, s.out_height, s.out_width, source_row, grad_stride};
+    const int64_t source_row = s.out_width * s.out_channels;
+    const Image<T> source{grad + image * s.out_height * source_row, s.out_height, s.out_width, source_row,
+                          s.out_channels};
     const int64_t run = s.stride_height == 1 && !fetch ? end - first : 1;  // rows that read through the same taps
     for (int64_t y = first; y < end; y += run) {
       const TapAxis vertical = phase_taps(vertical_axis(s), y % s.stride_height);
@@ -498,7 +498,7 @@ void grouped_outer(const GroupedRow<T>& row, const T* grad, int64_t grad_stride,
 // Chunks of rows, whose number depends on the shape alone, each sum into their own partial gradient, and the partials
 // are added in order: the same bits for every thread count.
 template <class T>
-void grouped_grad_weight(const Conv2dShape& s, const T* input, const T* grad, int64_t grad_stride, T* grad_weight) {
+void grouped_grad_weight(const Conv2dShape& s, const T* input, const T* grad, T* grad_weight) {
   const int64_t weights = kernel_taps(s) * group_inputs(s), rows = s.batch * s.out_height;
   const int64_t chunks = rows < kTasks ? rows : kTasks;
   const int64_t vectors = vectors_of<T>(s.in_channels), elements = vectors * weights * kLanes<T>;
@@ -523,12 +523,13 @@ void grouped_grad_weight(const Conv2dShape& s, const T* input, const T* grad, in
           group_inputs(s)};
       if (fetch) {
         row.next_source = next_rows(row, s.stride_height);
-        if (i + 1 < rows) row.next_grad = {grad + (i + 1) * s.out_width * grad_stride, s.out_width * grad_stride};
+        if (i + 1 < rows) row.next_grad = {grad + (i + 1) * s.out_width * s.out_channels, s.out_width * s.out_channels};
       }
       for_each_part(row, [&](const GroupedRow<T>& part, int64_t pixel, int64_t pixel_step) {
         with_taps(part, [&](auto width, auto step, auto depthwise) {
           grouped_outer<T, decltype(width)::value, decltype(step)::value, decltype(depthwise)::value>(
-              part, grad + (i * s.out_width + pixel) * grad_stride, pixel_step * grad_stride, steps, weights, sums);
+              part, grad + (i * s.out_width + pixel) * s.out_channels, pixel_step * s.out_channels, steps, weights,
+              sums);
         });
       });
     }

@@ -15,14 +15,14 @@ namespace {
 
 // `weight` is OHWI.
 template <class T>
-void scatter_grad_input(const Conv2dShape& s, const T* grad, int64_t grad_pixel, const T* weight, T* grad_input) {
+void scatter_grad_input(const Conv2dShape& s, const T* grad, const T* weight, T* grad_input) {
   const int64_t inputs = s.in_channels / s.groups, outputs = s.out_channels / s.groups;
   const int64_t taps = s.kernel_height * s.kernel_width, image_elements = s.in_height * s.in_width * s.in_channels;
   parallel_for(s.batch, [&](int64_t image) {
     T* whole = grad_input + image * image_elements;
     zero_run(image_elements, whole);
     for (int64_t pixel = 0; pixel < s.out_height * s.out_width; ++pixel) {
-      const T* g = grad + (image * s.out_height * s.out_width + pixel) * grad_pixel;
+      const T* g = grad + (image * s.out_height * s.out_width + pixel) * s.out_channels;
       for (int64_t tap = 0; tap < taps; ++tap) {
         const int64_t y = pixel / s.out_width * s.stride_height + tap / s.kernel_width * s.dilation_height;
         const int64_t x = pixel % s.out_width * s.stride_width + tap % s.kernel_width * s.dilation_width;

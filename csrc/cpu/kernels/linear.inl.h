@@ -104,18 +104,41 @@ void linear_forward(const LinearShape& shape, const LinearForward<T>& t) {
   }
 }
 
-// sums[column] = sum over rows of matrix[row * row_stride + column], in row order
+// sums[column] = sum over rows of matrix[row * columns + column]. Many rows are summed in parts, which are added up in
+// their order.
 template <class T>
-void column_sums(int64_t rows, int64_t columns, const T* matrix, int64_t row_stride, T* sums) {
+void column_sums(int64_t rows, int64_t columns, const T* matrix, T* sums) {
+  constexpr int64_t kPartRows = 512, kMostParts = 16;
+  constexpr int kVectors = 4;
   const AloneIfSmall scope(rows * columns);
-  const int64_t vectors = (columns + kLanes<T> - 1) / kLanes<T>;
-  parallel_for(vectors, [&](int64_t i) {
-    const int64_t column = i * kLanes<T>;
-    const int64_t left = columns - column < kLanes<T> ? columns - column : kLanes<T>;
-    Vec<T> sum{};
-    for (int64_t row = 0; row < rows; ++row) sum += load_upto(matrix + row * row_stride + column, left);
-    store_upto(sums + column, sum, left);
+  const int64_t strip = kVectors * kLanes<T>, strips = (columns + strip - 1) / strip, whole = rows / kPartRows;
+  const int64_t parts = whole < 1 ? 1 : whole < kMostParts ? whole : kMostParts;
+  const Scratch<T> partials(parts > 1 ? parts * columns : 0);
+  parallel_for(parts * strips, [&](int64_t task) {
+    const int64_t part = task / strips, column = task % strips * strip, end = rows * (part + 1) / parts;
+    const int64_t count = columns - column < strip ? columns - column : strip;
+    with_count<kVectors>((count + kLanes<T> - 1) / kLanes<T>, [&](auto constant) {
+      constexpr int vectors = decltype(constant)::value;
+      const int64_t left = count - (vectors - 1) * kLanes<T>;  // in the last vector
+      Vec<T> even[vectors]{}, odd[vectors]{};                  // rows, so that a sum does not wait for the last one
+      const auto add = [&](int64_t row, Vec<T>(&to)[vectors]) {
+        const T* from = matrix + row * columns + column;
+        FASTNN_UNROLL
+        for (int v = 0; v < vectors; ++v)
+          to[v] += v < vectors - 1 ? load(from + v * kLanes<T>) : load_upto(from + v * kLanes<T>, left);
+      };
+      int64_t row = rows * part / parts;
+      for (; row + 1 < end; row += 2) add(row, even), add(row + 1, odd);
+      if (row < end) add(row, even);
+      T* to = (parts > 1 ? partials + part * columns : sums) + column;
+      for (int v = 0; v < vectors; ++v)
+        store_upto(to + v * kLanes<T>, even[v] + odd[v], v < vectors - 1 ? kLanes<T> : left);
+    });
   });
+  for (int64_t c = 0; parts > 1 && c < columns; ++c) {
+    sums[c] = partials[c];
+    for (int64_t part = 1; part < parts; ++part) sums[c] += partials[part * columns + c];
+  }
 }
 
 // The largest batch whose gradients walk along rows.
@@ -222,7 +245,7 @@ void linear_backward(const LinearShape& shape, const LinearBackward<T>& t) {
       gemm<T>(shape.out_features, shape.in_features, shape.batch, {grad, 1, shape.out_features},
               {t.input, shape.in_features, 1}, nullptr, false, t.grad_weight);
   }
-  if (t.grad_bias) column_sums(shape.batch, shape.out_features, grad, shape.out_features, t.grad_bias);
+  if (t.grad_bias) column_sums(shape.batch, shape.out_features, grad, t.grad_bias);
 }
 
 }  // namespace

@@ -195,12 +195,13 @@ inline int64_t all_outputs_inside(const ConvAxis& axis, int64_t outs) {
 }
 
 // Outer products have the output channels for columns. They are the faster ones where these fill vectors better than
-// the input channels do, by more than the border's products cost, which they make.
+// the input channels do, by more than the border's products cost, which they make. They read both factors as they lie,
+// and so does a 1x1 kernel here whose input channels fill whole vectors.
 template <class T>
 inline bool packed_serves_grad_weight(const Conv2dShape& s) {
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
   if (inputs < kLanes<T>) return false;
-  if (taps == 1 || outputs % kLanes<T> != 0) return true;
+  if ((taps == 1 && inputs % kLanes<T> == 0) || outputs % kLanes<T> != 0) return true;
   const int64_t packed = packed_column_time<T>(inputs) * outputs * all_outputs_inside(vertical_axis(s), s.out_height) *
                          all_outputs_inside(horizontal_axis(s), s.out_width);
   const int64_t outer = packed_column_time<T>(outputs) * inputs * taps * s.out_height * s.out_width;

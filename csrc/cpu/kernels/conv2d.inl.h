@@ -5,9 +5,8 @@
 //   forward               winograd along rows for 3x3 of stride 1 with few channels
 //   grad_input            scatter where a weight is not finite
 //   grad_weight           winograd for 3x3 and 5x5 of stride 1 with channels enough, packed for a vector of input
-//   channels and
-//                         more - direct where packing would not pay -, else outer products, also where the output
-//                         channels fill vectors better
+//                         channels and more - direct where packing would not pay -, else outer products, also where
+//                         the output channels fill vectors better
 //
 // The input gradient of stride s is s * s gathers, one per phase: input pixel (s * q + phase) receives
 // grad[q + (phase + padding - ky * dilation) / s] through each tap ky for which that division is exact.

@@ -136,12 +136,17 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, T* 
   const ThreadScratch<T> windows(max_threads(), window_elements);
   const Scratch<T> partials(plan.chunks * elements);
   const Scratch<T> buffer(is_ohwi(s) ? 0 : taps * inputs * outputs);
-  // A copy of the last unit's gradient, where they would reach past its end.
-  const int64_t last_row = (plan.units_per_image - 1) * plan.rows_per_unit;
-  const int64_t before_last = ((s.batch - 1) * s.out_height + last_row) * s.out_width * s.out_channels;
-  const int64_t last_elements = ((s.out_height - last_row) * s.out_width - 1) * s.out_channels + outputs;
-  const Scratch<T> last_grad(padded > outputs ? last_elements : 0);
-  if (padded > outputs) copy_run<T>(grad + before_last, last_elements, last_grad);
+  // A copy of the last units' gradient, where they would reach past its end.
+  const auto unit_begin = [&](int64_t unit) {
+    const int64_t row = unit % plan.units_per_image * plan.rows_per_unit;
+    return (unit / plan.units_per_image * s.out_height + row) * s.out_width * s.out_channels;
+  };
+  const int64_t grad_end = (s.batch * s.out_height * s.out_width - 1) * s.out_channels + outputs;
+  int64_t first_copied = plan.units;
+  while (first_copied > 0 && unit_begin(first_copied) - s.out_channels + padded > grad_end) --first_copied;
+  const int64_t copied = unit_begin(first_copied);
+  const Scratch<T> copy(copied < grad_end ? grad_end - copied : 0);
+  if (copied < grad_end) copy_run<T>(grad + copied, grad_end - copied, copy);
 
   parallel_tasks(plan.chunks * column_tasks, [&](int64_t task, int thread) {
     const int64_t chunk = task / column_tasks, column_task = task % column_tasks;
@@ -164,7 +169,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, T* 
                                            run * padded,
                                            padded};
                     const int64_t before = (image * s.out_height + row) * s.out_width * s.out_channels;
-                    const T* unit_grad = padded > outputs && before == before_last ? last_grad : grad + before;
+                    const T* unit_grad = before < copied ? grad + before : copy + (before - copied);
                     for (int64_t panel = first; panel < last; ++panel) {
                       const int64_t column = panel * kTileColumns<T>, vectors = padded - column > kLanes<T> ? 2 : 1;
                       int64_t held = 1;

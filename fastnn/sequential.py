@@ -310,6 +310,8 @@ class _ChainFunction(KernelFunction):
         if not by_layers:
             if needed[0]:  # else the pass is hardly for some of the parameters alone
                 needed = wanted_in_this_pass(ctx, needed, input)
+            if not any(needed):  # the pass ends at the output, whose node runs all the same
+                return (None,) * len(ctx.needs_input_grad)
             grads = ctx.plan.backward(needed, _as_read(grad_output), _as_read(input), parameters, output, activations)
         if grads is None:  # or a parameter is laid out in another way than it was
             grads = differentiable_backward(ctx.chain.layer_by_layer, (input, *parameters), needed, grad_output)

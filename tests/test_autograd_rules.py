@@ -515,6 +515,10 @@ def test_a_backward_pass_makes_the_gradients_that_it_is_for(operator: str) -> No
     function(x, w, b).square().sum().backward(inputs=[w])
     assert x.grad is None and b.grad is None and w.grad is not None
     assert_identical(w.grad, torch.autograd.grad(function(x, w, b).square().sum(), w)[0])
+    output = function(x, w, b)
+    output.retain_grad()
+    output.square().sum().backward(inputs=[output])  # whose node runs all the same
+    assert x.grad is None and b.grad is None
     # A whole pass, and one in which a hook wants what nobody else does.
     function(x, w, b).square().sum().backward()
     assert all(leaf.grad is not None for leaf in leaves.values())

@@ -141,6 +141,11 @@ def test_a_pass_for_the_input_alone_makes_no_gradients_of_parameters() -> None:
         assert ("conv2d_grad_weight" in {record.operator for record in log}) == (count > 1)
         for grad, expected in zip(grads, whole[:count], strict=True):
             assert_identical(grad, expected)
+    output = model(x)
+    output.retain_grad()
+    output.square().sum().backward(inputs=[output])
+    assert_identical(output.grad, 2 * output.detach())
+    assert x.grad is None and all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_shapes_dtypes_and_memory_of_one_model_may_change() -> None:

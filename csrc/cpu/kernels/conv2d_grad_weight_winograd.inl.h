@@ -14,6 +14,7 @@
 // whatever the threads.
 #pragma once
 
+#include "cpu/kernels/conv2d_grad_weight_packed.inl.h"
 #include "cpu/kernels/conv2d_winograd.inl.h"
 
 namespace fastnn::cpu {
@@ -72,7 +73,9 @@ FASTNN_INLINE void winograd_add_products(int64_t tiles, int64_t outputs, const T
   }
 }
 
-// Whether this is the way with the fewest multiplications, the transformation of dU counted in.
+// Whether this is the way with the fewest multiplications, the transformation of dU counted in. Tiles of 5x5 kernels
+// have four times as many transformations as those of 3x3, so they count half again, and more weights. What they are
+// compared with leaves out taps outside small images.
 template <class T>
 bool winograd_serves_grad_weight(const Conv2dShape& s) {
   const int taps = dense_square_taps(s);
@@ -81,7 +84,10 @@ bool winograd_serves_grad_weight(const Conv2dShape& s) {
   constexpr int64_t places = Winograd<4, 3>::kPlaces;  // as many as of Winograd<2, 5>
   const int64_t bytes = places * group_inputs(s) * group_outputs(s) * 4, tile = 7 - taps;
   const int64_t tiles = s.batch * ((s.out_height + tile - 1) / tile) * ((s.out_width + tile - 1) / tile);
-  return places * (tiles + winograd_weight_cost(bytes)) < taps * taps * s.batch * s.out_height * s.out_width;
+  if (taps == 3) return places * (tiles + winograd_weight_cost(bytes)) < 9 * s.batch * s.out_height * s.out_width;
+  const int64_t direct = s.batch * all_outputs_inside(vertical_axis(s), s.out_height) *
+                         all_outputs_inside(horizontal_axis(s), s.out_width);
+  return 3 * places * (tiles + 4 * winograd_weight_cost(bytes)) < 2 * direct;
 }
 
 // One group. source and grad are at the group's first channel, grad_weight at its first weight. What is not finite

@@ -434,7 +434,7 @@ WinogradChoice winograd_choice(const GatherConv<T>& conv) {
     const int64_t bytes = F::kPlaces * conv.depth * conv.columns * element_bytes;
     const int64_t products = conv.batch * winograd_cut(conv.out_height, F::kTile).points(taps) *
                              winograd_cut(conv.out_width, F::kTile).points(taps);
-    const int64_t cost = products + F::kPlaces * winograd_weight_cost(bytes);
+    const int64_t cost = products + F::kPlaces * winograd_weight_cost(bytes) * (taps == 5 ? 3 : 2) / 2;
     if (cost < least) least = cost, best = F::kTile;
   };
   consider(Winograd<2, 3>{}, sizeof(typename Products::Element));

@@ -188,10 +188,10 @@ class _Plan:
     ) -> tuple[Tensor | None, ...] | None:
         """The gradients of the input and of the parameters, None for those that are not needed; or None where a tensor
         is laid out in another way."""
-        if needed not in self._backwards:
-            with self._recording:  # threads that run one model
+        with self._recording:  # threads that run one model
+            if needed not in self._backwards:
                 self._backwards[needed] = self._record_backward(needed)
-        program, between_bytes = self._backwards[needed]
+            program, between_bytes = self._backwards[needed]
         grad_input, *grads = (
             torch.empty_like(t) if need else None for t, need in zip((source, *parameters), needed, strict=True)
         )

@@ -279,6 +279,7 @@ def winograd_grad_input_bound(
     grad = grad_output.double().reshape(-1, *grad_output.shape[-3:])
     turned = weight.double().unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     magnitude = torch.zeros(len(grad), *input.shape[-3:], dtype=torch.float64)
+    served = 3  # taps along an axis of the phases that Winograd serves: others have one more or less
 
     def taps(axis: int, phase: int) -> tuple[list[int], list[int]]:
         """Kernel indices of a phase and the gradient's pixels that they read, from the last one down."""
@@ -299,9 +300,10 @@ def winograd_grad_input_bound(
                 for o, size, of_grad in zip((above, beside), (height, width), grad.shape[2:], strict=True)
             )
             pads = (-beside[0], right, -above[0], below)
+            served = count
             filters = turned[:, :, rows][:, :, :, columns]
             of_phase += _winograd_magnitude(F.pad(grad, pads), filters, _largest_tile(kernels), groups)
-    roundings = weight.shape[0] // groups + max(WINOGRAD_TRANSFORM_ROUNDINGS.values())
+    roundings = weight.shape[0] // groups + WINOGRAD_TRANSFORM_ROUNDINGS[served]
     return rounding_bound(roundings, dtype, magnitude).reshape(input.shape)
 
 

@@ -99,14 +99,15 @@ bool may_be_winograd(const Conv2dShape& s) {
 }
 double winograd_error(const Conv2dShape& s, int64_t channels) {
   const double along_axis = s.kernel_height == 5 ? 38 : 25;
-  return along_axis * along_axis * static_cast<double>(channels * (channels + 31)) * kUnitRoundoff<float>;
+  const int64_t roundings = channels + (s.kernel_height == 5 ? 31 : 27);
+  return along_axis * along_axis * static_cast<double>(channels * roundings) * kUnitRoundoff<float>;
 }
 // The weight's gradient sums over tiles.
 double winograd_weight_error(const Conv2dShape& s) {
   const double along_axis = s.kernel_height == 5 ? 20 : 31;
   const int64_t tile = 7 - s.kernel_height;
   const int64_t tiles = s.batch * ((s.out_height + tile - 1) / tile) * ((s.out_width + tile - 1) / tile);
-  return along_axis * along_axis * static_cast<double>(tiles * (tiles + 31)) * kUnitRoundoff<float>;
+  return along_axis * along_axis * static_cast<double>(tiles * (tiles + 27)) * kUnitRoundoff<float>;
 }
 
 template <class T>

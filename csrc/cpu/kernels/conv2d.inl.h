@@ -22,7 +22,7 @@
 #include "cpu/kernels/conv2d_sparse.inl.h"
 #include "cpu/kernels/conv2d_winograd.inl.h"
 #include "cpu/kernels/conv2d_winograd_row.inl.h"
-#include "cpu/kernels/linear.inl.h"
+#include "cpu/kernels/sums.inl.h"
 
 namespace fastnn::cpu {
 namespace {

@@ -62,11 +62,7 @@ inline int64_t unit_window_elements(const Conv2dShape& s, const UnitPlan& plan, 
 }
 
 // Sums that are held in registers at a time: few at a time would each wait for the one before.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kOuterSums = 25;
-#else
-constexpr int kOuterSums = 12;
-#endif
+constexpr int kOuterSums = kVectorRegisters == 32 ? 25 : 12;
 constexpr int kMostRuns = 5;
 
 // Where the parts of an outer product lie, from one to the next.
@@ -91,6 +87,7 @@ FASTNN_INLINE void outer_rows(int64_t runs, int64_t tile_rows, const T* source, 
           for (int v = 0; v < vectors; ++v)
             acc[r][v] = load(sums + r / rows * steps.sum_run + r % rows * steps.sum + v * kLanes<T>);
         }
+        // multiply_add with one address a run: with as many as it has rows, these would take a third longer.
         for (int64_t y = 0; y < unit_rows; ++y) {
           const T* of_run[held];
           FASTNN_UNROLL
@@ -148,6 +145,54 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, T* 
   const Scratch<T> copy(copied < grad_end ? grad_end - copied : 0);
   if (copied < grad_end) copy_run<T>(grad + copied, grad_end - copied, copy);
 
+  // How many runs, rows of the kernel from ky on, are summed at a time: of those of which no row lies outside the
+  // image.
+  const auto runs_at_a_time = [&](int64_t ky, int64_t row, int64_t unit_rows, int64_t most) {
+    const auto inside = [&](int64_t y) { return outputs_inside(vertical, y, row, unit_rows).count == unit_rows; };
+    int64_t held = 1;
+    while (held < most && ky + held < s.kernel_height && inside(ky) && inside(ky + held)) ++held;
+    return held;
+  };
+  // What a unit adds to the sums of the panels [first, last).
+  const auto add_unit = [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window, int64_t first,
+                            int64_t last, T* partial) {
+    const bool merged = window.pixel_stride == inputs && s.dilation_width == 1;
+    const int64_t run = merged ? s.kernel_width * inputs : inputs, runs = taps * inputs / run;
+    const int64_t tiles = (run + kTileRows - 1) / kTileRows, longest = (run + tiles - 1) / tiles;
+    const OuterSteps steps{s.dilation_height * window.row_stride,
+                           s.stride_height * window.row_stride,
+                           s.stride_width * window.pixel_stride,
+                           s.out_width * s.out_channels,
+                           s.out_channels,
+                           run * padded,
+                           padded};
+    const int64_t before = (image * s.out_height + row) * s.out_width * s.out_channels;
+    const T* unit_grad = before < copied ? grad + before : copy + (before - copied);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t column = panel * kTileColumns<T>, vectors = padded - column > kLanes<T> ? 2 : 1;
+      const int64_t fit = kOuterSums / (longest * vectors), most = !merged ? 1 : fit < kMostRuns ? fit : kMostRuns;
+      int64_t held = 1;
+      for (int64_t i = 0; i < runs; i += held) {
+        const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
+        const PixelSpan inside = outputs_inside(vertical, ky, row, unit_rows);
+        held = runs_at_a_time(ky, row, unit_rows, most);
+        if (inside.count == 0) continue;
+        const int64_t skipped = inside.first - row;
+        const T* from = window.data + ky * steps.source_run + kx * s.dilation_width * window.pixel_stride +
+                        skipped * steps.source_row;
+        const T* grad_from = unit_grad + skipped * steps.grad_row + column;
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t begin = run * tile / tiles, rows = run * (tile + 1) / tiles - begin;  // even shares
+          T* to = partial + (i * run + begin) * padded + column;
+          if (vectors == 2)
+            outer_rows<T, 2>(held, rows, from + begin, grad_from, steps, inside.count, s.out_width, to);
+          else
+            outer_rows<T, 1>(held, rows, from + begin, grad_from, steps, inside.count, s.out_width, to);
+        }
+      }
+    }
+  };
+
   parallel_tasks(plan.chunks * column_tasks, [&](int64_t task, int thread) {
     const int64_t chunk = task / column_tasks, column_task = task % column_tasks;
     const int64_t first = panels * column_task / column_tasks, last = panels * (column_task + 1) / column_tasks;
@@ -158,45 +203,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, T* 
     }
     for_each_unit(s, plan, chunk, source, inputs, windows[thread],
                   [&](int64_t image, int64_t row, int64_t unit_rows, const Image<T>& window) {
-                    const bool merged = window.pixel_stride == inputs && s.dilation_width == 1;
-                    const int64_t run = merged ? s.kernel_width * inputs : inputs, runs = taps * inputs / run;
-                    const int64_t tiles = (run + kTileRows - 1) / kTileRows, longest = (run + tiles - 1) / tiles;
-                    const OuterSteps steps{s.dilation_height * window.row_stride,
-                                           s.stride_height * window.row_stride,
-                                           s.stride_width * window.pixel_stride,
-                                           s.out_width * s.out_channels,
-                                           s.out_channels,
-                                           run * padded,
-                                           padded};
-                    const int64_t before = (image * s.out_height + row) * s.out_width * s.out_channels;
-                    const T* unit_grad = before < copied ? grad + before : copy + (before - copied);
-                    for (int64_t panel = first; panel < last; ++panel) {
-                      const int64_t column = panel * kTileColumns<T>, vectors = padded - column > kLanes<T> ? 2 : 1;
-                      int64_t held = 1;
-                      for (int64_t i = 0; i < runs; i += held) {
-                        const int64_t ky = merged ? i : i / s.kernel_width, kx = merged ? 0 : i % s.kernel_width;
-                        const PixelSpan inside = outputs_inside(vertical, ky, row, unit_rows);
-                        held = 1;
-                        if (inside.count == 0) continue;
-                        while (merged && held < kMostRuns && i + held < runs && inside.count == unit_rows &&
-                               (held + 1) * longest * vectors <= kOuterSums &&
-                               outputs_inside(vertical, ky + held, row, unit_rows).count == unit_rows)
-                          ++held;
-                        const int64_t skipped = inside.first - row;
-                        const T* from = window.data + ky * steps.source_run +
-                                        kx * s.dilation_width * window.pixel_stride + skipped * steps.source_row;
-                        const T* grad_from = unit_grad + skipped * steps.grad_row + column;
-                        for (int64_t tile = 0; tile < tiles; ++tile) {
-                          const int64_t begin = run * tile / tiles,
-                                        rows = run * (tile + 1) / tiles - begin;  // even shares
-                          T* to = partial + (i * run + begin) * padded + column;
-                          if (vectors == 2)
-                            outer_rows<T, 2>(held, rows, from + begin, grad_from, steps, inside.count, s.out_width, to);
-                          else
-                            outer_rows<T, 1>(held, rows, from + begin, grad_from, steps, inside.count, s.out_width, to);
-                        }
-                      }
-                    }
+                    add_unit(image, row, unit_rows, window, first, last, partial);
                   });
   });
   add_partials<T>(plan.chunks, elements, elements, partials, partials);

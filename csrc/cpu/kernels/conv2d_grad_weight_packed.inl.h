@@ -188,12 +188,6 @@ inline int64_t packed_column_time(int64_t columns) {
   return vectors / 2 * 8 + vectors % 2 * 5;
 }
 
-inline int64_t all_outputs_inside(const ConvAxis& axis, int64_t outs) {
-  int64_t sum = 0;
-  for (int64_t tap = 0; tap < axis.kernel; ++tap) sum += outputs_inside(axis, tap, 0, outs).count;
-  return sum;
-}
-
 // Outer products have the output channels for columns. They are the faster ones where these fill vectors better than
 // the input channels do, by more than the border's products cost, which they make. They read both factors as they lie,
 // and so does a 1x1 kernel here whose input channels fill whole vectors.
@@ -202,8 +196,7 @@ inline bool packed_serves_grad_weight(const Conv2dShape& s) {
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
   if (inputs < kLanes<T>) return false;
   if ((taps == 1 && inputs % kLanes<T> == 0) || outputs % kLanes<T> != 0) return true;
-  const int64_t packed = packed_column_time<T>(inputs) * outputs * all_outputs_inside(vertical_axis(s), s.out_height) *
-                         all_outputs_inside(horizontal_axis(s), s.out_width);
+  const int64_t packed = packed_column_time<T>(inputs) * outputs * products_inside(s);
   const int64_t outer = packed_column_time<T>(outputs) * inputs * taps * s.out_height * s.out_width;
   return 10 * outer > 9 * packed;
 }

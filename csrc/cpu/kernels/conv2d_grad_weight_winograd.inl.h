@@ -14,7 +14,6 @@
 // whatever the threads.
 #pragma once
 
-#include "cpu/kernels/conv2d_grad_weight_packed.inl.h"
 #include "cpu/kernels/conv2d_winograd.inl.h"
 
 namespace fastnn::cpu {
@@ -85,9 +84,7 @@ bool winograd_serves_grad_weight(const Conv2dShape& s) {
   const int64_t bytes = places * group_inputs(s) * group_outputs(s) * 4, tile = 7 - taps;
   const int64_t tiles = s.batch * ((s.out_height + tile - 1) / tile) * ((s.out_width + tile - 1) / tile);
   if (taps == 3) return places * (tiles + winograd_weight_cost(bytes)) < 9 * s.batch * s.out_height * s.out_width;
-  const int64_t direct = s.batch * all_outputs_inside(vertical_axis(s), s.out_height) *
-                         all_outputs_inside(horizontal_axis(s), s.out_width);
-  return 3 * places * (tiles + 4 * winograd_weight_cost(bytes)) < 2 * direct;
+  return 3 * places * (tiles + 4 * winograd_weight_cost(bytes)) < 2 * s.batch * products_inside(s);
 }
 
 // One group. source and grad are at the group's first channel, grad_weight at its first weight. What is not finite

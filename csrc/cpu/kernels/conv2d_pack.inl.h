@@ -7,6 +7,7 @@
 
 #include "cpu/kernels/conv2d_window.inl.h"
 #include "cpu/kernels/finite.inl.h"
+#include "cpu/kernels/sums.inl.h"
 #include "cpu/kernels/tile.inl.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -93,6 +94,16 @@ inline PixelSpan outputs_inside(const ConvAxis& axis, int64_t tap, int64_t low, 
   if (first < low) first = low;
   if (end > low + outs) end = low + outs;
   return {first, 1, end > first ? end - first : 0};
+}
+
+// How many pairs of an output and a tap, in one image, have their source pixel in it.
+inline int64_t products_inside(const Conv2dShape& s) {
+  const auto along = [](const ConvAxis& axis, int64_t outs) {
+    int64_t sum = 0;
+    for (int64_t tap = 0; tap < axis.kernel; ++tap) sum += outputs_inside(axis, tap, 0, outs).count;
+    return sum;
+  };
+  return along(vertical_axis(s), s.out_height) * along(horizontal_axis(s), s.out_width);
 }
 
 // The taps of one axis: tap i reads the source `offset(i)` pixels on and has the weight at kernel index `place(i)`.
@@ -206,20 +217,6 @@ bool pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T
     if (!rows_finite) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
   });
   return finite;
-}
-
-// to[i] = the sum of the chunks' partials[i], in chunk order; chunks are `step` elements apart. `to` may be the first.
-template <class T>
-void add_partials(int64_t chunks, int64_t step, int64_t elements, const T* partials, T* to) {
-  if (chunks == 1 && to == partials) return;
-  parallel_ranges(elements, 1 << 10, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += kLanes<T>) {
-      const int64_t left = end - i < kLanes<T> ? end - i : kLanes<T>;
-      Vec<T> sum = load_upto(partials + i, left);
-      for (int64_t c = 1; c < chunks; ++c) sum += load_upto(partials + c * step + i, left);
-      store_upto(to + i, sum, left);
-    }
-  });
 }
 
 // One group's weight gradient from its sums [tap][i][padded_outputs]. `buffer` holds one group's weights.

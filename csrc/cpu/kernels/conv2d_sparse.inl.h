@@ -56,13 +56,8 @@ inline bool image_is_finite(const Conv2dShape& s, const T* input, int64_t image)
 // ---------------------------------------------------------------------------------------------- sparse_grad_weight
 
 // 3 kernel rows x 6 vectors: 18 accumulators of 32 registers hold all of a 3x3x32 kernel. 12 of 16 registers otherwise.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kSparseVectors = 6;
-constexpr int kSparseRows = 3;
-#else
-constexpr int kSparseVectors = 12;
-constexpr int kSparseRows = 1;
-#endif
+constexpr int kSparseVectors = kVectorRegisters == 32 ? 6 : 12;
+constexpr int kSparseRows = kVectorRegisters == 32 ? 3 : 1;
 
 // Winners of up to 32 output channels among up to 32 windows.
 template <class T>
@@ -226,11 +221,7 @@ bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
 // ----------------------------------------------------------------------------------------------- sparse_grad_input
 
 // Kernel rows whose sums are kept in registers, for one vector of input channels: (width + 1) accumulators each.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int slide_rows(int64_t) { return 3; }
-#else
-constexpr int slide_rows(int64_t width) { return width == 3 ? 3 : 2; }
-#endif
+constexpr int slide_rows(int64_t width) { return kVectorRegisters == 32 || width == 3 ? 3 : 2; }
 // The sums of a band of an image, which stay in the nearest cache beside the weights of 64 output channels.
 constexpr int64_t kBandBytes = 16 << 10;
 // Windows of a task, which reads the weights once, where images are small.

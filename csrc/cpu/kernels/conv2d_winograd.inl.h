@@ -602,8 +602,8 @@ struct alignas(kLineBytes) WinogradHeld {
   }
 };
 
-// Convolves one group. Returns whether all outputs were finite before activation; where
-// `weights_finite` is set to false, the outputs are to be made anew unless `always`.
+// Convolves one group. Returns whether all outputs were finite before activation; where `weights_finite` is set to
+// false, the outputs are to be made anew unless `always`.
 //
 // A task has its share of the tiles of every size, so that it is the same images that a thread has here and in the
 // loops before and after, and a place's weights are read once for all of them. Where all threads' copies of U are

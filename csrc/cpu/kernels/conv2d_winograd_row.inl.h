@@ -37,11 +37,7 @@ constexpr int64_t kRowBlockOutputs = 1024;
 constexpr float kRowLimit = 0x1p50f;
 
 // Vectors of columns computed at a time: for each 8 sums and 3 weights, beside 4 values, in 16 registers or 32.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kRowVectors = 2;
-#else
-constexpr int kRowVectors = 1;
-#endif
+constexpr int kRowVectors = kVectorRegisters == 32 ? 2 : 1;
 
 // Whether it serves: fewer channels than the transformations of both axes want, no more padding than a tile, and tiles
 // full enough to save a quarter of the multiplications.

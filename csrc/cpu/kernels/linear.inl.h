@@ -5,16 +5,13 @@
 
 #include "cpu/kernels/gemm.inl.h"
 #include "cpu/kernels/relu.inl.h"
+#include "cpu/kernels/sums.inl.h"
 
 namespace fastnn::cpu {
 namespace {
 
 // 4 x 4 dot products: 16 accumulators, and 8 loads feed 16 FMAs. Three rows fit 16 registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kDotRows = 4;
-#else
-constexpr int kDotRows = 3;
-#endif
+constexpr int kDotRows = kVectorRegisters == 32 ? 4 : 3;
 constexpr int kDotColumns = 4;
 
 // Numbers of an input's or weight's row in one pass: the rows of a tile, some 32 KiB, stay in L1 for the next tile.
@@ -101,43 +98,6 @@ void linear_forward(const LinearShape& shape, const LinearForward<T>& t) {
     trace<T>("linear_forward", "gemm");
     gemm<T>(shape.batch, shape.out_features, shape.in_features, {t.input, shape.in_features, 1},
             {t.weight, 1, shape.in_features}, t.bias, shape.relu, t.output);
-  }
-}
-
-// sums[column] = sum over rows of matrix[row * columns + column]. Many rows are summed in parts, which are added up in
-// their order.
-template <class T>
-void column_sums(int64_t rows, int64_t columns, const T* matrix, T* sums) {
-  constexpr int64_t kPartRows = 512, kMostParts = 16;
-  constexpr int kVectors = 4;
-  const AloneIfSmall scope(rows * columns);
-  const int64_t strip = kVectors * kLanes<T>, strips = (columns + strip - 1) / strip, whole = rows / kPartRows;
-  const int64_t parts = whole < 1 ? 1 : whole < kMostParts ? whole : kMostParts;
-  const Scratch<T> partials(parts > 1 ? parts * columns : 0);
-  parallel_for(parts * strips, [&](int64_t task) {
-    const int64_t part = task / strips, column = task % strips * strip, end = rows * (part + 1) / parts;
-    const int64_t count = columns - column < strip ? columns - column : strip;
-    with_count<kVectors>((count + kLanes<T> - 1) / kLanes<T>, [&](auto constant) {
-      constexpr int vectors = decltype(constant)::value;
-      const int64_t left = count - (vectors - 1) * kLanes<T>;  // in the last vector
-      Vec<T> even[vectors]{}, odd[vectors]{};                  // rows, so that a sum does not wait for the last one
-      const auto add = [&](int64_t row, Vec<T>(&to)[vectors]) {
-        const T* from = matrix + row * columns + column;
-        FASTNN_UNROLL
-        for (int v = 0; v < vectors; ++v)
-          to[v] += v < vectors - 1 ? load(from + v * kLanes<T>) : load_upto(from + v * kLanes<T>, left);
-      };
-      int64_t row = rows * part / parts;
-      for (; row + 1 < end; row += 2) add(row, even), add(row + 1, odd);
-      if (row < end) add(row, even);
-      T* to = (parts > 1 ? partials + part * columns : sums) + column;
-      for (int v = 0; v < vectors; ++v)
-        store_upto(to + v * kLanes<T>, even[v] + odd[v], v < vectors - 1 ? kLanes<T> : left);
-    });
-  });
-  for (int64_t c = 0; parts > 1 && c < columns; ++c) {
-    sums[c] = partials[c];
-    for (int64_t part = 1; part < parts; ++part) sums[c] += partials[part * columns + c];
   }
 }
 

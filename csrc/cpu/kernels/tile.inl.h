@@ -18,11 +18,7 @@ namespace {
 // 8 rows: 16 accumulators + 2 vectors of b + 1 broadcast of 32 registers, and 16 independent FMAs hide the
 // latency of 4 cycles on 2 ports. 5 rows: 10 + 2 + 1 of 16 registers, with room for a product where there is
 // no FMA. A sixth row would spill in the pointer-row form, whose row pointers take the general registers.
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int kTileRows = 8;
-#else
-constexpr int kTileRows = 5;
-#endif
+constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 5;
 constexpr int kTileVectors = 2;
 template <class T>
 constexpr int kTileColumns = kTileVectors * kLanes<T>;

@@ -22,6 +22,11 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;  // SSE2 on x86-64, NEON on aarch64
 #endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
 
 template <class T>
 struct VecTypes;

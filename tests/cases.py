@@ -173,6 +173,8 @@ CONV2D_CASES = (
     Conv2dCase("valid", (2, 3, 6, 7), (4, 3, 3, 3), kwargs={"padding": "valid"}),
     Conv2dCase("padding_beyond_kernel", (1, 2, 4, 5), (3, 2, 2, 3), kwargs={"padding": 3}),
     Conv2dCase("kernel_is_image", (3, 2, 5, 6), (4, 2, 5, 6)),
+    Conv2dCase("kernel_is_image_wide", (9, 16, 5, 5), (33, 16, 5, 5), kwargs={"stride": 3, "activation": "relu"}),
+    Conv2dCase("kernel_is_image_grouped", (3, 6, 4, 4), (4, 3, 4, 4), kwargs={"groups": 2}),
     Conv2dCase("groups2", (2, 6, 7, 6), (8, 3, 3, 3), kwargs={"groups": 2, "padding": 1}),
     Conv2dCase("groups3_stride2", (1, 9, 7, 8), (6, 3, 3, 3), kwargs={"groups": 3, "stride": 2}),
     Conv2dCase("depthwise", (2, 5, 8, 7), (5, 1, 3, 3), kwargs={"groups": 5, "padding": 1}),
@@ -182,6 +184,7 @@ CONV2D_CASES = (
         "depthwise_dilation2", (2, 37, 9, 21), (37, 1, 3, 3), kwargs={"groups": 37, "padding": 1, "dilation": 2}
     ),
     Conv2dCase("depthwise_dilation5", (1, 17, 7, 3), (17, 1, 3, 3), kwargs={"groups": 17, "padding": 5, "dilation": 5}),
+    Conv2dCase("depthwise_7x7", (2, 37, 9, 23), (37, 1, 7, 7), kwargs={"groups": 37, "padding": 3}),
     Conv2dCase("groups_of_2", (2, 38, 7, 9), (38, 2, 3, 3), kwargs={"groups": 19, "padding": 1}),
     Conv2dCase("groups_of_2_few", (3, 6, 5, 6), (6, 2, 3, 3), kwargs={"groups": 3, "padding": 1}),
     Conv2dCase("groups_of_4_1x1", (2, 40, 5, 9), (40, 4, 1, 1), kwargs={"groups": 10}),

@@ -189,9 +189,10 @@ void undo_activation(const Conv2dShape& s, const Conv2dBackward<T>& t, T* grad) 
 }
 
 template <class T>
-void conv2d_grad_input(const Conv2dShape& s, const T* grad, const T* weight_as_given, T* grad_input) {
-  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
-  const T* weight = weight_to_ohwi<T>(s, weight_as_given, ohwi);
+void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weight_as_given, T* grad_input) {
+  const Scratch<T> ohwi(is_ohwi(as_given) ? 0 : weight_elements(as_given));
+  const T* weight = weight_to_ohwi<T>(as_given, weight_as_given, ohwi);
+  const Conv2dShape s = with_image_as_pixel(as_given);
   const auto scatter = [&] {
     trace<T>("conv2d_grad_input", "scatter");
     scatter_grad_input<T>(s, grad, weight, grad_input);

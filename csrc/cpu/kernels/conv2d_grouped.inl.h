@@ -34,8 +34,8 @@
 namespace fastnn::cpu {
 namespace {
 
-// 8 pixels: 8 accumulators + 5 weights (5x5) + 1 source vector + 1 permutation fit 16 registers, and so do 8 gradients
-// + 5 accumulators.
+// 8 pixels: 8 accumulators + 7 weights (of 7x7) + 1 source vector fit 16 registers, with a permutation 5 weights, and so
+// do 8 gradients + as many accumulators as weights.
 constexpr int kTilePixels = 8;
 
 // One output row. As template arguments below, `width` is horizontal.count where that is known at compile time and the
@@ -254,6 +254,9 @@ FASTNN_INLINE void with_taps(const GroupedRow<T>& row, const Body& body_of_group
       case 2: return body(Constant<2>{}, Constant<1>{});  // of 3x3 and 5x5 kernels' input gradients, stride 2
       case 3: return body(Constant<3>{}, Constant<1>{});
       case 5: return body(Constant<5>{}, Constant<1>{});
+      case 7:
+        if (row.members == 1) return body_of_groups(Constant<7>{}, Constant<1>{}, Constant<1>{});
+        break;
       default: break;
     }
   } else if (neighbours && row.source_step == 2) {

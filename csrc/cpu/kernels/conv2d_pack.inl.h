@@ -68,6 +68,17 @@ inline Conv2dShape with_pixels_as_rows(Conv2dShape s) {
   return s;
 }
 
+// A kernel as large as the image makes one pixel of it: a 1x1 convolution of the image's numbers, in the order of OHWI.
+inline Conv2dShape with_image_as_pixel(Conv2dShape s) {
+  const bool is_image = s.kernel_height == s.in_height && s.kernel_width == s.in_width && s.padding_height == 0 &&
+                        s.padding_width == 0 && s.groups == 1;
+  if (!is_image) return s;
+  s.in_channels *= kernel_taps(s);
+  s.in_height = s.in_width = s.kernel_height = s.kernel_width = 1;
+  s.stride_height = s.stride_width = s.dilation_height = s.dilation_width = 1;
+  return with_pixels_as_rows(s);
+}
+
 inline int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 
 // One axis of the geometry.

@@ -185,6 +185,8 @@ CONV2D_CASES = (
     ),
     Conv2dCase("depthwise_dilation5", (1, 17, 7, 3), (17, 1, 3, 3), kwargs={"groups": 17, "padding": 5, "dilation": 5}),
     Conv2dCase("depthwise_7x7", (2, 37, 9, 23), (37, 1, 7, 7), kwargs={"groups": 37, "padding": 3}),
+    Conv2dCase("depthwise_even_kernel", (1, 19, 9, 18), (19, 1, 4, 6), kwargs={"groups": 19}),
+    Conv2dCase("depthwise_wide_kernel", (2, 33, 5, 24), (33, 1, 3, 11), kwargs={"groups": 33, "padding": (1, 5)}),
     Conv2dCase("groups_of_2", (2, 38, 7, 9), (38, 2, 3, 3), kwargs={"groups": 19, "padding": 1}),
     Conv2dCase("groups_of_2_few", (3, 6, 5, 6), (6, 2, 3, 3), kwargs={"groups": 3, "padding": 1}),
     Conv2dCase("groups_of_4_1x1", (2, 40, 5, 9), (40, 4, 1, 1), kwargs={"groups": 10}),

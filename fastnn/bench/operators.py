@@ -128,15 +128,19 @@ class ConvShape(NamedTuple):
         )
 
 
-def _depthwise(channels: int, size: int, stride: int = 1) -> ConvShape:
-    return _grouped(channels, size, stride, groups=channels)
+def _depthwise(channels: int, size: int, stride: int = 1, kernel: int = 3) -> ConvShape:
+    return _grouped(channels, size, stride, channels, kernel)
 
 
-def _grouped(channels: int, size: int, stride: int = 1, groups: int = 32) -> ConvShape:
-    return ConvShape(channels, channels, size, 3, stride, groups)
+def _grouped(channels: int, size: int, stride: int = 1, groups: int = 32, kernel: int = 3) -> ConvShape:
+    return ConvShape(channels, channels, size, kernel, stride, groups)
 
 
-# Every different convolution of each network at 224x224.
+def _patches(in_channels: int, out_channels: int, size: int, kernel: int) -> ConvShape:
+    return ConvShape(in_channels, out_channels, size, kernel, stride=kernel, padding=0)
+
+
+# Every different convolution of each network, at 224x224 but for LeNet-5.
 NETWORKS: dict[str, tuple[ConvShape, ...]] = {
     "ResNet-18": (
         ConvShape(3, 64, 224, 7, 2),
@@ -212,6 +216,24 @@ NETWORKS: dict[str, tuple[ConvShape, ...]] = {
         _grouped(1024, 14, 2),
         _grouped(1024, 7),
     ),
+    "ConvNeXt-T": (
+        _patches(3, 96, 224, 4),
+        _depthwise(96, 56, kernel=7),
+        ConvShape(96, 384, 56, 1),
+        ConvShape(384, 96, 56, 1),
+        _patches(96, 192, 56, 2),
+        _depthwise(192, 28, kernel=7),
+        ConvShape(192, 768, 28, 1),
+        ConvShape(768, 192, 28, 1),
+        _patches(192, 384, 28, 2),
+        _depthwise(384, 14, kernel=7),
+        ConvShape(384, 1536, 14, 1),
+        ConvShape(1536, 384, 14, 1),
+        _patches(384, 768, 14, 2),
+        _depthwise(768, 7, kernel=7),
+        ConvShape(768, 3072, 7, 1),
+        ConvShape(3072, 768, 7, 1),
+    ),
     "GoogLeNet": (
         ConvShape(16, 32, 28, 5),
         ConvShape(32, 96, 28, 5),
@@ -221,6 +243,11 @@ NETWORKS: dict[str, tuple[ConvShape, ...]] = {
         ConvShape(32, 128, 14, 5),
         ConvShape(32, 128, 7, 5),
         ConvShape(48, 128, 7, 5),
+    ),
+    "LeNet-5": (
+        ConvShape(1, 6, 28, 5),
+        ConvShape(6, 16, 14, 5, padding=0),
+        ConvShape(16, 120, 5, 5, padding=0),
     ),
 }
 QUICK_STEP = 5  # leaves each network an early and a late layer, MobileNet depthwise and pointwise ones
@@ -237,7 +264,7 @@ def conv2d(quick: bool) -> Iterator[Case]:
         for shape in shapes[::QUICK_STEP] if quick else shapes:
             for batch in QUICK_BATCHES if quick else BATCHES:
                 for stage in ("forward", "grad_input", "grad_weight"):
-                    if stage == "grad_input" and shape.in_channels == 3:
+                    if stage == "grad_input" and shape.in_channels <= 3:
                         continue  # no network wants its pictures' gradient
                     yield Case(
                         "conv2d",

@@ -37,9 +37,12 @@ namespace {
 // 8 pixels: 8 accumulators + 7 weights (of 7x7) + 1 source vector fit 16 registers, with a permutation 5 weights, and so
 // do 8 gradients + as many accumulators as weights.
 constexpr int kTilePixels = 8;
+// Taps that slide at once where their number is not known at compile time.
+constexpr int kSlidingTaps = 4;
 
-// One output row. As template arguments below, `width` is horizontal.count where that is known at compile time and the
-// taps are neighbours, else 0, and `depthwise` whether groups have one member.
+// One output row. As template arguments below, `width` is horizontal.count where that is known at compile time, else 0,
+// `step` is source_step where taps are neighbours, which slide, else 0, and `depthwise` is whether groups have one
+// member.
 template <class T>
 struct GroupedRow {
   Image<T> source;
@@ -119,6 +122,20 @@ FASTNN_INLINE void slide(const GroupedRow<T>& row, const T* from, int64_t column
   }
 }
 
+// body(Constant<taps>{}, kx) for neighbouring taps from kx on, until all of a row had their turn.
+template <int width, class Body>
+FASTNN_INLINE void each_run_of_taps(int64_t count, const Body& body) {
+  if constexpr (width > 0) {
+    body(Constant<width>{}, 0);
+  } else {
+    for (int64_t kx = 0; kx < count; kx += kSlidingTaps) {
+      const int64_t left = count - kx;
+      with_count<kSlidingTaps>(left < kSlidingTaps ? left : kSlidingTaps,
+                               [&](auto taps) __attribute__((always_inline)) { body(taps, kx); });
+    }
+  }
+}
+
 // Elements from a vector of weights, or of sums of their gradient, to that of the next kernel place, and to that of the
 // next member of the group.
 struct WeightSteps {
@@ -134,13 +151,16 @@ FASTNN_INLINE void grouped_row(const GroupedRow<T>& row, const T* from, int64_t 
   const int64_t first = -column, end = row.source.width - column;  // the source pixels that the image has
   each_member<T, depthwise>(row.members, [&](Mask<T> lanes, int64_t i) __attribute__((always_inline)) {
     const T* of_member = weight + i * steps.member;
-    if constexpr (width > 0) {
-      Vec<T> w[width];
-      FASTNN_UNROLL
-      for (int kx = 0; kx < width; ++kx) w[kx] = load(of_member + kx * steps.place);
-      slide<T, pixels, width, step, inside, depthwise>(row, from, column, lanes,
-                                                       [&](int p, int kx, Vec<T> value)
-                                                           __attribute__((always_inline)) { acc[p] += value * w[kx]; });
+    if constexpr (step > 0) {
+      each_run_of_taps<width>(row.horizontal.count, [&](auto run, int64_t first_tap) __attribute__((always_inline)) {
+        constexpr int taps = decltype(run)::value;
+        Vec<T> w[taps];
+        FASTNN_UNROLL
+        for (int kx = 0; kx < taps; ++kx) w[kx] = load(of_member + (first_tap + kx) * steps.place);
+        slide<T, pixels, taps, step, inside, depthwise>(
+            row, from + first_tap * pixel_stride, column + first_tap, lanes,
+            [&](int p, int kx, Vec<T> value) __attribute__((always_inline)) { acc[p] += value * w[kx]; });
+      });
     } else {
       const auto taps = [&](const auto& read) __attribute__((always_inline)) {
         for (int64_t kx = 0; kx < row.horizontal.count; ++kx) {
@@ -257,7 +277,9 @@ FASTNN_INLINE void with_taps(const GroupedRow<T>& row, const Body& body_of_group
       case 7:
         if (row.members == 1) return body_of_groups(Constant<7>{}, Constant<1>{}, Constant<1>{});
         break;
-      default: break;
+      default:
+        if (row.members == 1) return body_of_groups(Constant<0>{}, Constant<1>{}, Constant<1>{});
+        break;
     }
   } else if (neighbours && row.source_step == 2) {
     switch (row.horizontal.count) {
@@ -434,15 +456,19 @@ FASTNN_INLINE void grouped_outer_row(const GroupedRow<T>& row, const T* from, in
   const int64_t first = -column, end = row.source.width - column;  // the source pixels that the image has
   each_member<T, depthwise>(row.members, [&](Mask<T> lanes, int64_t i) __attribute__((always_inline)) {
     T* of_member = sums + i * steps.member;
-    if constexpr (width > 0) {
-      Vec<T> acc[width];
-      FASTNN_UNROLL
-      for (int kx = 0; kx < width; ++kx) acc[kx] = load(of_member + kx * place_step);
-      slide<T, pixels, width, step, inside, depthwise>(
-          row, from, column, lanes,
-          [&](int p, int kx, Vec<T> value) __attribute__((always_inline)) { acc[kx] += value * grad[p]; });
-      FASTNN_UNROLL
-      for (int kx = 0; kx < width; ++kx) store(of_member + kx * place_step, acc[kx]);
+    if constexpr (step > 0) {
+      each_run_of_taps<width>(row.horizontal.count, [&](auto run, int64_t first_tap) __attribute__((always_inline)) {
+        constexpr int taps = decltype(run)::value;
+        T* to = of_member + first_tap * place_step;
+        Vec<T> acc[taps];
+        FASTNN_UNROLL
+        for (int kx = 0; kx < taps; ++kx) acc[kx] = load(to + kx * place_step);
+        slide<T, pixels, taps, step, inside, depthwise>(
+            row, from + first_tap * pixel_stride, column + first_tap, lanes,
+            [&](int p, int kx, Vec<T> value) __attribute__((always_inline)) { acc[kx] += value * grad[p]; });
+        FASTNN_UNROLL
+        for (int kx = 0; kx < taps; ++kx) store(to + kx * place_step, acc[kx]);
+      });
     } else {
       for (int64_t kx = 0; kx < row.horizontal.count; ++kx) {
         Vec<T> acc = load(of_member + kx * place_step);

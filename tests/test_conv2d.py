@@ -244,6 +244,52 @@ def test_narrow_groups_have_kernels_of_their_own(case: tuple[Any, ...], isa: str
         assert (record.kernel == "grouped") == (isa in served), record
 
 
+DOTS = [  # input, few output channels, kernel, further arguments
+    ((2, 17, 9, 27), 1, (3, 3), {"padding": 1}),  # edges a pixel wide where the image lies
+    ((1, 64, 6, 7), 3, (3, 3), {"padding": 1, "activation": "relu"}),  # copied with its border
+    ((3, 40, 5, 5), 2, (5, 5), {"padding": 2, "stride": 2}),
+    ((2, 48, 8, 9), 4, (1, 1), {}),
+    ((1, 20, 9, 30), 5, (3, 3), {"padding": 2, "dilation": 2}),
+    ((2, 19, 7, 3), 7, (2, 2), {}),
+    ((2, 33, 6, 6), 8, (3, 3), {"padding": 1}),
+    ((2, 96, 5, 6), 6, (3, 3), {"groups": 3, "padding": 1}),
+    ((1, 130, 1, 40), 6, (1, 3), {"padding": (0, 1)}),
+    ((2, 16, 8, 8), 9, (3, 3), {"stride": 2}),
+]
+
+
+@pytest.mark.skipif(ON_CUDA, reason="a kernel of the CPU's")
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("case", DOTS, ids=str)
+def test_few_channels_to_compute_are_dot_products(
+    case: tuple[Any, ...], fill: str, isa: str, dtype: torch.dtype
+) -> None:
+    size, few, kernel, arguments = case
+    groups = arguments.get("groups", 1)
+    lanes = {"baseline": 16, "avx2": 32, "avx512": 64}[isa] // dtype.itemsize
+    served = few // groups <= lanes // 2 and size[1] // groups >= lanes
+    check_conv2d(Conv2dCase("dots", size, (few, size[1] // groups, *kernel), kwargs=arguments), fill, dtype)
+    rng = generator("dots", str(case))
+    x, w = random(size, dtype, rng), random((few, size[1] // groups, *kernel), dtype, rng)
+    with ran_kernels("conv2d_forward", dtype=dtype) as records:
+        functional.conv2d(x, w, **arguments)
+    assert [record.kernel == "dot" for record in records] == [served]
+
+    # The other way round: an input of few channels, whose gradient is what is computed.
+    x_shape, w_shape = (size[0], few, *size[2:]), (size[1], few // groups, *kernel)
+    check_conv2d(Conv2dCase("dots back", x_shape, w_shape, kwargs=arguments), fill, dtype)
+    x, w = random(x_shape, dtype, rng).requires_grad_(), random(w_shape, dtype, rng)
+    for number, kernels in (
+        (1.0, {"dot"} if served else {"gather", "winograd_2x2", "winograd_4x4"}),
+        (math.inf, {"scatter"}),
+    ):
+        w.view(-1)[-1] = number
+        y = functional.conv2d(x, w, **arguments)
+        with ran_kernels("conv2d_grad_input", dtype=dtype) as records:
+            torch.autograd.grad(y, x, torch.ones_like(y))
+        assert {record.kernel for record in records} <= kernels
+
+
 def test_fused_equals_separate_operators() -> None:
     rng = generator("fused")
     x, w, b = (

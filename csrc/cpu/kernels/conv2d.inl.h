@@ -1,7 +1,8 @@
 // conv2d (ops/conv2d.h): which kernel serves which geometry.
 //
 //   all                   depthwise, and grouped where groups are narrow
-//   forward, grad_input   winograd for 3x3 and 5x5 of stride 1 with channels enough, else the gather
+//   forward, grad_input   winograd for 3x3 and 5x5 of stride 1 with channels enough, else the gather, whose columns are
+//                         dot products where they are few
 //   forward               winograd along rows for 3x3 of stride 1 with few channels
 //   grad_input            scatter where a weight is not finite
 //   grad_weight           winograd for 3x3 and 5x5 of stride 1 with channels enough, packed for a vector of input
@@ -111,6 +112,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       .source_image_stride = s.in_height * s.in_width * s.in_channels,
       .source_row_stride = s.in_width * s.in_channels,
       .source_pixel_stride = s.in_channels,
+      .dots = !s.pool && dots_serve<T>(outputs, inputs),
       .panels = nullptr,
       .bias = t.bias,
       .relu = s.relu,
@@ -126,7 +128,8 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
   const WinogradChoice choice = winograd_choice<T, Products>(all_groups);
   const bool side_by_side = small_groups_side_by_side(s);
-  const int64_t panel_elements = choice.tile == 0 ? panels_of<T>(outputs) * taps * inputs * kTileColumns<T> : 0;
+  const bool packs = choice.tile == 0 && !all_groups.dots;
+  const int64_t panel_elements = packs ? panels_of<T>(outputs) * taps * inputs * kTileColumns<T> : 0;
   const MadeWeights<T> panels(max_threads(), panel_elements, side_by_side);
   const char* variant = nullptr;  // of the last group
   for_each_group(s.groups, side_by_side, [&](int64_t group, int thread) {
@@ -141,6 +144,10 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
     const char* name = "gather";
     if (choice.tile > 0) {
       name = winograd<T, Products>(conv, {of_group, taps * inputs, 1, s.kernel_width * inputs, inputs}, choice, true);
+    } else if (conv.dots) {
+      conv.panels = of_group;
+      gather_conv(conv);
+      name = "dot";
     } else {
       pack_forward_panels<T>(outputs, inputs, taps, of_group, panels_of_group);
       bool by_row = false;
@@ -209,8 +216,9 @@ void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weig
   int64_t* tap_y = tables;
   int64_t* tap_x = tap_y + taps;
   int64_t* places = tap_x + taps;
-  const char* variant = "gather";  // or Winograd, where it served a phase of the last group
-  int64_t of_phase = 0;            // each has panels of its own, of which a thread always packs the same part
+  const bool dots = dots_serve<T>(inputs, outputs);
+  const char* variant = dots ? "dot" : "gather";  // or Winograd, where it served a phase of the last group
+  int64_t of_phase = 0;  // each has panels of its own, of which a thread always packs the same part
 
   for (int64_t phase_y = 0; phase_y < s.stride_height && phase_y < s.in_height; ++phase_y) {
     const TapAxis vertical = phase_taps(vertical_axis(s), phase_y);
@@ -248,6 +256,7 @@ void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weig
           .source_image_stride = s.out_height * s.out_width * s.out_channels,
           .source_row_stride = s.out_width * s.out_channels,
           .source_pixel_stride = s.out_channels,
+          .dots = dots,
           .panels = nullptr,
           .bias = nullptr,
           .relu = false,
@@ -270,9 +279,10 @@ void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weig
         conv.out += group * inputs;
         const char* name = nullptr;
         if (choice.tile == 0) {
-          if (pack_gradient_panels<T>(outputs, inputs, taps, of_group, count, places, panels_of_group)) {
+          const auto& pack = dots ? pack_gradient_dots<T> : pack_gradient_panels<T>;
+          if (pack(outputs, inputs, taps, of_group, count, places, panels_of_group)) {
             gather_conv(conv);
-            name = "gather";
+            name = variant;
           }
         } else {
           // OHWI has a panel's columns side by side: nothing is packed.

@@ -12,6 +12,9 @@
 //   panel: [tap][k][kTileColumns]      source pixel of row r, tap t: pixel[r] + tap_offset[t], then k contiguous
 //
 // Taps next to each other in a source row whose pixels are dense count as one tap of several times the depth.
+//
+// A few columns would leave most of a tile's vectors empty. They are dot products along the depth instead, whose
+// weights are [column][tap][k].
 #pragma once
 
 #include "cpu/kernels/conv2d_pack.inl.h"
@@ -43,7 +46,8 @@ struct GatherConv {
   int64_t source_height, source_width;
   int64_t source_image_stride, source_row_stride, source_pixel_stride;
 
-  const T* panels;  // [panel][tap][depth][kTileColumns]
+  bool dots;        // where dots_serve() and without pooling
+  const T* panels;  // [panel][tap][depth][kTileColumns]; with dots [column][tap][depth]
   const T* bias;    // or null
   bool relu;
 
@@ -57,7 +61,8 @@ struct GatherConv {
 // Pixels of a block: enough to reuse a panel from L2 for some twenty tiles.
 constexpr int64_t kBlockPixels = 192;
 // One of so many columns may be made of tiles of one pixel, which take four times as long as a pixel of a full tile.
-constexpr int64_t kColumnsOfEdge = 50;
+// With few products for each pixel, a copy would cost more.
+constexpr int64_t kColumnsOfEdge = 50, kColumnsOfDotEdge = 12;
 
 struct TapRange {
   int64_t y_min, y_max, x_min, x_max;
@@ -140,10 +145,10 @@ FASTNN_INLINE void pool_twice_if_nan(const Pool& pool) {
   if (!pool(Constant<false>{})) pool(Constant<true>{});
 }
 
-// One run of taps: `offset` from a pixel's first tap, `depth` long, in source row y + tap_y; its weights start at
-// `panel`.
+// One run of taps: `offset` from a pixel's first tap, `depth` long, in source row y + tap_y; its first number is
+// `first` of all that a pixel sums over.
 struct Run {
-  int64_t offset, depth, tap_y, panel;
+  int64_t offset, depth, tap_y, first;
 };
 
 // Some consecutive runs.
@@ -159,7 +164,7 @@ template <class T, int rows, int vectors, int depth>
 FASTNN_INLINE void gather_accumulate(const Runs& runs, const T* const (&pixels)[rows], const T* panel,
                                      Vec<T> (&acc)[rows][vectors]) {
   for (int64_t i = 0; i < runs.count; ++i) {
-    const T* weights = panel + runs.runs[i].panel;
+    const T* weights = panel + runs.runs[i].first * kTileColumns<T>;
     const T* sources[rows];
     FASTNN_UNROLL
     for (int r = 0; r < rows; ++r) sources[r] = pixels[r] + runs.runs[i].offset;
@@ -196,24 +201,21 @@ inline Runs runs_inside(const Runs& runs, int64_t source_row, int64_t height) {
   return {end - first, runs.runs + first, runs.common_depth};
 }
 
-// Output rows [row, row + rows) of an image for one panel. Tiles stay in one row where it fills most of a tile, and
-// leave out the taps above and below the image; narrower rows follow each other in a tile. A tile fetches its share of
-// `next`.
-template <class T, int vectors, int depth>
-void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs& all_runs, const T* panel,
-                   int64_t column, int64_t row, int64_t rows_in_block, int64_t width, T* out,
-                   const FetchAhead<T>& next) {
-  const int64_t columns = conv.columns - column;
-  const bool whole = columns >= vectors * kLanes<T>, with_relu = conv.relu, stream = conv.stream;
+// tile(Constant<rows>{}, runs, pixels, outs) for tiles of at most `most` pixels of the output rows [row, row + rows) of
+// an image: where each pixel is in the window and in the output. Tiles stay in one row where it fills most of a tile,
+// and leave out the taps above and below the image; narrower rows follow each other in a tile. A tile fetches its share
+// of `next`.
+template <int most, class T, class Tile>
+FASTNN_INLINE void each_tile(const GatherConv<T>& conv, const Image<T>& window, const Runs& all_runs, int64_t row,
+                             int64_t rows_in_block, int64_t width, T* out, const FetchAhead<T>& next,
+                             const Tile& tile_of) {
   const int64_t x_step = conv.step_x * window.pixel_stride, out_step = conv.out_pixel_stride;
   const int64_t source_turn = conv.step_y * window.row_stride - width * x_step;  // from a row to the next
   const int64_t out_turn = conv.out_row_stride - width * out_step;
-  Vec<T> bias[vectors];
-  load_bias<T, vectors>(conv.bias ? conv.bias + column : nullptr, columns, bias);
-  const bool by_row = conv.out_width > kTileRows / 2;
+  const bool by_row = conv.out_width > most / 2;
   const int64_t strips = by_row ? rows_in_block : 1;
   const int64_t strip_pixels = rows_in_block * width / strips;
-  const int64_t tiles = (strip_pixels + kTileRows - 1) / kTileRows;
+  const int64_t tiles = (strip_pixels + most - 1) / most;
   const int64_t least = strip_pixels / tiles, longer = strip_pixels % tiles;  // pixels of a tile; tiles of one more
   const T* from = window.data;
   int64_t x = 0;
@@ -221,7 +223,7 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs
     const Runs runs = by_row ? runs_inside(all_runs, (row + strip) * conv.step_y, conv.source_height) : all_runs;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       next.fetch(strip * tiles + tile, strips * tiles);
-      with_rows(least + (tile < longer), [&](auto constant) {
+      with_count<most>(least + (tile < longer), [&](auto constant) {
         constexpr int rows = decltype(constant)::value;
         const T* pixels[rows];
         T* outs[rows];
@@ -231,29 +233,96 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs
           from += x_step, out += out_step;
           if (++x == width) x = 0, from += source_turn, out += out_turn;
         }
-        Vec<T> acc[rows][vectors];
-        FASTNN_UNROLL
-        for (int r = 0; r < rows; ++r) {
-          FASTNN_UNROLL
-          for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
-        }
-        gather_accumulate<T, rows, vectors, depth>(runs, pixels, panel, acc);
-        const auto each = [&](const auto& body) {
-          FASTNN_UNROLL
-          for (int r = 0; r < rows; ++r) {
-            FASTNN_UNROLL
-            for (int v = 0; v < vectors; ++v) body(outs[r] + v * kLanes<T>, acc[r][v], columns - v * kLanes<T>);
-          }
-        };
-        if (with_relu) each([](T*, Vec<T>& value, int64_t) { value = relu(value); });
-        if (stream) return each([](T* to, Vec<T> value, int64_t) { store_streamed(to, value); });
-        if (whole) return each([](T* to, Vec<T> value, int64_t) { store(to, value); });
-        each([](T* to, Vec<T> value, int64_t left) {
-          if (left > 0) store_upto(to, value, left < kLanes<T> ? left : kLanes<T>);
-        });
+        tile_of(constant, runs, pixels, outs);
       });
     }
   }
+}
+
+// Some output rows of an image for one panel.
+template <class T, int vectors, int depth>
+void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs& all_runs, const T* panel,
+                   int64_t column, int64_t row, int64_t rows_in_block, int64_t width, T* out,
+                   const FetchAhead<T>& next) {
+  const int64_t columns = conv.columns - column;
+  const bool whole = columns >= vectors * kLanes<T>, with_relu = conv.relu, stream = conv.stream;
+  Vec<T> bias[vectors];
+  load_bias<T, vectors>(conv.bias ? conv.bias + column : nullptr, columns, bias);
+  const auto tile = [&](auto constant, const Runs& runs, const auto& pixels, const auto& outs) {
+    constexpr int rows = decltype(constant)::value;
+    Vec<T> acc[rows][vectors];
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) acc[r][v] = bias[v];
+    }
+    gather_accumulate<T, rows, vectors, depth>(runs, pixels, panel, acc);
+    const auto each = [&](const auto& body) {
+      FASTNN_UNROLL
+      for (int r = 0; r < rows; ++r) {
+        FASTNN_UNROLL
+        for (int v = 0; v < vectors; ++v) body(outs[r] + v * kLanes<T>, acc[r][v], columns - v * kLanes<T>);
+      }
+    };
+    if (with_relu) each([](T*, Vec<T>& value, int64_t) { value = relu(value); });
+    if (stream) return each([](T* to, Vec<T> value, int64_t) { store_streamed(to, value); });
+    if (whole) return each([](T* to, Vec<T> value, int64_t) { store(to, value); });
+    each([](T* to, Vec<T> value, int64_t left) {
+      if (left > 0) store_upto(to, value, left < kLanes<T> ? left : kLanes<T>);
+    });
+  };
+  each_tile<kTileRows>(conv, window, all_runs, row, rows_in_block, width, out, next, tile);
+}
+
+// Whether the columns are dot products: half of a vector of them would be empty, but vectors along the depth are full.
+template <class T>
+constexpr int kFewColumns = kLanes<T> / 2;
+template <class T>
+inline bool dots_serve(int64_t columns, int64_t depth) {
+  return columns <= kFewColumns<T> && depth >= kLanes<T>;
+}
+
+// Pixels of a tile of dot products: their sums, a weight of each column and a source vector fit the registers.
+constexpr int dot_rows(int columns) {
+  if (kVectorRegisters == 32) return columns <= 2 ? 8 : columns <= 6 ? 4 : 2;
+  return columns == 1 ? 8 : columns == 2 ? 5 : columns == 3 ? 4 : 2;
+}
+
+// As gather_pixels for all columns of a convolution of few.
+template <class T, int columns>
+void dot_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs& all_runs, int64_t row,
+                int64_t rows_in_block, int64_t width, T* out, const FetchAhead<T>& next) {
+  const int64_t column_step = conv.taps.count * conv.depth;
+  const auto tile = [&](auto constant, const Runs& runs, const auto& pixels, const auto& outs) {
+    constexpr int rows = decltype(constant)::value;
+    Vec<T> acc[rows][columns]{};
+    for (int64_t i = 0; i < runs.count; ++i) {
+      const Run& run = runs.runs[i];
+      const auto step = [&](int64_t k, const auto& read) {
+        Vec<T> weights[columns];
+        FASTNN_UNROLL
+        for (int c = 0; c < columns; ++c) weights[c] = read(conv.panels + c * column_step + run.first + k);
+        FASTNN_UNROLL
+        for (int r = 0; r < rows; ++r) {
+          const Vec<T> value = read(pixels[r] + run.offset + k);
+          FASTNN_UNROLL
+          for (int c = 0; c < columns; ++c) acc[r][c] += value * weights[c];
+        }
+      };
+      int64_t k = 0;
+      for (; k + kLanes<T> <= run.depth; k += kLanes<T>) step(k, [](const T* at) { return load(at); });
+      if (k < run.depth) step(k, [left = run.depth - k](const T* at) { return load_first(at, left); });
+    }
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      FASTNN_UNROLL
+      for (int c = 0; c < columns; ++c) {
+        const T sum = horizontal_sum<T>(acc[r][c]) + (conv.bias ? conv.bias[c] : T(0));
+        outs[r][c] = conv.relu ? relu(sum) : sum;
+      }
+    }
+  };
+  each_tile<dot_rows(columns)>(conv, window, all_runs, row, rows_in_block, width, out, next, tile);
 }
 
 // As gather_pixels for pooled output: the four pixels of a window are four rows of a tile. Returns whether the outputs
@@ -331,7 +400,7 @@ Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& w
       for (const int64_t most = tap_run(conv.taps, t); length < most && !is_outside(t + length);) ++length;
     table[runs.count] = {
         (conv.taps.y[t] - range.y_min) * window.row_stride + (conv.taps.x[t] - range.x_min) * window.pixel_stride,
-        length * conv.depth, conv.taps.y[t], t * conv.depth * kTileColumns<T>};
+        length * conv.depth, conv.taps.y[t], t * conv.depth};
     same = same && table[runs.count].depth == table[0].depth;
     ++runs.count;
     t += length;
@@ -380,13 +449,19 @@ ColumnRange columns_in_place(const GatherConv<T>& conv, const TapRange& range) {
   int64_t end = floor_div(conv.source_width - 1 - range.x_max, conv.step_x) + 1;
   if (end > conv.out_width) end = conv.out_width;
   const int64_t edges = conv.out_width - (end - first);
-  return edges * kColumnsOfEdge <= conv.out_width ? ColumnRange{first, end - first} : ColumnRange{0, 0};
+  return edges * (conv.dots ? kColumnsOfDotEdge : kColumnsOfEdge) <= conv.out_width ? ColumnRange{first, end - first}
+                                                                                    : ColumnRange{0, 0};
 }
 
 // Some rows of an image for one panel; `place` is where the first is stored. `next` is fetched meanwhile.
 template <class T>
 void gather_panel(const GatherConv<T>& conv, const Image<T>& window, const Runs& runs, int64_t index, int64_t row,
                   int64_t rows, int64_t width, int64_t place, const FetchAhead<T>& next) {
+  if (conv.dots) {
+    return with_count<kFewColumns<T>>(conv.columns, [&](auto columns) {
+      dot_pixels<T, decltype(columns)::value>(conv, window, runs, row, rows, width, conv.out + place, next);
+    });
+  }
   const int64_t column = index * kTileColumns<T>;
   const T* panel = conv.panels + column * conv.taps.count * conv.depth;
   T* out = conv.out + place + column;

@@ -34,8 +34,8 @@
 namespace fastnn::cpu {
 namespace {
 
-// 8 pixels: 8 accumulators + 7 weights (of 7x7) + 1 source vector fit 16 registers, with a permutation 5 weights, and so
-// do 8 gradients + as many accumulators as weights.
+// 8 pixels: 8 accumulators + 7 weights (of 7x7) + 1 source vector fit 16 registers, with a permutation 5 weights, and
+// so do 8 gradients + as many accumulators as weights.
 constexpr int kTilePixels = 8;
 // Taps that slide at once where their number is not known at compile time.
 constexpr int kSlidingTaps = 4;

@@ -230,6 +230,17 @@ bool pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T
   return finite;
 }
 
+// The same as [i][tap of places][o], for dot products.
+template <class T>
+bool pack_gradient_dots(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
+                        const int64_t* places, T* dots) {
+  parallel_for(count, [&](int64_t tap) {
+    transpose_matrix(ohwi + places[tap] * inputs, taps * inputs, outputs, inputs, dots + tap * outputs,
+                     count * outputs);
+  });
+  return all_finite(inputs * count * outputs, dots);
+}
+
 // One group's weight gradient from its sums [tap][i][padded_outputs]. `buffer` holds one group's weights.
 template <class T>
 void write_weight_gradient(const Conv2dShape& shape, int64_t padded_outputs, const T* sums, T* buffer, T* grad_weight) {

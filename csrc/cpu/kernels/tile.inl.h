@@ -48,12 +48,18 @@ struct Constant {
 // body(Constant<count>{}) for a count in [1, most] known only at run time.
 template <int most, class Body>
 FASTNN_INLINE void with_count(int64_t count, const Body& body) {
-  static_assert(most == 4 || most == 5 || most == 8, "one case for each count");
+  static_assert(most <= 8, "one case for each count");
   switch (count) {
     case 1: return body(Constant<1>{});
-    case 2: return body(Constant<2>{});
-    case 3: return body(Constant<3>{});
-    case 4: return body(Constant<4>{});
+    case 2:
+      if constexpr (most >= 2) return body(Constant<2>{});
+      [[fallthrough]];
+    case 3:
+      if constexpr (most >= 3) return body(Constant<3>{});
+      [[fallthrough]];
+    case 4:
+      if constexpr (most >= 4) return body(Constant<4>{});
+      [[fallthrough]];
     case 5:
       if constexpr (most >= 5) return body(Constant<5>{});
       [[fallthrough]];

@@ -97,7 +97,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   list_taps(forward_taps(vertical_axis(s)), forward_taps(horizontal_axis(s)), tap_y, tap_x);
   const int64_t stored_height = s.pool ? s.out_height / 2 : s.out_height;
   const int64_t stored_width = s.pool ? s.out_width / 2 : s.out_width;
-  const GatherConv<T> all_groups{
+  GatherConv<T> all_groups{
       .batch = s.batch,
       .out_height = s.out_height,
       .out_width = s.out_width,
@@ -112,7 +112,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       .source_image_stride = s.in_height * s.in_width * s.in_channels,
       .source_row_stride = s.in_width * s.in_channels,
       .source_pixel_stride = s.in_channels,
-      .dots = !s.pool && dots_serve<T>(outputs, inputs),
+      .dots = false,
       .panels = nullptr,
       .bias = t.bias,
       .relu = s.relu,
@@ -124,6 +124,9 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       .pool = s.pool,
       .winner = t.winner,
   };
+  bool by_row = false;
+  if constexpr (sizeof(T) == 4) by_row = winograd_row_serves(all_groups);
+  all_groups.dots = !s.pool && dots_serve<T>(outputs, taps, inputs, by_row);
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
   const WinogradChoice choice = winograd_choice<T, Products>(all_groups);
@@ -150,9 +153,9 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       name = "dot";
     } else {
       pack_forward_panels<T>(outputs, inputs, taps, of_group, panels_of_group);
-      bool by_row = false;
-      if constexpr (sizeof(T) == 4) by_row = winograd_row_serves(conv) && winograd_row_conv(conv);
-      if (by_row)
+      bool done = false;
+      if constexpr (sizeof(T) == 4) done = by_row && winograd_row_conv(conv);
+      if (done)
         name = "winograd_1x4";
       else
         gather_conv(conv);
@@ -216,7 +219,8 @@ void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weig
   int64_t* tap_y = tables;
   int64_t* tap_x = tap_y + taps;
   int64_t* places = tap_x + taps;
-  const bool dots = dots_serve<T>(inputs, outputs);
+  const int64_t phases = s.stride_height * s.stride_width;
+  const bool dots = dots_serve<T>(inputs, (taps + phases - 1) / phases, outputs, false);
   const char* variant = dots ? "dot" : "gather";  // or Winograd, where it served a phase of the last group
   int64_t of_phase = 0;  // each has panels of its own, of which a thread always packs the same part
 

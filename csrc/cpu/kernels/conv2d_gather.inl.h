@@ -46,7 +46,7 @@ struct GatherConv {
   int64_t source_height, source_width;
   int64_t source_image_stride, source_row_stride, source_pixel_stride;
 
-  bool dots;        // where dots_serve() and without pooling
+  bool dots;        // of no more than kFewColumns, from a vector of depth on, without pooling
   const T* panels;  // [panel][tap][depth][kTileColumns]; with dots [column][tap][depth]
   const T* bias;    // or null
   bool relu;
@@ -274,12 +274,16 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs
   each_tile<kTileRows>(conv, window, all_runs, row, rows_in_block, width, out, next, tile);
 }
 
-// Whether the columns are dot products: half of a vector of them would be empty, but vectors along the depth are full.
+// Whether columns are worth dot products: they make full vectors along the depth, and fewer products than a vector for
+// each number that a pixel sums over - half a vector where Winograd along rows is the other way -, although the lanes
+// of each sum have to be added up, which takes as long as some products.
 template <class T>
 constexpr int kFewColumns = kLanes<T> / 2;
 template <class T>
-inline bool dots_serve(int64_t columns, int64_t depth) {
-  return columns <= kFewColumns<T> && depth >= kLanes<T>;
+inline bool dots_serve(int64_t columns, int64_t taps, int64_t depth, bool by_row) {
+  constexpr int64_t kSumOfLanes = 5;
+  const int64_t products = columns * (taps * ((depth + kLanes<T> - 1) / kLanes<T>)+kSumOfLanes);
+  return columns <= kFewColumns<T> && depth >= kLanes<T> && products < taps * depth / (by_row ? 2 : 1);
 }
 
 // Pixels of a tile of dot products: their sums, a weight of each column and a source vector fit the registers.
@@ -311,7 +315,11 @@ void dot_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs& a
       };
       int64_t k = 0;
       for (; k + kLanes<T> <= run.depth; k += kLanes<T>) step(k, [](const T* at) { return load(at); });
-      if (k < run.depth) step(k, [left = run.depth - k](const T* at) { return load_first(at, left); });
+      if (k < run.depth) {  // the last whole vector, without what it shares with the one before
+        const int64_t last = run.depth - kLanes<T>;
+        const Mask<T> is_new = lane_numbers<T>() >= broadcast_lane<T>(k - last);
+        step(last, [is_new](const T* at) { return (Vec<T>)((Mask<T>)load(at) & is_new); });
+      }
     }
     FASTNN_UNROLL
     for (int r = 0; r < rows; ++r) {

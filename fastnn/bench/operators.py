@@ -140,7 +140,7 @@ def _patches(in_channels: int, out_channels: int, size: int, kernel: int) -> Con
     return ConvShape(in_channels, out_channels, size, kernel, stride=kernel, padding=0)
 
 
-# Every different convolution of each network, at 224x224 but for LeNet-5.
+# Every different convolution of each network, at 224x224 unless said otherwise.
 NETWORKS: dict[str, tuple[ConvShape, ...]] = {
     "ResNet-18": (
         ConvShape(3, 64, 224, 7, 2),
@@ -244,6 +244,13 @@ NETWORKS: dict[str, tuple[ConvShape, ...]] = {
         ConvShape(32, 128, 7, 5),
         ConvShape(48, 128, 7, 5),
     ),
+    # On patches of 40x40, as it is trained.
+    "DnCNN": (
+        ConvShape(1, 64, 40, 3),
+        ConvShape(64, 64, 40, 3),
+        ConvShape(64, 1, 40, 3),
+    ),
+    # On digits of 28x28, padded once.
     "LeNet-5": (
         ConvShape(1, 6, 28, 5),
         ConvShape(6, 16, 14, 5, padding=0),

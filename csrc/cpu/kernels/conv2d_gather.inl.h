@@ -201,10 +201,10 @@ inline Runs runs_inside(const Runs& runs, int64_t source_row, int64_t height) {
   return {end - first, runs.runs + first, runs.common_depth};
 }
 
-// tile(Constant<rows>{}, runs, pixels, outs) for tiles of at most `most` pixels of the output rows [row, row + rows) of
-// an image: where each pixel is in the window and in the output. Tiles stay in one row where it fills most of a tile,
-// and leave out the taps above and below the image; narrower rows follow each other in a tile. A tile fetches its share
-// of `next`.
+// tile_of(Constant<rows>{}, runs, pixels, outs) for tiles of at most `most` pixels of the output rows [row, row + rows)
+// of an image: where each pixel is in the window and in the output. Tiles stay in one row where it fills most of a
+// tile, and leave out the taps above and below the image; narrower rows follow each other in a tile. A tile fetches its
+// share of `next`.
 template <int most, class T, class Tile>
 FASTNN_INLINE void each_tile(const GatherConv<T>& conv, const Image<T>& window, const Runs& all_runs, int64_t row,
                              int64_t rows_in_block, int64_t width, T* out, const FetchAhead<T>& next,
@@ -274,16 +274,18 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs
   each_tile<kTileRows>(conv, window, all_runs, row, rows_in_block, width, out, next, tile);
 }
 
-// Whether columns are worth dot products: they make full vectors along the depth, and fewer products than a vector for
+// So many columns leave half of a vector empty.
+template <class T>
+constexpr int kFewColumns = kLanes<T> / 2;
+
+// Whether columns are worth dot products: with full vectors along the depth, they make fewer products than a vector for
 // each number that a pixel sums over - half a vector where Winograd along rows is the other way -, although the lanes
 // of each sum have to be added up, which takes as long as some products.
 template <class T>
-constexpr int kFewColumns = kLanes<T> / 2;
-template <class T>
 inline bool dots_serve(int64_t columns, int64_t taps, int64_t depth, bool by_row) {
-  constexpr int64_t kSumOfLanes = 5;
-  const int64_t products = columns * (taps * ((depth + kLanes<T> - 1) / kLanes<T>)+kSumOfLanes);
-  return columns <= kFewColumns<T> && depth >= kLanes<T> && products < taps * depth / (by_row ? 2 : 1);
+  constexpr int64_t kSumOfLanes = 5, kVector = kLanes<T>;
+  const int64_t products = columns * (taps * ((depth + kVector - 1) / kVector) + kSumOfLanes);
+  return columns <= kFewColumns<T> && depth >= kVector && products < taps * depth / (by_row ? 2 : 1);
 }
 
 // Pixels of a tile of dot products: their sums, a weight of each column and a source vector fit the registers.

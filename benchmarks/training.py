@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -526,6 +527,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name}: expected at least 1, got {value}")
+    if options.keras_python is not None and shutil.which(options.keras_python) is None:
+        raise ValueError(f"--keras-python: expected an interpreter, got {options.keras_python!r}")
     with threads_and_isa(options.threads):
         plan = Plan(
             options.mnist,
@@ -536,10 +539,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             QUICK_IMAGES if options.quick else options.images,
             options.quick,
         )
+        rows = [ROWS[name] for name in options.rows or ROWS]
+        for net in {net.name: net for _, nets in rows for net in nets}.values():
+            plan.data(net)  # before anything is measured: images that cannot be read are an error
         facts = machine.describe()
         print(machine.summary(facts), flush=True)
-        for name in options.rows or ROWS:
-            measure, nets = ROWS[name]
+        for measure, nets in rows:
             for net in nets:
                 measure(plan, net)
     settings = {"rounds": plan.rounds, "quick": plan.quick, "loop": "hand-written, channels_last, fused Adam"}

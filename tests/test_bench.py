@@ -374,6 +374,22 @@ def test_run_writes_results_and_tables_and_keeps_the_other_half(
     assert result["ratio"]["median"] > 0
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--cifar", "a folder or an .npz file; got 'nowhere'"),
+        ("--keras-python", "expected an interpreter, got 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_read_is_told_before_anything_is_measured(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training.main(["--quick", option, "nowhere"]) == 2
+    out, error = capsys.readouterr()
+    assert message in error
+    assert out == ""
+
+
 def test_results_of_a_forced_isa_stay_out_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if len(fastnn.available_isas()) == 1:
         pytest.skip("this processor runs the baseline kernels alone")

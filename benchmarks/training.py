@@ -540,8 +540,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             options.quick,
         )
         rows = [ROWS[name] for name in options.rows or ROWS]
-        for net in {net.name: net for _, nets in rows for net in nets}.values():
-            plan.data(net)  # before anything is measured: images that cannot be read are an error
+        for _, nets in rows:
+            for net in nets:
+                plan.data(net)  # before anything is measured: images that cannot be read are an error
         facts = machine.describe()
         print(machine.summary(facts), flush=True)
         for measure, nets in rows:

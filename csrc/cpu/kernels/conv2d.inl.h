@@ -124,9 +124,8 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       .pool = s.pool,
       .winner = t.winner,
   };
-  bool by_row = false;
-  if constexpr (sizeof(T) == 4) by_row = winograd_row_serves(all_groups);
-  all_groups.dots = !s.pool && dots_serve<T>(outputs, taps, inputs, by_row);
+  const bool row_serves = winograd_row_serves(all_groups);
+  all_groups.dots = !s.pool && dots_serve<T>(outputs, taps, inputs, row_serves);
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
   const WinogradChoice choice = winograd_choice<T, Products>(all_groups);
@@ -153,9 +152,9 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       name = "dot";
     } else {
       pack_forward_panels<T>(outputs, inputs, taps, of_group, panels_of_group);
-      bool done = false;
-      if constexpr (sizeof(T) == 4) done = by_row && winograd_row_conv(conv);
-      if (done)
+      bool by_row = false;
+      if constexpr (sizeof(T) == 4) by_row = row_serves && winograd_row_conv(conv);
+      if (by_row)
         name = "winograd_1x4";
       else
         gather_conv(conv);

@@ -274,12 +274,10 @@ FASTNN_INLINE void with_taps(const GroupedRow<T>& row, const Body& body_of_group
       case 2: return body(Constant<2>{}, Constant<1>{});  // of 3x3 and 5x5 kernels' input gradients, stride 2
       case 3: return body(Constant<3>{}, Constant<1>{});
       case 5: return body(Constant<5>{}, Constant<1>{});
-      case 7:
-        if (row.members == 1) return body_of_groups(Constant<7>{}, Constant<1>{}, Constant<1>{});
-        break;
       default:
-        if (row.members == 1) return body_of_groups(Constant<0>{}, Constant<1>{}, Constant<1>{});
-        break;
+        if (row.members > 1) break;  // as much code again, for kernels that networks have in depthwise layers
+        if (row.horizontal.count == 7) return body_of_groups(Constant<7>{}, Constant<1>{}, Constant<1>{});
+        return body_of_groups(Constant<0>{}, Constant<1>{}, Constant<1>{});
     }
   } else if (neighbours && row.source_step == 2) {
     switch (row.horizontal.count) {

@@ -39,12 +39,12 @@ constexpr float kRowLimit = 0x1p50f;
 // Vectors of columns computed at a time: for each 8 sums and 3 weights, beside 4 values, in 16 registers or 32.
 constexpr int kRowVectors = kVectorRegisters == 32 ? 2 : 1;
 
-// Whether it serves: fewer channels than the transformations of both axes want, no more padding than a tile, and tiles
-// full enough to save a quarter of the multiplications.
+// Whether it serves: float32, fewer channels than the transformations of both axes want, no more padding than a tile,
+// and tiles full enough to save a quarter of the multiplications.
 template <class T>
 bool winograd_row_serves(const GatherConv<T>& conv) {
   const int64_t width = conv.pool ? conv.out_width / 2 * 2 : conv.out_width;
-  return dense_square_taps(conv) == 3 && conv.depth < kWinogradChannels && conv.taps.x[0] >= -4 &&
+  return sizeof(T) == 4 && dense_square_taps(conv) == 3 && conv.depth < kWinogradChannels && conv.taps.x[0] >= -4 &&
          4 * kRowPoints * ((width + 3) / 4) <= 3 * 3 * width;
 }
 

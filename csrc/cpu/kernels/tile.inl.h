@@ -45,35 +45,14 @@ struct Constant {
   static constexpr int value = number;
 };
 
-// body(Constant<count>{}) for a count in [1, most] known only at run time.
+// body(Constant<count>{}) for a count in [1, most] known only at run time. The largest is asked for first: it is that
+// of most tiles.
 template <int most, class Body>
 FASTNN_INLINE void with_count(int64_t count, const Body& body) {
-  static_assert(most <= 8, "one case for each count");
-  switch (count) {
-    case 1: return body(Constant<1>{});
-    case 2:
-      if constexpr (most >= 2) return body(Constant<2>{});
-      [[fallthrough]];
-    case 3:
-      if constexpr (most >= 3) return body(Constant<3>{});
-      [[fallthrough]];
-    case 4:
-      if constexpr (most >= 4) return body(Constant<4>{});
-      [[fallthrough]];
-    case 5:
-      if constexpr (most >= 5) return body(Constant<5>{});
-      [[fallthrough]];
-    case 6:
-      if constexpr (most >= 6) return body(Constant<6>{});
-      [[fallthrough]];
-    case 7:
-      if constexpr (most >= 7) return body(Constant<7>{});
-      [[fallthrough]];
-    case 8:
-      if constexpr (most >= 8) return body(Constant<8>{});
-      [[fallthrough]];
-    default: __builtin_unreachable();
+  if constexpr (most > 1) {
+    if (count < most) return with_count<most - 1>(count, body);
   }
+  body(Constant<most>{});
 }
 
 // The same for the rows of a tile.

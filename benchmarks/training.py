@@ -189,13 +189,13 @@ def epochs(plan: Plan, net: Net) -> None:
             FIT: fit_epoch(net, pixels, train.labels, batch),
             LAYERS: layer_epoch(net, train, batch),
             TORCH: torch_epoch(net, train, batch),
-            TORCH_BF16: torch_epoch(net, train, batch, autocast=True),
         }
         if fastnn.get_isa() != "avx2" and "avx2" in fastnn.available_isas():
             sides[FIT_AVX2] = fit_epoch(net, pixels, train.labels, batch, isa="avx2")
         why_no_bf16 = _why_no_bf16()
-        if not why_no_bf16:
+        if not why_no_bf16:  # without the instructions PyTorch's bf16 is far slower than its fp32
             sides[FIT_BF16] = fit_epoch(net, pixels, train.labels, batch, precision="bf16")
+            sides[TORCH_BF16] = torch_epoch(net, train, batch, autocast=True)
         samples = interleave(sides, plan.rounds)
         for ours, theirs in (
             (FIT, TORCH),
@@ -204,9 +204,9 @@ def epochs(plan: Plan, net: Net) -> None:
             (FIT_BF16, TORCH_BF16),
             (LAYERS, TORCH),
         ):
-            if ours not in samples:
-                reason = why_no_bf16 if ours == FIT_BF16 else "the kernels in use are AVX2 already, or there are none"
-                plan.skip("epochs", net, ours, reason)
+            if ours not in samples or theirs not in samples:
+                avx2 = "the kernels in use are AVX2 already, or there are none"
+                plan.skip("epochs", net, f"{ours} against {theirs}", avx2 if theirs == TORCH else why_no_bf16)
                 continue
             target = TARGETS.get((ours, theirs, batch))
             plan.add(

@@ -89,7 +89,7 @@ def _ones_or_normal(output: Tensor) -> Tensor:
 
 def _normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-    return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+    return values.to(memory_format=torch.channels_last) if values.dim() == 4 else values
 
 
 # ----------------------------------------------------------------------------------------------------- conv2d

@@ -509,9 +509,9 @@ void gather_conv(const GatherConv<T>& conv) {
   const int64_t window_width = (conv.out_width - 1) * conv.step_x + range.x_max - range.x_min + 1;
   const int64_t window_rows = (plan.block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
   const int64_t window_elements = in_place ? 0 : window_rows * window_width * conv.depth;
-  // Products of several taps hide the time of the memory.
+  // Products of several taps hide the time of the memory. Of a group's source little is in the lines between.
   const bool fetch = conv.taps.count == 1 && !conv.pool && plan.column_parts == 1 &&
-                     exceeds_caches<T>(conv.batch * conv.source_image_stride);
+                     conv.depth == conv.source_pixel_stride && worth_fetching<T>(conv.batch * conv.source_image_stride);
   const int64_t weights = panels * kTileColumns<T> * conv.taps.count * conv.depth;
   const TaskOrder order{conv.batch * plan.blocks, plan.column_parts, weights > conv.batch * conv.source_image_stride};
   const ThreadScratch<T> windows(max_threads(), window_elements);

@@ -206,7 +206,7 @@ inline bool packed_serves_grad_weight(const Conv2dShape& s) {
 #if defined(__AVX512F__)
 constexpr int64_t kPackedProducts = 128;
 #else
-constexpr int64_t kPackedProducts = 96;
+constexpr int64_t kPackedProducts = 80;
 #endif
 
 // Whether the factors are packed. As it lies, a source can be read in whole vectors of its channels alone.
@@ -293,7 +293,7 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, T*
       }
       packed_runs(s, plan, unit, source_layout, grad_layout, runs);
       FetchAhead<T> next_source{}, next_grad{};  // what the next unit reads
-      if (parts == 1 && index + 1 < end_unit) {
+      if (parts == 1 && s.groups == 1 && index + 1 < end_unit) {
         const PackedUnit after = packed_unit(s, plan, index + 1);
         const PixelSpan after_rows = source_pixels(plan.vertical, after.row, after.rows);
         const int64_t image_rows = (after.images - 1) * s.in_height + (after_rows.count - 1) * after_rows.step + 1;

@@ -368,7 +368,7 @@ void grouped_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
   const TapAxis vertical = forward_taps(vertical_axis(s));
   const TapAxis horizontal = forward_taps(horizontal_axis(s));
   const bool stream = grouped_streams(s, t.output, s.out_height * s.out_width);
-  const bool fetch = exceeds_caches<T>(s.batch * s.in_height * s.in_width * s.in_channels);
+  const bool fetch = worth_fetching<T>(s.batch * s.in_height * s.in_width * s.in_channels);
   const int64_t block = grouped_rows_per_task(s.batch, s.out_height), blocks = (s.out_height + block - 1) / block;
   parallel_tasks(s.batch * blocks, [&](int64_t task, int) {
     const int64_t image = task / blocks, first = task % blocks * block;
@@ -408,7 +408,7 @@ void grouped_grad_input(const Conv2dShape& s, const T* grad, const T* ohwi, T* g
   pack_grouped_gradient<T>(s, ohwi, weight);
   const WeightSteps steps{members * s.in_channels, s.in_channels};
   const bool stream = grouped_streams(s, grad_input, s.in_height * s.in_width);
-  const bool fetch = exceeds_caches<T>(s.batch * s.out_height * s.out_width * s.in_channels);
+  const bool fetch = worth_fetching<T>(s.batch * s.out_height * s.out_width * s.in_channels);
   const int64_t block = grouped_rows_per_task(s.batch, s.in_height), blocks = (s.in_height + block - 1) / block;
   parallel_tasks(s.batch * blocks, [&](int64_t task, int) {
     const int64_t image = task / blocks, first = task % blocks * block;
@@ -529,7 +529,7 @@ void grouped_grad_weight(const Conv2dShape& s, const T* input, const T* grad, T*
   const int64_t weights = kernel_taps(s) * group_inputs(s), rows = s.batch * s.out_height;
   const int64_t chunks = rows < kTasks ? rows : kTasks;
   const int64_t vectors = vectors_of<T>(s.in_channels), elements = vectors * weights * kLanes<T>;
-  const bool fetch = exceeds_caches<T>(s.batch * s.in_height * s.in_width * s.in_channels);
+  const bool fetch = worth_fetching<T>(s.batch * s.in_height * s.in_width * s.in_channels);
   const WeightSteps steps = times(given_steps(s), kLanes<T>);
   const Scratch<T> partials(chunks * elements);
   const TapAxis vertical = forward_taps(vertical_axis(s));

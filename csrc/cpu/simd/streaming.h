@@ -14,20 +14,23 @@ namespace fastnn::cpu {
 namespace {
 
 constexpr int64_t kLineBytes = 64;
-// Less may still lie in L3 when an operator reads what the one before has written.
-constexpr int64_t kCachedBytes = 16 << 20;
-
-template <class T>
-inline bool exceeds_caches(int64_t elements) {
-  return elements >= kCachedBytes / static_cast<int64_t>(sizeof(T));
-}
+// An output of less may still lie in L3 when the next operator reads it: to store it past the caches would cost that.
+constexpr int64_t kStreamedBytes = 16 << 20;
+// An input of less lies there for sure. Of more, on a machine whose other cores use L3 too, much comes from memory.
+constexpr int64_t kFetchedBytes = 4 << 20;
 
 // Whether to stream an output of so many elements, of which a pixel has `channels`, dense and aligned.
 template <class T>
 inline bool worth_streaming(const T* output, int64_t elements, int64_t channels) {
   constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
-  return kVectorBytes >= 32 && exceeds_caches<T>(elements) && reinterpret_cast<uintptr_t>(output) % kLineBytes == 0 &&
-         channels % line == 0;
+  return kVectorBytes >= 32 && elements >= kStreamedBytes / static_cast<int64_t>(sizeof(T)) &&
+         reinterpret_cast<uintptr_t>(output) % kLineBytes == 0 && channels % line == 0;
+}
+
+// Whether to fetch an input of so many elements ahead.
+template <class T>
+inline bool worth_fetching(int64_t elements) {
+  return elements >= kFetchedBytes / static_cast<int64_t>(sizeof(T));
 }
 
 #if defined(__AVX512F__)

@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t kLineBytes = 64;
 // An output of less may still lie in L3 when the next operator reads it: to store it past the caches would cost that.
 constexpr int64_t kStreamedBytes = 16 << 20;
-// An input of less lies there for sure. Of more, on a machine whose other cores use L3 too, much comes from memory.
-constexpr int64_t kFetchedBytes = 4 << 20;
+// An input of less mostly lies there. Of more, where other cores use L3 too, much comes from memory.
+constexpr int64_t kFetchedBytes = 8 << 20;
 
 // Whether to stream an output of so many elements, of which a pixel has `channels`, dense and aligned.
 template <class T>

@@ -642,15 +642,19 @@ def distance(actual: list[Tensor], exact: list[Tensor]) -> float:
 def assert_as_exact_as_torch(
     model: nn.Module, changed: nn.Module, x: Tensor, compute: Callable[..., list[Tensor]] = results
 ) -> None:
-    """At most twice as far from float64 as torch, whose distance also depends on the order in which it adds."""
+    """At most twice as far from float64 as torch, whose distance also depends on the order in which it adds.
+
+    Six times where Winograd's algorithm served: that is its usual error, as docs/performance.md states it.
+    """
     exact = compute(copy.deepcopy(model).double(), x.double())
     theirs = []
     for with_onednn in (True, False):
         with torch.backends.mkldnn.flags(enabled=with_onednn):
             theirs.append(distance(compute(copy.deepcopy(model), x), exact))
-    with ran_kernels("conv2d_forward", *(("conv2d_grad_weight",) if compute is results else ())):
+    with ran_kernels("conv2d_forward", *(("conv2d_grad_weight",) if compute is results else ())) as records:
         ours = compute(changed, x)
-    assert distance(ours, exact) <= 2 * max(theirs)
+    factor = 6 if any(record.kernel.startswith("winograd") for record in records) else 2
+    assert distance(ours, exact) <= factor * max(theirs)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ own, the processes take turns. Before that, both train a few steps from the same
 from __future__ import annotations
 
 import argparse
-import inspect
 import os
 import shutil
 import statistics
@@ -49,7 +48,6 @@ from fastnn.bench.timing import (
     interleave,
     repeated,
 )
-from fastnn.classifier import CNNClassifier
 
 Result = dict[str, Any]
 
@@ -192,7 +190,7 @@ def epochs(plan: Plan, net: Net) -> None:
         }
         if fastnn.get_isa() != "avx2" and "avx2" in fastnn.available_isas():
             sides[FIT_AVX2] = fit_epoch(net, pixels, train.labels, batch, isa="avx2")
-        why_no_bf16 = _why_no_bf16()
+        why_no_bf16 = "" if "avx512_bf16" in machine.cpu_flags() else "this processor has no AVX512-BF16"
         if not why_no_bf16:  # without the instructions PyTorch's bf16 is far slower than its fp32
             sides[FIT_BF16] = fit_epoch(net, pixels, train.labels, batch, precision="bf16")
             sides[TORCH_BF16] = torch_epoch(net, train, batch, autocast=True)
@@ -205,8 +203,9 @@ def epochs(plan: Plan, net: Net) -> None:
             (LAYERS, TORCH),
         ):
             if ours not in samples or theirs not in samples:
-                avx2 = "the kernels in use are AVX2 already, or there are none"
-                plan.skip("epochs", net, f"{ours} against {theirs}", avx2 if theirs == TORCH else why_no_bf16)
+                why_no_avx2 = "the kernels in use are AVX2 already, or there are none"
+                reason = why_no_bf16 if theirs == TORCH_BF16 else why_no_avx2
+                plan.skip("epochs", net, f"{ours} against {theirs}", reason)
                 continue
             target = TARGETS.get((ours, theirs, batch))
             plan.add(
@@ -223,12 +222,6 @@ def epochs(plan: Plan, net: Net) -> None:
                 data=train.source,
                 **({"isa": "avx2"} if ours == FIT_AVX2 else {}),
             )
-
-
-def _why_no_bf16() -> str:
-    if "precision" not in inspect.signature(CNNClassifier.fit).parameters:
-        return "fit has no precision= in this version"
-    return "" if "avx512_bf16" in machine.cpu_flags() else "this processor has no AVX512-BF16"
 
 
 def check_same_training(net: Net, train: Images, batch: int) -> None:

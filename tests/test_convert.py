@@ -644,7 +644,8 @@ def assert_as_exact_as_torch(
 ) -> None:
     """At most twice as far from float64 as torch, whose distance also depends on the order in which it adds.
 
-    Six times where Winograd's algorithm served: that is its usual error, as docs/performance.md states it.
+    A forward pass alone may be six times as far where Winograd's algorithm served: that is its usual error, as
+    docs/performance.md states it. Over outputs and gradients it averages out.
     """
     exact = compute(copy.deepcopy(model).double(), x.double())
     theirs = []
@@ -653,7 +654,8 @@ def assert_as_exact_as_torch(
             theirs.append(distance(compute(copy.deepcopy(model), x), exact))
     with ran_kernels("conv2d_forward", *(("conv2d_grad_weight",) if compute is results else ())) as records:
         ours = compute(changed, x)
-    factor = 6 if any(record.kernel.startswith("winograd") for record in records) else 2
+    by_winograd = any(record.kernel.startswith("winograd") for record in records)
+    factor = 6 if compute is output_alone and by_winograd else 2
     assert distance(ours, exact) <= factor * max(theirs)
 
 

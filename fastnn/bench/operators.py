@@ -88,6 +88,7 @@ def _ones_or_normal(output: Tensor) -> Tensor:
 
 
 def _normal(*shape: int, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Images are channels_last as `Module.to` makes them: of one channel, `contiguous` would leave NCHW's strides."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
     return values.to(memory_format=torch.channels_last) if values.dim() == 4 else values
 

@@ -509,7 +509,7 @@ void gather_conv(const GatherConv<T>& conv) {
   const int64_t window_width = (conv.out_width - 1) * conv.step_x + range.x_max - range.x_min + 1;
   const int64_t window_rows = (plan.block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
   const int64_t window_elements = in_place ? 0 : window_rows * window_width * conv.depth;
-  // Products of several taps hide the time of the memory. Of a group's source little is in the lines between.
+  // Products of several taps hide the time of the memory. Beside one group of several lie other groups' channels.
   const bool fetch = conv.taps.count == 1 && !conv.pool && plan.column_parts == 1 &&
                      conv.depth == conv.source_pixel_stride && worth_fetching<T>(conv.batch * conv.source_image_stride);
   const int64_t weights = panels * kTileColumns<T> * conv.taps.count * conv.depth;

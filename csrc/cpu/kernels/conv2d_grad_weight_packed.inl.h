@@ -292,7 +292,7 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, T*
                        kTileRows};
       }
       packed_runs(s, plan, unit, source_layout, grad_layout, runs);
-      FetchAhead<T> next_source{}, next_grad{};  // what the next unit reads
+      FetchAhead<T> next_source{}, next_grad{};  // what the next unit reads, where that is all channels
       if (parts == 1 && s.groups == 1 && index + 1 < end_unit) {
         const PackedUnit after = packed_unit(s, plan, index + 1);
         const PixelSpan after_rows = source_pixels(plan.vertical, after.row, after.rows);

@@ -1,4 +1,4 @@
-"""The tables between markers in README.md: ``<!-- benchmarks:training -->`` ... ``<!-- /benchmarks -->``."""
+"""The tables between markers in README.md: ``<!-- benchmarks:avx2-training -->`` ... ``<!-- /benchmarks -->``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from fastnn._files import atomic_path
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-TABLES = ("operators", "training", "gpu")
+TABLES = ("avx512-training", "avx512-operators", "avx2-training", "avx2-operators", "gpu")
 
 START = re.compile(r"<!-- benchmarks:([\w-]+) -->\n")
 END = "<!-- /benchmarks -->"
@@ -23,9 +23,10 @@ def rewrite(text: str, tables: Mapping[str, str]) -> str:
     """`text` with the content of marked sections replaced by their tables; other sections stay.
 
     Raises:
-        MarkerError: there is no marked section, one is not closed, or it is for a table that does not exist.
+        MarkerError: there is no section for one of the tables, one is not closed, or it is for a table that does not
+            exist.
     """
-    parts, position = [], 0
+    parts, position, found = [], 0, set()
     for start in START.finditer(text):
         name = start[1]
         end = text.find(END, start.end())
@@ -37,8 +38,10 @@ def rewrite(text: str, tables: Mapping[str, str]) -> str:
         content = f"{tables[name].strip()}\n" if name in tables else text[start.end() : end]
         parts += [text[position : start.end()], content]
         position = end
-    if not parts:
-        raise MarkerError(f"expected <!-- benchmarks:training --> and {END} around the table, got neither")
+        found.add(name)
+    for name in tables:
+        if name not in found:
+            raise MarkerError(f"expected <!-- benchmarks:{name} --> and {END} around the table, got neither")
     return "".join([*parts, text[position:]])
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/run.py [--mnist FOLDER] [--cifar SOURCE] [--keras-python PYTHON] [--only operators|training]
 
-A table stands between ``<!-- benchmarks:training -->`` or ``<!-- benchmarks:operators -->`` and
-``<!-- /benchmarks -->``; nothing else of the README is touched. With ``--only`` the other half stays as the last run
-wrote it. Results of a forced ISA (``FASTNN_ISA``) go to their own file and not into the README.
+The README has tables of processors with AVX-512 and of those with AVX2 alone. One stands between a marker such as
+``<!-- benchmarks:avx2-training -->`` or ``<!-- benchmarks:avx2-operators -->`` and ``<!-- /benchmarks -->``; nothing
+else of the README is touched. With ``--only`` the other half stays as the last run wrote it. Results of a forced ISA
+(``FASTNN_ISA``) go to their own file and not into the README.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import training
-from readme import README, rewritten, write_tables
+from readme import README, TABLES, rewritten, write_tables
 
 import fastnn
 from fastnn import bench
@@ -100,9 +101,10 @@ def run(options: argparse.Namespace) -> None:
     isa = fastnn.get_isa()
     path = results / f"cpu-{isa}.json"
     document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    publishes = isa == fastnn.available_isas()[-1]
+    tables = [_table(isa, section) for section in SECTIONS]
+    publishes = isa == fastnn.available_isas()[-1] and set(tables) <= set(TABLES)
     if publishes:  # an hour of measuring must not end at a missing marker
-        rewritten(readme, dict.fromkeys(SECTIONS, ""))
+        rewritten(readme, dict.fromkeys(tables, ""))
     for section in SECTIONS if options.only is None else (options.only,):
         document[section] = measure(section, options)
         # After each half, so that an interrupt loses one at most.
@@ -110,10 +112,16 @@ def run(options: argparse.Namespace) -> None:
         bench.write_json(path, {name: document[name] for name in SECTIONS if name in document})
     print(f"wrote {path}")
     if publishes:
-        publish(readme, document)
+        publish(readme, isa, document)
         print(f"wrote the tables in {readme}")
     else:
-        print(f"{readme} shows the results of {fastnn.available_isas()[-1]}; those of {isa} are in {path} alone")
+        print(
+            f"{readme} has tables of a processor's best ISA, avx512 or avx2; the results of {isa} are in {path} alone"
+        )
+
+
+def _table(isa: str, section: str) -> str:
+    return f"{isa}-{section}"
 
 
 def measure(section: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -125,11 +133,11 @@ def measure(section: str, options: argparse.Namespace) -> dict[str, Any]:
         return bench.run(cases, rounds=OPERATOR_ROUNDS, round_seconds=seconds, quick=options.quick)
 
 
-def publish(readme: Path, document: Mapping[str, Any]) -> None:
+def publish(readme: Path, isa: str, document: Mapping[str, Any]) -> None:
     """Rewrites the marked tables of the README."""
     makers = {"operators": operators_table, "training": training_table}
     tables = {
-        name: make(document[name]) if name in document else "Not measured yet: `make bench`."
+        _table(isa, name): make(document[name]) if name in document else "Not measured yet: `make bench`."
         for name, make in makers.items()
     }
     write_tables(readme, tables)

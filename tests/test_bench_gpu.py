@@ -99,7 +99,7 @@ def test_the_readme_gets_the_table_of_a_results_file(tmp_path: Path, capsys: pyt
     assert "old" not in text
     readme.write_text("no markers")
     assert gpu.main(command) == 2
-    assert f"{readme}: expected <!-- benchmarks:training -->" in capsys.readouterr().err
+    assert f"{readme}: expected <!-- benchmarks:gpu -->" in capsys.readouterr().err
     assert readme.read_text() == "no markers"
 
 

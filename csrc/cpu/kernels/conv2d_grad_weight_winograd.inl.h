@@ -51,25 +51,23 @@ FASTNN_INLINE void winograd_gradient(const Pixel& pixel, int64_t channels, T* to
 template <class T, int vectors>
 FASTNN_INLINE void winograd_add_products(int64_t tiles, int64_t outputs, const T* d, int64_t d_tile, const T* v, T* du,
                                          int64_t du_row) {
-  for (int64_t o = 0; o < outputs; o += kTileRows) {
-    with_rows(outputs - o < kTileRows ? outputs - o : kTileRows, [&](auto constant) {
-      constexpr int rows = decltype(constant)::value;
-      const T* sources[rows];
-      Vec<T> acc[rows][vectors];
+  for_row_tiles(outputs, [&](auto constant, int64_t o) {
+    constexpr int rows = decltype(constant)::value;
+    const T* sources[rows];
+    Vec<T> acc[rows][vectors];
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
+      sources[r] = d + o + r;
       FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) {
-        sources[r] = d + o + r;
-        FASTNN_UNROLL
-        for (int w = 0; w < vectors; ++w) acc[r][w] = load(du + (o + r) * du_row + w * kLanes<T>);
-      }
-      multiply_add<T, rows, vectors>(tiles, sources, d_tile, v, kTileColumns<T>, acc);
+      for (int w = 0; w < vectors; ++w) acc[r][w] = load(du + (o + r) * du_row + w * kLanes<T>);
+    }
+    multiply_add<T, rows, vectors>(tiles, sources, d_tile, v, kTileColumns<T>, acc);
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
       FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) {
-        FASTNN_UNROLL
-        for (int w = 0; w < vectors; ++w) store(du + (o + r) * du_row + w * kLanes<T>, acc[r][w]);
-      }
-    });
-  }
+      for (int w = 0; w < vectors; ++w) store(du + (o + r) * du_row + w * kLanes<T>, acc[r][w]);
+    }
+  });
 }
 
 // Whether this is the way with the fewest multiplications, the transformation of dU counted in. Tiles of 5x5 kernels

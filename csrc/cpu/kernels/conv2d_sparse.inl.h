@@ -55,9 +55,10 @@ inline bool image_is_finite(const Conv2dShape& s, const T* input, int64_t image)
 
 // ---------------------------------------------------------------------------------------------- sparse_grad_weight
 
-// 3 kernel rows x 6 vectors: 18 accumulators of 32 registers hold all of a 3x3x32 kernel. 12 of 16 registers otherwise.
+// Sums that are held in registers: 3 kernel rows of up to 6 vectors of 32 registers, of up to 4 of 16. Of 16 registers
+// longer runs take one row at a time, 12 vectors of it.
+constexpr int kSparseTriples = kVectorRegisters == 32 ? 6 : 4;
 constexpr int kSparseVectors = kVectorRegisters == 32 ? 6 : 12;
-constexpr int kSparseRows = kVectorRegisters == 32 ? 3 : 1;
 
 // Winners of up to 32 output channels among up to 32 windows.
 template <class T>
@@ -154,6 +155,7 @@ FASTNN_INLINE void add_winners(const T* grad, const uint8_t* winner, int64_t cha
 // Returns whether the weight's gradient is right: the input has to be finite.
 template <class T>
 bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
+  using Triples = typename MakeIndices<kSparseTriples>::type;
   using Vectors = typename MakeIndices<kSparseVectors>::type;
   const int64_t pooled_width = s.out_width / 2, windows = s.out_height / 2 * pooled_width, channels = s.out_channels;
   const int64_t run = s.kernel_width * s.in_channels, elements = s.kernel_height * run;
@@ -169,6 +171,7 @@ bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const bool copy = run % kLanes<T> != 0;
   // Runs are cut into even groups of at most kSparseVectors vectors.
   const int64_t vectors = (run + kLanes<T> - 1) / kLanes<T>, groups = (vectors + kSparseVectors - 1) / kSparseVectors;
+  const bool in_triples = kSparseTriples == kSparseVectors || vectors <= kSparseTriples;
   bool finite = true;
 
   parallel_tasks(chunks * parts, [&](int64_t task, int thread) {
@@ -198,12 +201,12 @@ bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
           fill_winners<T>(winner + o, channels, count, corners, x_step, y_step, bias + o, winners);
           T* to = partial + o * elements;
           for (int64_t ky = 0; ky < s.kernel_height;) {
-            const bool three = kSparseRows == 3 && s.kernel_height - ky >= 3;
+            const bool three = in_triples && s.kernel_height - ky >= 3;
             for (int64_t group = 0; group < groups; ++group) {
               const int64_t begin = vectors * group / groups, end = vectors * (group + 1) / groups;
               const int64_t last = (end == vectors ? run : end * kLanes<T>)-(end - 1) * kLanes<T>;
-              const auto kernel = three ? sparse_kernel<T, kSparseRows>(end - begin, Vectors{})
-                                        : sparse_kernel<T, 1>(end - begin, Vectors{});
+              const auto kernel =
+                  three ? sparse_kernel<T, 3>(end - begin, Triples{}) : sparse_kernel<T, 1>(end - begin, Vectors{});
               kernel(winners, source.data + ky * s.dilation_height * source.row_stride + begin * kLanes<T>,
                      s.dilation_height * source.row_stride, to + ky * run + begin * kLanes<T>, run, elements, last);
             }
@@ -224,6 +227,8 @@ bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
 constexpr int slide_rows(int64_t width) { return kVectorRegisters == 32 || width == 3 ? 3 : 2; }
 // The sums of a band of an image, which stay in the nearest cache beside the weights of 64 output channels.
 constexpr int64_t kBandBytes = 16 << 10;
+// Pixels whose lines are asked for before they are written, and windows before they are read.
+constexpr int64_t kPixelsAhead = 12, kWindowsAhead = 16;
 // Windows of a task, which reads the weights once, where images are small.
 constexpr int64_t kSlideWindows = 64;
 // Kernel rows of all output channels that are packed by one task.
@@ -413,14 +418,18 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
       const T* of_vector = weights + v * s.out_channels * kernel_taps(s) * kLanes<T>;
       for (int64_t image = first; image < end; ++image) {
         T* to = t.grad_input + image * s.in_height * s.in_width * inputs + v * kLanes<T>;
-        // Rows [begin, beyond) of the padded image, or zeros.
+        // Rows [begin, beyond) of the padded image, or zeros. Where a line of the image is more than a vector, each
+        // store would wait for its line.
         const auto write = [&](int64_t begin, int64_t beyond, const T* from) {
           for (int64_t row = begin; row < beyond; ++row) {
             const int64_t y = row - s.padding_height;
             if (y < 0 || y >= s.in_height) continue;
-            for (int64_t x = 0; x < s.in_width; ++x)
-              store(to + (y * s.in_width + x) * inputs,
-                    from ? load(from + (row - begin) * buffer_row + (x + s.padding_width) * kLanes<T>) : Vec<T>{});
+            T* pixel = to + y * s.in_width * inputs;
+            const T* sums = from ? from + (row - begin) * buffer_row + s.padding_width * kLanes<T> : nullptr;
+            for (int64_t x = 0, in_width = s.in_width; x < in_width; ++x, pixel += inputs) {
+              __builtin_prefetch(pixel + kPixelsAhead * inputs, 1);
+              store(pixel, sums ? load(sums + x * kLanes<T>) : Vec<T>{});
+            }
           }
         };
         zero_run(overlap * buffer_row, buffer);
@@ -497,6 +506,7 @@ void lookup_accumulate(const Conv2dShape& s, const Image<T>& source, const T* gr
       Vec<T> pixels[rows + 1];
       FASTNN_UNROLL
       for (int y = 0; y < rows + 1; ++y) pixels[y] = load_upto(pixel + y * source.row_stride, count + inputs);
+      __builtin_prefetch(grad + kWindowsAhead * channels);
       const Mask<T> place = load_bytes<T>(winner, left);  // beyond `left`, g is 0
       const Vec<T> g = place < Mask<T>{} + kNoWinner ? load_upto(grad, left) : Vec<T>{};
       bias_acc += g;

@@ -358,23 +358,19 @@ FASTNN_INLINE void winograd_input(const Pixel& pixel, int64_t depth, typename Pr
 template <class T, class Products, int vectors>
 FASTNN_INLINE void winograd_multiply(int64_t tiles, int64_t groups, const typename Products::Element* v,
                                      const typename Products::Element* u, T* m) {
-  const int64_t shares = (tiles + kTileRows - 1) / kTileRows;
-  for (int64_t share = 0; share < shares; ++share) {
-    const int64_t tile = tiles * share / shares;
-    with_rows(tiles * (share + 1) / shares - tile, [&](auto constant) {
-      constexpr int rows = decltype(constant)::value;
-      const typename Products::Element* sources[rows];
+  for_row_tiles(tiles, [&](auto constant, int64_t tile) {
+    constexpr int rows = decltype(constant)::value;
+    const typename Products::Element* sources[rows];
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) sources[r] = v + (tile + r) * groups * Products::kGroup;
+    Vec<T> acc[rows][vectors]{};
+    Products::template accumulate<rows, vectors>(groups, sources, u, acc);
+    FASTNN_UNROLL
+    for (int r = 0; r < rows; ++r) {
       FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) sources[r] = v + (tile + r) * groups * Products::kGroup;
-      Vec<T> acc[rows][vectors]{};
-      Products::template accumulate<rows, vectors>(groups, sources, u, acc);
-      FASTNN_UNROLL
-      for (int r = 0; r < rows; ++r) {
-        FASTNN_UNROLL
-        for (int w = 0; w < vectors; ++w) store(m + (tile + r) * kTileColumns<T> + w * kLanes<T>, acc[r][w]);
-      }
-    });
-  }
+      for (int w = 0; w < vectors; ++w) store(m + (tile + r) * kTileColumns<T> + w * kLanes<T>, acc[r][w]);
+    }
+  });
 }
 
 // The outputs of one tile; m of place 0, `stride` apart.

@@ -28,8 +28,16 @@ struct Matrix {
 // B is this shallow: a panel stays in L1 as it lies.
 constexpr int64_t kPackRows = 48;
 constexpr int64_t kPackDepth = 64;
-// Depth of one pass: a panel of 512 x 32 floats is 64 KiB, which stays in L2 beside the rows of A.
-constexpr int64_t kDepthBlock = 512;
+// Lines this far apart, or a multiple, share a few sets of L1. More of them than a set holds push each other out: they
+// are packed, where several tiles read them.
+constexpr int64_t kCollidingBytes = 1 << 10, kCollidingLines = 8;
+template <class T>
+constexpr bool collide(int64_t lines, int64_t stride) {
+  return lines > kCollidingLines && stride * static_cast<int64_t>(sizeof(T)) % kCollidingBytes == 0;
+}
+// Depth of one pass: a panel of 512 x 32 floats is 64 KiB, which stays in L2 beside the rows of A; one of 256 x 16 is
+// 16 KiB, which stays in L1.
+constexpr int64_t kDepthBlock = kVectorRegisters == 32 ? 512 : 256;
 // Rows of C in one task.
 constexpr int64_t kRowBlock = 32;
 // What is packed at a time, or a panel for each thread: it stays in L3, and in the scratch memory that outlasts a call.
@@ -52,6 +60,18 @@ void pack_panel(const Matrix<T>& b, int64_t depth, int64_t column, int64_t colum
     for (int64_t j = 0; j < width; j += kLanes<T>) {
       const int64_t left = columns - j < 0 ? 0 : columns - j < kLanes<T> ? columns - j : kLanes<T>;
       transpose_panel<T, true>(b.data + (column + j) * b.column_stride, b.column_stride, left, depth, panel + j, width);
+    }
+  }
+}
+
+// Rows of A whose columns lie apart, kRowBlock of them from `row` on: to[k][row].
+template <class T>
+void pack_rows(const Matrix<T>& a, int64_t depth, int64_t row, int64_t rows, T* to) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* column = a.data + k * a.column_stride + row;
+    for (int64_t r = 0; r < rows; r += kLanes<T>) {
+      const int64_t left = rows - r < kLanes<T> ? rows - r : kLanes<T>;
+      store_upto(to + k * kRowBlock + r, load_upto(column + r, left), left);
     }
   }
 }
@@ -109,14 +129,13 @@ void gemm_block(int64_t row_begin, int64_t row_end, int64_t column, int64_t n, i
   for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += kDepthBlock) {
     const int64_t depth = k - k0 < kDepthBlock ? k - k0 : kDepthBlock;
     const bool last = k0 + kDepthBlock >= k;
-    for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-      with_rows(row_end - row < kTileRows ? row_end - row : kTileRows, [&](auto constant) {
-        gemm_tile<T, decltype(constant)::value>(
-            depth, {a.data + row * a.row_stride + k0 * a.column_stride, a.row_stride, a.column_stride},
-            {b.data + k0 * b.stride, b.stride}, columns, k0 == 0, bias ? bias + column : nullptr, last && with_relu,
-            c + row * n + column, n);
-      });
-    }
+    for_row_tiles(row_end - row_begin, [&](auto rows, int64_t above) {
+      const int64_t row = row_begin + above;
+      gemm_tile<T, decltype(rows)::value>(
+          depth, {a.data + row * a.row_stride + k0 * a.column_stride, a.row_stride, a.column_stride},
+          {b.data + k0 * b.stride, b.stride}, columns, k0 == 0, bias ? bias + column : nullptr, last && with_relu,
+          c + row * n + column, n);
+    });
   }
 }
 
@@ -127,18 +146,27 @@ void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& 
           T* c) {
   constexpr int64_t width = kTileColumns<T>;
   const int64_t panels = (n + width - 1) / width, row_blocks = (m + kRowBlock - 1) / kRowBlock;
-  const bool pack = b.column_stride != 1 || (m >= kPackRows && k > kPackDepth);
+  const bool pack =
+      b.column_stride != 1 || (m >= kPackRows && k > kPackDepth) || (m > 2 * kTileRows && collide<T>(k, b.row_stride));
+  const bool pack_a = a.row_stride == 1 && n > 2 * width && collide<T>(k, a.column_stride) &&
+                      m * k * static_cast<int64_t>(sizeof(T)) <= kPackedBytes;
   const int64_t read = pack ? 0 : n / width;  // panels that are read from B; a last, partial one is always packed
   const int64_t fitting = kPackedBytes / ((k + 1) * width * static_cast<int64_t>(sizeof(T)));
   const int threads = max_threads();
   const int64_t most = threads == 1 ? 1 : fitting > threads ? fitting : threads;  // L2 still has what one has packed
   const int64_t pass = pack && most < panels ? most : panels;
-  const Scratch<T> packed((pass - read) * k * width);
+  const Scratch<T> packed((pass - read) * k * width), packed_a(pack_a ? row_blocks * kRowBlock * k : 0);
   for (int64_t first = 0; first < panels; first += pass) {
     const int64_t count = panels - first < pass ? panels - first : pass;
-    parallel_for(count - read, [&](int64_t i) {
-      const int64_t column = (first + read + i) * width;
-      pack_panel(b, k, column, n - column, packed + i * k * width);
+    const int64_t of_b = count - read, of_a = pack_a && first == 0 ? row_blocks : 0;
+    parallel_for(of_b + of_a, [&](int64_t i) {
+      if (i < of_b) {
+        const int64_t column = (first + read + i) * width;
+        pack_panel(b, k, column, n - column, packed + i * k * width);
+      } else {
+        const int64_t row = (i - of_b) * kRowBlock;
+        pack_rows(a, k, row, row + kRowBlock < m ? kRowBlock : m - row, packed_a + row * k);
+      }
     });
     const TaskOrder order{row_blocks, count, pack && k * n > m * (k + n)};  // B, or A and C
     parallel_for(order.tasks(), [&](int64_t task) {
@@ -147,7 +175,8 @@ void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& 
       const int64_t row_end = row_begin + kRowBlock < m ? row_begin + kRowBlock : m;
       const Panel<T> panel =
           i < read ? Panel<T>{b.data + column, b.row_stride} : Panel<T>{packed + (i - read) * k * width, width};
-      gemm_block(row_begin, row_end, column, n, k, a, panel, bias, with_relu, c);
+      const Matrix<T> rows = pack_a ? Matrix<T>{packed_a + row_begin * k - row_begin, 1, kRowBlock} : a;
+      gemm_block(row_begin, row_end, column, n, k, rows, panel, bias, with_relu, c);
     });
   }
 }

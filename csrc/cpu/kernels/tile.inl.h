@@ -61,5 +61,20 @@ FASTNN_INLINE void with_rows(int64_t rows, const Body& body) {
   with_count<kTileRows>(rows, body);
 }
 
+// body(Constant<rows>{}, first row) for tiles of about equal heights that cover `rows` rows: a low one would wait for
+// its sums' latency.
+template <class Body>
+FASTNN_INLINE void for_row_tiles(int64_t rows, const Body& body) {
+  const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
+  if (tiles == 0) return;
+  const int64_t lower = rows / tiles, higher_ones = rows % tiles;
+  int64_t first = 0;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t height = lower + (tile < higher_ones ? 1 : 0);
+    with_rows(height, [&](auto constant) { body(constant, first); });
+    first += height;
+  }
+}
+
 }  // namespace
 }  // namespace fastnn::cpu

@@ -37,18 +37,19 @@ OPERATOR_ROUNDS = 9
 def training_table(section: Mapping[str, Any]) -> str:
     """Markdown of the rows of `training.run`."""
     lines = ["| | fastnn | compared with | ratio |", "|---|---:|---:|---:|"]
-    skipped = []
+    skipped: dict[str, list[str]] = {}  # by the reason
     for result in section["results"]:
         title = f"{result['net']} net: {result['what']}" + (f", batch {result['batch']}" if "batch" in result else "")
         if "skipped" in result:
-            skipped.append(f"{title}: {result['skipped']}")
+            skipped.setdefault(result["skipped"], []).append(title)
             continue
         ours, theirs = (training.format_value(result[side]["median"], result["unit"]) for side in ("ours", "theirs"))
         lines.append(f"| {title} | {ours} | {theirs} ({result['against']}) | {_ratio(result['ratio'])} |")
     data = dict.fromkeys(f"{r['net']} net {r['data']}" for r in section["results"] if "data" in r)
     lines += ["", f"{_origin(section)} Images: {'; '.join(data)}."] if data else ["", _origin(section)]
     if skipped:
-        lines.append(f"Not measured: {'; '.join(dict.fromkeys(skipped))}.")
+        rows = "; ".join(f"{', '.join(dict.fromkeys(titles))} ({reason})" for reason, titles in skipped.items())
+        lines.append(f"Not measured: {rows}.")
     return "\n".join(lines)
 
 

@@ -54,6 +54,18 @@ def test_large_weights_are_packed_in_passes(fill: str, isa: str) -> None:
     check_linear(LinearCase("passes", (48, 1900), (2403, 1900), kwargs={"activation": "relu"}), fill, torch.float32)
 
 
+@pytest.mark.skipif(ON_CUDA, reason="the CPU's kernels")
+@pytest.mark.parametrize("fill", FILLS)
+@pytest.mark.parametrize("sizes", [(512, 256), (259, 512), (512, 130)], ids=str)
+@pytest.mark.parametrize("rows", [9, 35])
+def test_rows_and_columns_that_share_sets_of_a_cache(
+    rows: int, sizes: tuple[int, int], fill: str, isa: str, dtype: torch.dtype
+) -> None:
+    """Whole KiB apart: gradients pack both factors, one, or with fewer rows none."""
+    case = LinearCase("sets", (rows, sizes[0]), (sizes[1], sizes[0]), kwargs={"activation": "relu"})
+    assert check_linear(case, fill, dtype) == ["gemm"]
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
 @pytest.mark.parametrize("case", find(LINEAR_CASES, "4x8_to_3", "relu", "3d_2x3x17_to_5", "one_row"))
 def test_layouts(case: LinearCase, layout: str, isa: str, dtype: torch.dtype) -> None:

@@ -331,10 +331,10 @@ has_tables = pytest.mark.skipif(
 
 MARKER = f"<!-- benchmarks:{BEST_ISA}-operators -->"
 BAD_README = {
-    "no markers": ("# Title\n", f"expected <!-- benchmarks:{BEST_ISA}-"),
+    "no markers": ("# Title\n", f"expected {MARKER}"),
     "one marker": (OWN_README.replace(MARKER, "<!-- benchmarks:gpu -->"), f"expected {MARKER}"),
     "not closed": (f"{MARKER}\nold\n", "expected <!-- /benchmarks --> after"),
-    "closed late": (OWN_README.replace("<!-- /benchmarks -->\nbetween", ""), "expected <!-- /benchmarks --> after"),
+    "closed late": (OWN_README.replace("<!-- /benchmarks -->\nb", "b"), "expected <!-- /benchmarks --> after"),
     "unknown": (OWN_README.replace("benchmarks:gpu", "benchmarks:tpu"), "got tpu"),
 }
 

@@ -70,50 +70,47 @@ struct OuterSteps {
   int64_t source_run, source_row, source_pixel, grad_row, grad_pixel, sum_run, sum;
 };
 
-// sums[run][r][column..] += source rows x grad rows for `runs` runs of `tile_rows` neighbours of (kx, i), whose runs
+// sums[run][r][column..] += source rows x grad rows for `runs` runs of `rows` neighbours of (kx, i), whose runs
 // are rows of the kernel, and one panel.
-template <class T, int vectors>
-FASTNN_INLINE void outer_rows(int64_t runs, int64_t tile_rows, const T* source, const T* grad, const OuterSteps& steps,
-                              int64_t unit_rows, int64_t width, T* sums) {
-  with_rows(tile_rows, [&](auto constant) {
-    constexpr int rows = decltype(constant)::value;
-    with_count<kMostRuns>(runs, [&](auto count) {
-      constexpr int held = decltype(count)::value;
-      if constexpr (held == 1 || held * rows * vectors <= kOuterSums) {
-        Vec<T> acc[held * rows][vectors];
+template <class T, int rows, int vectors>
+FASTNN_INLINE void outer_rows(int64_t runs, const T* source, const T* grad, const OuterSteps& steps, int64_t unit_rows,
+                              int64_t width, T* sums) {
+  with_count<kMostRuns>(runs, [&](auto count) {
+    constexpr int held = decltype(count)::value;
+    if constexpr (held == 1 || held * rows * vectors <= kOuterSums) {
+      Vec<T> acc[held * rows][vectors];
+      FASTNN_UNROLL
+      for (int r = 0; r < held * rows; ++r) {
         FASTNN_UNROLL
-        for (int r = 0; r < held * rows; ++r) {
+        for (int v = 0; v < vectors; ++v)
+          acc[r][v] = load(sums + r / rows * steps.sum_run + r % rows * steps.sum + v * kLanes<T>);
+      }
+      // multiply_add with one address a run: with as many as it has rows, these would take a third longer.
+      for (int64_t y = 0; y < unit_rows; ++y) {
+        const T* of_run[held];
+        FASTNN_UNROLL
+        for (int h = 0; h < held; ++h) of_run[h] = source + y * steps.source_row + h * steps.source_run;
+        const T* g = grad + y * steps.grad_row;
+        for (int64_t x = 0; x < width; ++x, g += steps.grad_pixel) {
+          const int64_t pixel = unknown(x * steps.source_pixel);
+          Vec<T> columns[vectors];
           FASTNN_UNROLL
-          for (int v = 0; v < vectors; ++v)
-            acc[r][v] = load(sums + r / rows * steps.sum_run + r % rows * steps.sum + v * kLanes<T>);
-        }
-        // multiply_add with one address a run: with as many as it has rows, these would take a third longer.
-        for (int64_t y = 0; y < unit_rows; ++y) {
-          const T* of_run[held];
+          for (int v = 0; v < vectors; ++v) columns[v] = load(g + v * kLanes<T>);
           FASTNN_UNROLL
-          for (int h = 0; h < held; ++h) of_run[h] = source + y * steps.source_row + h * steps.source_run;
-          const T* g = grad + y * steps.grad_row;
-          for (int64_t x = 0; x < width; ++x, g += steps.grad_pixel) {
-            const int64_t pixel = unknown(x * steps.source_pixel);
-            Vec<T> columns[vectors];
+          for (int r = 0; r < held * rows; ++r) {
+            const Vec<T> value = broadcast((of_run[r / rows] + pixel)[r % rows]);
             FASTNN_UNROLL
-            for (int v = 0; v < vectors; ++v) columns[v] = load(g + v * kLanes<T>);
-            FASTNN_UNROLL
-            for (int r = 0; r < held * rows; ++r) {
-              const Vec<T> value = broadcast((of_run[r / rows] + pixel)[r % rows]);
-              FASTNN_UNROLL
-              for (int v = 0; v < vectors; ++v) acc[r][v] += value * columns[v];
-            }
+            for (int v = 0; v < vectors; ++v) acc[r][v] += value * columns[v];
           }
         }
-        FASTNN_UNROLL
-        for (int r = 0; r < held * rows; ++r) {
-          FASTNN_UNROLL
-          for (int v = 0; v < vectors; ++v)
-            store(sums + r / rows * steps.sum_run + r % rows * steps.sum + v * kLanes<T>, acc[r][v]);
-        }
       }
-    });
+      FASTNN_UNROLL
+      for (int r = 0; r < held * rows; ++r) {
+        FASTNN_UNROLL
+        for (int v = 0; v < vectors; ++v)
+          store(sums + r / rows * steps.sum_run + r % rows * steps.sum + v * kLanes<T>, acc[r][v]);
+      }
+    }
   });
 }
 
@@ -181,14 +178,14 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, T* 
         const T* from = window.data + ky * steps.source_run + kx * s.dilation_width * window.pixel_stride +
                         skipped * steps.source_row;
         const T* grad_from = unit_grad + skipped * steps.grad_row + column;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-          const int64_t begin = run * tile / tiles, rows = run * (tile + 1) / tiles - begin;  // even shares
+        for_row_tiles(run, [&](auto constant, int64_t begin) {
+          constexpr int rows = decltype(constant)::value;
           T* to = partial + (i * run + begin) * padded + column;
           if (vectors == 2)
-            outer_rows<T, 2>(held, rows, from + begin, grad_from, steps, inside.count, s.out_width, to);
+            outer_rows<T, rows, 2>(held, from + begin, grad_from, steps, inside.count, s.out_width, to);
           else
-            outer_rows<T, 1>(held, rows, from + begin, grad_from, steps, inside.count, s.out_width, to);
-        }
+            outer_rows<T, rows, 1>(held, from + begin, grad_from, steps, inside.count, s.out_width, to);
+        });
       }
     }
   };

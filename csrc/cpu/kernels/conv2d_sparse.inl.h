@@ -171,7 +171,7 @@ bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const bool copy = run % kLanes<T> != 0;
   // Runs are cut into even groups of at most kSparseVectors vectors.
   const int64_t vectors = (run + kLanes<T> - 1) / kLanes<T>, groups = (vectors + kSparseVectors - 1) / kSparseVectors;
-  const bool in_triples = kSparseTriples == kSparseVectors || vectors <= kSparseTriples;
+  const bool in_triples = (vectors + groups - 1) / groups <= kSparseTriples;  // the largest group
   bool finite = true;
 
   parallel_tasks(chunks * parts, [&](int64_t task, int thread) {
@@ -227,8 +227,8 @@ bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
 constexpr int slide_rows(int64_t width) { return kVectorRegisters == 32 || width == 3 ? 3 : 2; }
 // The sums of a band of an image, which stay in the nearest cache beside the weights of 64 output channels.
 constexpr int64_t kBandBytes = 16 << 10;
-// Pixels whose lines are asked for before they are written, and windows before they are read.
-constexpr int64_t kPixelsAhead = 12, kWindowsAhead = 16;
+// Pixels whose lines are asked for before they are written.
+constexpr int64_t kPixelsAhead = 12;
 // Windows of a task, which reads the weights once, where images are small.
 constexpr int64_t kSlideWindows = 64;
 // Kernel rows of all output channels that are packed by one task.
@@ -469,6 +469,9 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
 }
 
 // ---------------------------------------------------------------------------------------------- lookup_grad_weight
+
+// Windows whose gradients are asked for before they are read.
+constexpr int64_t kWindowsAhead = 16;
 
 // What a window reads of a source row has to fit a vector.
 template <class T>

@@ -146,35 +146,35 @@ void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& 
           T* c) {
   constexpr int64_t width = kTileColumns<T>;
   const int64_t panels = (n + width - 1) / width, row_blocks = (m + kRowBlock - 1) / kRowBlock;
-  const bool pack =
+  const bool pack_b =
       b.column_stride != 1 || (m >= kPackRows && k > kPackDepth) || (m > 2 * kTileRows && collide<T>(k, b.row_stride));
   const bool pack_a = a.row_stride == 1 && n > 2 * width && collide<T>(k, a.column_stride) &&
                       m * k * static_cast<int64_t>(sizeof(T)) <= kPackedBytes;
-  const int64_t read = pack ? 0 : n / width;  // panels that are read from B; a last, partial one is always packed
+  const int64_t read = pack_b ? 0 : n / width;  // panels that are read from B; a last, partial one is always packed
   const int64_t fitting = kPackedBytes / ((k + 1) * width * static_cast<int64_t>(sizeof(T)));
   const int threads = max_threads();
   const int64_t most = threads == 1 ? 1 : fitting > threads ? fitting : threads;  // L2 still has what one has packed
-  const int64_t pass = pack && most < panels ? most : panels;
-  const Scratch<T> packed((pass - read) * k * width), packed_a(pack_a ? row_blocks * kRowBlock * k : 0);
+  const int64_t pass = pack_b && most < panels ? most : panels;
+  const Scratch<T> packed_b((pass - read) * k * width), packed_a(pack_a ? row_blocks * kRowBlock * k : 0);
   for (int64_t first = 0; first < panels; first += pass) {
     const int64_t count = panels - first < pass ? panels - first : pass;
     const int64_t of_b = count - read, of_a = pack_a && first == 0 ? row_blocks : 0;
     parallel_for(of_b + of_a, [&](int64_t i) {
       if (i < of_b) {
         const int64_t column = (first + read + i) * width;
-        pack_panel(b, k, column, n - column, packed + i * k * width);
+        pack_panel(b, k, column, n - column, packed_b + i * k * width);
       } else {
         const int64_t row = (i - of_b) * kRowBlock;
         pack_rows(a, k, row, row + kRowBlock < m ? kRowBlock : m - row, packed_a + row * k);
       }
     });
-    const TaskOrder order{row_blocks, count, pack && k * n > m * (k + n)};  // B, or A and C
+    const TaskOrder order{row_blocks, count, pack_b && k * n > m * (k + n)};  // B, or A and C
     parallel_for(order.tasks(), [&](int64_t task) {
       const int64_t i = order.part(task), column = (first + i) * width;
       const int64_t row_begin = order.block(task) * kRowBlock;
       const int64_t row_end = row_begin + kRowBlock < m ? row_begin + kRowBlock : m;
       const Panel<T> panel =
-          i < read ? Panel<T>{b.data + column, b.row_stride} : Panel<T>{packed + (i - read) * k * width, width};
+          i < read ? Panel<T>{b.data + column, b.row_stride} : Panel<T>{packed_b + (i - read) * k * width, width};
       const Matrix<T> rows = pack_a ? Matrix<T>{packed_a + row_begin * k - row_begin, 1, kRowBlock} : a;
       gemm_block(row_begin, row_end, column, n, k, rows, panel, bias, with_relu, c);
     });

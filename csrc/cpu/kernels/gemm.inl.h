@@ -42,24 +42,37 @@ constexpr int64_t kDepthBlock = kVectorRegisters == 32 ? 512 : 256;
 constexpr int64_t kRowBlock = 32;
 // What is packed at a time, or a panel for each thread: it stays in L3, and in the scratch memory that outlasts a call.
 constexpr int64_t kPackedBytes = int64_t{16} << 20;
+// Adjacent panels that are packed at once where rows of B are dense: 8 lines of each row follow each other, one alone
+// may cost a look-up of its page and a miss of its own.
+constexpr int64_t kPackedPanels = 8;
 
+// `count` panels of B from column `column` on, of which `columns` are left.
 template <class T>
-void pack_panel(const Matrix<T>& b, int64_t depth, int64_t column, int64_t columns, T* panel) {
+void pack_panels(const Matrix<T>& b, int64_t depth, int64_t column, int64_t columns, int64_t count, T* panels) {
   constexpr int64_t width = kTileColumns<T>;
   if (b.column_stride == 1) {
+    const int64_t whole = columns / width < count ? columns / width : count;
     for (int64_t k = 0; k < depth; ++k) {
       const T* row = b.data + k * b.row_stride + column;
-      for (int64_t j = 0; j < width; j += kLanes<T>) {
-        const int64_t left = columns - j;
-        store(panel + k * width + j, left >= kLanes<T> ? load(row + j)
-                                     : left > 0        ? load_first(row + j, left)
-                                                       : Vec<T>{});
+      T* to = panels + k * width;
+      for (int64_t i = 0; i < whole; ++i, row += width, to += depth * width) {
+        FASTNN_UNROLL
+        for (int v = 0; v < kTileVectors; ++v) store(to + v * kLanes<T>, load(row + v * kLanes<T>));
+      }
+      if (whole == count) continue;
+      FASTNN_UNROLL
+      for (int v = 0; v < kTileVectors; ++v) {
+        const int64_t left = columns - whole * width - v * kLanes<T>;
+        store(to + v * kLanes<T>, left >= kLanes<T> ? load(row + v * kLanes<T>)
+                                  : left > 0        ? load_first(row + v * kLanes<T>, left)
+                                                    : Vec<T>{});
       }
     }
   } else {
-    for (int64_t j = 0; j < width; j += kLanes<T>) {
+    for (int64_t j = 0; j < count * width; j += kLanes<T>) {
       const int64_t left = columns - j < 0 ? 0 : columns - j < kLanes<T> ? columns - j : kLanes<T>;
-      transpose_panel<T, true>(b.data + (column + j) * b.column_stride, b.column_stride, left, depth, panel + j, width);
+      transpose_panel<T, true>(b.data + (column + j) * b.column_stride, b.column_stride, left, depth,
+                               panels + j / width * depth * width + j % width, width);
     }
   }
 }
@@ -153,16 +166,18 @@ void gemm(int64_t m, int64_t n, int64_t k, const Matrix<T>& a, const Matrix<T>& 
   const int64_t read = pack_b ? 0 : n / width;  // panels that are read from B; a last, partial one is always packed
   const int64_t fitting = kPackedBytes / ((k + 1) * width * static_cast<int64_t>(sizeof(T)));
   const int threads = max_threads();
-  const int64_t most = threads == 1 ? 1 : fitting > threads ? fitting : threads;  // L2 still has what one has packed
+  const int64_t share = (panels - read + threads - 1) / threads;
+  const int64_t together = b.column_stride != 1 || share < 1 ? 1 : share < kPackedPanels ? share : kPackedPanels;
+  const int64_t most = threads == 1 ? together : fitting > threads ? fitting : threads;  // L2 still has one's own
   const int64_t pass = pack_b && most < panels ? most : panels;
   const Scratch<T> packed_b((pass - read) * k * width), packed_a(pack_a ? row_blocks * kRowBlock * k : 0);
   for (int64_t first = 0; first < panels; first += pass) {
     const int64_t count = panels - first < pass ? panels - first : pass;
-    const int64_t of_b = count - read, of_a = pack_a && first == 0 ? row_blocks : 0;
+    const int64_t of_b = (count - read + together - 1) / together, of_a = pack_a && first == 0 ? row_blocks : 0;
     parallel_for(of_b + of_a, [&](int64_t i) {
       if (i < of_b) {
-        const int64_t column = (first + read + i) * width;
-        pack_panel(b, k, column, n - column, packed_b + i * k * width);
+        const int64_t panel = i * together, left = count - read - panel, column = (first + read + panel) * width;
+        pack_panels(b, k, column, n - column, left < together ? left : together, packed_b + panel * k * width);
       } else {
         const int64_t row = (i - of_b) * kRowBlock;
         pack_rows(a, k, row, row + kRowBlock < m ? kRowBlock : m - row, packed_a + row * k);

@@ -8,6 +8,7 @@
 //   phase 1    [   0 2 4 6]    tap 1: at x
 #pragma once
 
+#include "cpu/kernels/tile.inl.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/lanes.h"
@@ -134,51 +135,92 @@ void max_pool2d_forward_channels_last(const MaxPool2dShape& shape, const MaxPool
   });
 }
 
-// Whether no pixel lies in two windows along this axis; and whether, besides, each lies in one.
-inline bool disjoint(const PoolAxis& axis) { return axis.stride > (axis.kernel - 1) * axis.dilation; }
-inline bool tiles(const PoolAxis& axis) {
-  return axis.stride == axis.kernel && axis.dilation == 1 && axis.padding == 0 &&
-         axis.out_size * axis.stride == axis.size;
-}
-
 template <class T>
 inline void fill_zero(T* data, int64_t count) {
   __builtin_memset(data, 0, static_cast<size_t>(count) * sizeof(T));
 }
 
-// The gradients of one image's channels [begin, end): every tap of a window receives its gradient or zero, by mask.
-template <class T, bool accumulate>
-void spread_by_byte(const MaxPool2dShape& shape, T* grad_image, const T* grad_output, const uint8_t* winners,
-                    int64_t begin, int64_t end) {
-  for (int64_t y = 0; y < shape.y.out_size; ++y) {
-    const TapsInside rows = taps_of(shape.y, y);
-    for (int64_t x = 0; x < shape.x.out_size; ++x) {
-      const TapsInside columns = taps_of(shape.x, x);
-      const int64_t at = (y * shape.x.out_size + x) * shape.channels;
-      for (int64_t c = begin; c < end; c += kLanes<T>) {
-        const int64_t left = end - c < kLanes<T> ? end - c : kLanes<T>;
-        const Vec<T> grad = load_upto(grad_output + at + c, left);
-        const Mask<T> winner = load_bytes<T>(winners + at + c, left);
-        for (int64_t i = rows.begin; i < rows.end; ++i) {
-          T* row = grad_image + (rows.start + i * shape.y.dilation) * shape.x.size * shape.channels + c;
-          for (int64_t j = columns.begin; j < columns.end; ++j) {
-            T* pixel = row + (columns.start + j * shape.x.dilation) * shape.channels;
-            const Mask<T> won = winner == broadcast_lane<T>(i * shape.x.kernel + j);
-            const Vec<T> share = won ? grad : Vec<T>{};
-            store_upto(pixel, accumulate ? load_upto(pixel, left) + share : share, left);
-          }
-        }
+// A window over a pixel, along one axis: where its gradients lie, and what the pixel's tap adds to the winner's byte.
+struct Cover {
+  int64_t offset, tap;
+};
+
+// The windows along one axis that cover a coordinate, in their order, at most axis.kernel; returns how many.
+inline int64_t covers_of(const PoolAxis& axis, int64_t coordinate, int64_t window_step, int64_t tap_step,
+                         Cover* covers) {
+  const int64_t last = coordinate + axis.padding, first = last - (axis.kernel - 1) * axis.dilation;
+  int64_t count = 0;
+  for (int64_t window = first > 0 ? (first + axis.stride - 1) / axis.stride : 0;
+       window < axis.out_size && window * axis.stride <= last; ++window) {
+    const int64_t distance = last - window * axis.stride;
+    if (distance % axis.dilation == 0) covers[count++] = {window * window_step, distance / axis.dilation * tap_step};
+  }
+  return count;
+}
+
+struct Covers {
+  const Cover* data;
+  int64_t count;
+};
+
+// `vectors` vectors of a pixel's channels, `lanes` of each: the sum of the gradients of those windows that it won.
+template <class T, int vectors>
+FASTNN_INLINE void sum_won(const T* grad_output, const uint8_t* winners, Covers rows, Covers columns, int64_t lanes,
+                           T* to) {
+  Vec<T> sums[vectors]{};
+  for (int64_t i = 0; i < rows.count; ++i) {
+    for (int64_t j = 0; j < columns.count; ++j) {
+      const int64_t at = rows.data[i].offset + columns.data[j].offset;
+      const Mask<T> tap = broadcast_lane<T>(rows.data[i].tap + columns.data[j].tap);
+      FASTNN_UNROLL
+      for (int v = 0; v < vectors; ++v) {
+        const Mask<T> won = load_bytes<T>(winners + at + v * kLanes<T>, lanes) == tap;
+        sums[v] += won ? load_upto(grad_output + at + v * kLanes<T>, lanes) : Vec<T>{};
       }
     }
   }
+  FASTNN_UNROLL
+  for (int v = 0; v < vectors; ++v) store_upto(to + v * kLanes<T>, sums[v], lanes);
+}
+
+// Each pixel asks the windows over it: it is written once, and no two threads meet.
+template <class T>
+void gather_by_winner(const MaxPool2dShape& shape, const MaxPool2dBackward<T>& t) {
+  const PoolAxis &y_axis = shape.y, &x_axis = shape.x;
+  const int64_t channels = shape.channels, out_row = x_axis.out_size * channels;
+  const Scratch<Cover> column_covers(x_axis.size * x_axis.kernel);
+  const Scratch<int64_t> column_counts(x_axis.size);
+  for (int64_t x = 0; x < x_axis.size; ++x)
+    column_counts[x] = covers_of(x_axis, x, channels, 1, column_covers + x * x_axis.kernel);
+  const int64_t row_work = y_axis.out_size * out_row * tap_count(shape) / y_axis.size + x_axis.size * channels;
+  parallel_ranges(shape.batch * y_axis.size, kPoolGrain / row_work + 1, [&](int64_t begin, int64_t end) {
+    Cover row_covers[kMaxByteTaps];
+    for (int64_t row = begin; row < end; ++row) {
+      const Covers rows{row_covers, covers_of(y_axis, row % y_axis.size, out_row, x_axis.kernel, row_covers)};
+      const int64_t first = row / y_axis.size * y_axis.out_size * out_row;  // of this image's windows
+      for (int64_t x = 0; x < x_axis.size; ++x) {
+        const Covers columns{column_covers + x * x_axis.kernel, column_counts[x]};
+        T* pixel = t.grad_input + (row * x_axis.size + x) * channels;
+        const auto sum = [&](auto vectors, int64_t c, int64_t lanes) {
+          sum_won<T, decltype(vectors)::value>(t.grad_output + first + c, t.winners + first + c, rows, columns, lanes,
+                                               pixel + c);
+        };
+        int64_t c = 0;
+        for (; c + 4 * kLanes<T> <= channels; c += 4 * kLanes<T>) sum(Constant<4>{}, c, kLanes<T>);
+        for (; c + kLanes<T> <= channels; c += kLanes<T>) sum(Constant<1>{}, c, kLanes<T>);
+        if (c < channels && channels > kLanes<T>)
+          sum(Constant<1>{}, channels - kLanes<T>, kLanes<T>);  // some of them once more
+        else if (c < channels)
+          sum(Constant<1>{}, c, channels);
+      }
+    }
+  });
 }
 
 template <class T>
-void max_pool2d_backward_channels_last(const MaxPool2dShape& shape, const MaxPool2dBackward<T>& t) {
+void scatter_by_index(const MaxPool2dShape& shape, const MaxPool2dBackward<T>& t) {
   const int64_t channels = shape.channels, plane = shape.y.size * shape.x.size;
   const int64_t out_plane = shape.y.out_size * shape.x.out_size;
-  const bool whole = tiles(shape.y) && tiles(shape.x);
-  const bool apart = disjoint(shape.y) && disjoint(shape.x);
   // A small batch is cut into blocks of channels too, of whole cache lines.
   const int64_t block = shape.batch >= 8 ? channels : 64;
   const int64_t blocks = (channels + block - 1) / block;
@@ -189,28 +231,20 @@ void max_pool2d_backward_channels_last(const MaxPool2dShape& shape, const MaxPoo
       const int64_t end = begin + block < channels ? begin + block : channels;
       T* grad_image = t.grad_input + image * plane * channels;
       const T* grad_output = t.grad_output + image * out_plane * channels;
-      if (t.indices || !whole) {
-        if (blocks == 1)
-          fill_zero(grad_image, plane * channels);
-        else
-          for (int64_t pixel = 0; pixel < plane; ++pixel) fill_zero(grad_image + pixel * channels + begin, end - begin);
-      }
-      if (t.indices) {
-        const int64_t* indices = t.indices + image * out_plane * channels;
-        for (int64_t pixel = 0; pixel < out_plane; ++pixel)
-          for (int64_t c = begin; c < end; ++c) {
-            const int64_t index = indices[pixel * channels + c];
-            if (index >= 0 && index < plane) grad_image[index * channels + c] += grad_output[pixel * channels + c];
-          }
-      } else {
-        const uint8_t* winners = t.winners + image * out_plane * channels;
-        if (apart)
-          spread_by_byte<T, false>(shape, grad_image, grad_output, winners, begin, end);
-        else
-          spread_by_byte<T, true>(shape, grad_image, grad_output, winners, begin, end);
-      }
+      const int64_t* indices = t.indices + image * out_plane * channels;
+      for (int64_t pixel = 0; pixel < plane; ++pixel) fill_zero(grad_image + pixel * channels + begin, end - begin);
+      for (int64_t pixel = 0; pixel < out_plane; ++pixel)
+        for (int64_t c = begin; c < end; ++c) {
+          const int64_t index = indices[pixel * channels + c];
+          if (index >= 0 && index < plane) grad_image[index * channels + c] += grad_output[pixel * channels + c];
+        }
     }
   });
+}
+
+template <class T>
+void max_pool2d_backward_channels_last(const MaxPool2dShape& shape, const MaxPool2dBackward<T>& t) {
+  t.indices ? scatter_by_index(shape, t) : gather_by_winner(shape, t);
 }
 
 // --- channels first ------------------------------------------------------------------------------------------------

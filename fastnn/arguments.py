@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,23 +35,25 @@ def wants_relu(activation: str | None) -> bool:
 
 def pair(name: str, value: int | Sequence[int]) -> Pair:
     """(height, width) of an argument that takes one number for both."""
-    # What layers keep, without the care for SymInt and bool.
+    # What layers keep, without the care for other integers.
     if type(value) is int:
         return value, value
     if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
         return value
-    if _is_number(value):
-        return value, value  # type: ignore[return-value]
-    if isinstance(value, (tuple, list)) and all(map(_is_number, value)):
-        if len(value) == 2:
-            return value[0], value[1]
-        if len(value) == 1:
-            return value[0], value[0]
+    numbers = [_number(one) for one in (value if isinstance(value, (tuple, list)) else (value,))]
+    if 1 <= len(numbers) <= 2 and all(number is not None for number in numbers):
+        return numbers[0], numbers[-1]
     raise ValueError(f"{name}: expected an int or a pair of ints, got {value!r}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+def _number(value: Any) -> Any:
+    """An int, a torch.SymInt as it is, or None for what is neither: numpy's integers and tensors of one are ints."""
+    if isinstance(value, torch.SymInt):
+        return value
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
@@ -59,7 +62,7 @@ def pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
         return None
     if type(max_pool) is int and max_pool == 2:
         return FUSED_POOL
-    if _is_number(max_pool):
+    if _number(max_pool) is not None:
         max_pool = (max_pool, max_pool, 0)
     if not isinstance(max_pool, (tuple, list)) or len(max_pool) != 3:
         raise ValueError(f"max_pool: expected None, an int or (kernel_size, stride, padding), got {max_pool!r}")

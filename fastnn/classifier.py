@@ -188,13 +188,15 @@ class CNNClassifier(nn.Sequential):
         Args:
             x: images, a numpy array or tensor: uint8 (taken as x / 255) or float (taken as they are), shaped
                 (n, channels, height, width), (n, height, width, channels), or (n, height, width) for one
-                channel. uint8 images stay uint8 in memory.
+                channel; the first where the shape fits both. uint8 images stay uint8 in memory.
             y: one label per image: strings, integers or anything hashable, as list, array or tensor.
             lr: learning rate of an optimizer given by name.
             optimizer: "adam", "adamw" or "sgd" (without momentum), or an optimizer of this model's
                 parameters.
             loss: "cross_entropy"; "mse", the mean squared error between softmax probabilities and one-hot
-                labels; or a callable of (logits, class indices) that returns the mean over the batch.
+                labels; or a callable of (logits, class indices) that returns the mean over the batch. What the
+                history records is the batches' mean, weighted by their numbers of images: of a loss that weighs
+                images differently, such as one with class weights, it depends on `batch_size`.
             validation_data: (x, y) for val_loss and val_accuracy after each epoch.
             callbacks: callables `f(model, record)`, or objects with such an `on_epoch_end`, called after each
                 epoch with its record (see `History`), once the epoch is in the checkpoint; one that returns
@@ -303,7 +305,8 @@ class CNNClassifier(nn.Sequential):
     ) -> dict[str, float]:
         """`{"loss": mean loss, "accuracy": share of right answers}` on images and labels as in `fit`.
 
-        `batch_size` as of `predict_proba`.
+        `batch_size` as of `predict_proba`. The mean loss is over parts of 64 batches, weighted by their numbers of
+        images: of a loss that weighs images differently, such as one with class weights, it depends on `batch_size`.
         """
         batches = self._batches(x, y, self._class_list(), self._evaluation_batch(batch_size), "")
         mean_loss, accuracy = evaluate(self, batches, make_loss(loss))
@@ -439,18 +442,20 @@ class CNNClassifier(nn.Sequential):
             raise TypeError(f"{name}: expected uint8 (0 to 255) or float images, got {images.dtype}")
         channels, height, width = self.input_shape
         got = tuple(images.shape)
-        if channels == 1 and got[1:] == (height, width):
-            images = images.unsqueeze(1)
-        elif got[1:] == (height, width, channels) and got[1] != channels:
+        if got[1:] == self.input_shape:
+            pass
+        elif got[1:] == (height, width, channels):
             images = images.permute(0, 3, 1, 2)
-        elif got[1:] != self.input_shape:
+        elif channels == 1 and got[1:] == (height, width):
+            images = images.unsqueeze(1)
+        else:
             one = "; for one image add an axis: x[None]" if got in (self.input_shape, (height, width)) else ""
             expected = [
                 self.input_shape,
                 (height, width, channels),
                 *([(height, width)] if channels == 1 else []),
             ]
-            shapes = " or ".join(f"(n, {_sizes(shape)})" for shape in expected)
+            shapes = " or ".join(f"(n, {_sizes(shape)})" for shape in dict.fromkeys(expected))
             raise ValueError(f"{name}: expected images of shape {shapes}, got {got}{one}")
         if not len(images):
             raise ValueError(f"{name}: expected at least one image, got none (shape {got})")

@@ -41,6 +41,8 @@ Parameters = ParamSpec("Parameters")
 USAGE_ERROR = 2  # as for arguments that typer refuses
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
+CPU_ALLOCATOR = "DefaultCPUAllocator: "  # in the words of a RuntimeError where torch finds no memory
+
 # What `train` does where its options do not say otherwise. "fast" reaches 99 % on MNIST in two epochs: one cycle of a
 # large learning rate (Smith and Topin, "Super-Convergence", 2018).
 RECIPES: dict[str, dict[str, Any]] = {
@@ -84,6 +86,13 @@ def reports_errors(command: Callable[Parameters, None]) -> Callable[Parameters, 
             fail(f"not enough memory ({error})" if str(error) else "not enough memory")
         except (ValueError, TrainingError, MissingLibraryError) as error:
             fail(str(error))
+        except torch.OutOfMemoryError as error:
+            fail(f"not enough memory ({error})")
+        except RuntimeError as error:  # torch has no class of its own for the memory of the CPU
+            _, allocator, reason = str(error).rpartition(CPU_ALLOCATOR)
+            if not allocator:
+                raise
+            fail(f"not enough memory ({reason})")
 
     return run
 
@@ -342,7 +351,7 @@ def make_model(
             classes=train_set.classes,
         )
     except RuntimeError as error:  # torch cannot allocate the parameters, or their sizes overflow
-        reason = str(error).rpartition("DefaultCPUAllocator: ")[2]
+        reason = str(error).rpartition(CPU_ALLOCATOR)[2]
         raise ValueError(f"cannot make a model with {conv_channels=} and {hidden=}: {reason}") from error
 
 

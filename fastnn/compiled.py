@@ -12,6 +12,7 @@ time. What changes from step to step - rows, learning rate, step count - lies in
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from fastnn import _C, nn, optim
 from fastnn.autograd.conv2d import lies_as_kernels_read
 from fastnn.autograd.cross_entropy import REDUCTIONS, empty_statistics
 from fastnn.runtime import capture_kernels, kernel_dtypes, note_kernels, runs_on_cuda
-from fastnn.stages import Backward, Memory, NotCompilable, stages_of, watched
+from fastnn.stages import Backward, Memory, NotCompilable, stages_of, state_of, watched
 from fastnn.tracing import runs_in_order
 
 __all__ = ["CompiledForward", "CompiledStep"]
@@ -184,6 +185,29 @@ class _Compiled:
     _backward_follows: bool
 
     def __init__(self, model: torch.nn.Module, precision: str = "fp32") -> None:
+        self._grads: dict[Tensor, Tensor] = {}
+        self._model = model
+        self._precision = precision
+        self._state: list[Any] | None = None
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads the model again where it is not what the programs were made from; NotCompilable as at first."""
+        state = self._current_state()
+        if state != self._state:
+            self._state = None
+            self._read()
+            self._state = state
+
+    def _current_state(self) -> list[Any]:
+        """What the programs are made from. The parameters are held, so that no other takes one's identity."""
+        model = self._model
+        parameters = (p for layer in model._modules.values() if layer is not None for p in layer._parameters.values())
+        places = [(id(p), p.data_ptr(), p.requires_grad, _is_hooked(p)) for p in parameters if p is not None]
+        return [runs_in_order(model) and not watched(model), state_of(model), places]
+
+    def _read(self) -> None:
+        model, precision = self._model, self._precision
         if not runs_in_order(model) or watched(model):
             raise NotCompilable(f"model: expected a Sequential without hooks, got {type(model).__name__}")
         layers = [layer for layer in model._modules.values() if layer is not None]  # one may stand there twice
@@ -196,7 +220,6 @@ class _Compiled:
         if not self._parameters or len(set(self._parameters)) != len(self._parameters):
             raise NotCompilable("model: expected parameters, none of them shared between layers")
         self._dtype = self._parameters[0].dtype
-        self._precision = precision
         if wants_bf16(precision) and self._dtype is not torch.float32:
             raise NotCompilable(f"precision: expected 'fp32' for {self._dtype} parameters, got 'bf16'")
         self._device = self._parameters[0].device
@@ -211,8 +234,6 @@ class _Compiled:
                 raise NotCompilable(f"model: expected parameters all of one dtype of {names}, got {parameter.dtype}")
             if not lies_as_kernels_read(parameter):
                 raise NotCompilable("model: expected parameters in contiguous or channels_last memory")
-        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
-        self._grads: dict[Tensor, Tensor] = {}
         self._recordings: dict[tuple[int, ...], _Recording] = {}
 
     def _prepare(self, images: Tensor, batch_size: int) -> None:
@@ -230,10 +251,6 @@ class _Compiled:
         _C.gather_images(recording.images, images, index, divisor, recording.results.get("targets"), targets)
 
     def _recording(self, shape: tuple[int, ...], copy: int = 0) -> _Recording:
-        addresses = [parameter.data_ptr() for parameter in self._parameters]
-        if addresses != self._addresses:  # the parameters moved: programs hold their old places
-            self._addresses = addresses
-            self._recordings.clear()
         recording = self._recordings.get((copy, *shape))
         if recording is None:
             recording = self._recordings[(copy, *shape)] = self._record(shape)
@@ -275,6 +292,7 @@ class CompiledForward(_Compiled):
 
     def prepare_rows(self, images: Tensor, batch_size: int) -> None:
         """Records a program that `on_batches` needs, which its first call would do; NotCompilable for unfit data."""
+        self.refresh()
         self._prepare(images, batch_size)
 
     def on_batches(self, images: Tensor, index: Tensor, batch_size: int) -> Tensor:
@@ -283,6 +301,7 @@ class CompiledForward(_Compiled):
         On the CPU each thread computes batches of its own, whose activations stay in its core's caches, as long as
         there is one for every thread; the rest is computed batch by batch.
         """
+        self.refresh()
         size = min(batch_size, len(index))
         recording = self._recording((size, *images.shape[1:]))
         like = recording.results["output"]
@@ -410,6 +429,16 @@ class _Rates:
                 group.update(values)
 
 
+def _is_hooked(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def wants_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's step evaluates the model by itself, as that of LBFGS."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
 def _plain_sgd(group: dict[str, Any]) -> bool:
     """Whether a group has no momentum, and no memory for it."""
     momentum = group.get("momentum", 1)
@@ -432,9 +461,15 @@ class CompiledStep(_Compiled):
     the mean loss and the number of right answers, 0-dimensional tensors that the next step overwrites. Each batch
     size is recorded once. Parameters keep their storage; their ``grad`` is the step's own memory.
 
+    What is changed of the model or the loss between two steps - layers, arguments, ``requires_grad``, hooks - holds
+    from the next one on: programs are recorded anew.
+
     Raises:
-        NotCompilable: where a program cannot express the model, loss or optimizer; says what stands in the way.
-        ValueError: for a precision that is unknown or that this processor does not have.
+        NotCompilable: where a program cannot express the model, loss or optimizer; says what stands in the way. A call
+            raises it, too, once they were changed into such.
+        ValueError: for a precision that is unknown or that this processor does not have; in a call, for shapes that
+            do not fit.
+        TypeError: in a call, for images that are not of the parameters' dtype, and for targets that are not int64.
 
     Equivalent to (in ``"fp32"``)::
 
@@ -455,19 +490,48 @@ class CompiledStep(_Compiled):
         precision: str = "fp32",
         before_update: Callable[[Tensor, Tensor], None] | None = None,
     ) -> None:
-        super().__init__(model, precision)
-        if type(loss) not in (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss) or loss.reduction != "mean":
+        if type(loss) not in (nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss):
             raise NotCompilable(f"loss: expected a CrossEntropyLoss of the mean, got {loss}")
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._parameters):
-            raise NotCompilable("model: expected parameters without hooks")
+        if wants_closure(optimizer):
+            raise NotCompilable(f"optimizer: expected one whose step takes no closure, got {type(optimizer).__name__}")
         self._loss = loss
         self._optimizer = optimizer
         self._before_update = before_update
-        self._grads = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
         self._has_own_update = type(optimizer) in (optim.Adam, optim.AdamW, optim.SGD)
-        self._rates = _Rates(optimizer, self._device) if self._has_own_update else None
+        super().__init__(model, precision)
+
+    def _read(self) -> None:
+        for parameter, grad in self._grads.items():
+            if parameter.grad is grad:  # one that is trained no more keeps none
+                parameter.grad = None
+        super()._read()
+        loss = self._loss
+        if loss.reduction != "mean":
+            raise NotCompilable(f"loss: expected a CrossEntropyLoss of the mean, got reduction={loss.reduction!r}")
+        if watched(loss) or "forward" in vars(loss):
+            raise NotCompilable("loss: expected one without hooks and with the forward of its class")
+        if loss.weight is not None and not loss.weight.is_contiguous():
+            raise NotCompilable("loss: expected a weight in contiguous memory")
+        if any(map(_is_hooked, self._parameters)):
+            raise NotCompilable("model: expected parameters without hooks")
+        self._grads = {p: torch.empty_like(p) for p in self._parameters if p.requires_grad}
+        self._rates = _Rates(self._optimizer, self._device) if self._has_own_update else None
+
+    def _current_state(self) -> list[Any]:
+        loss = self._loss
+        weight = None if loss.weight is None else (id(loss.weight), loss.weight.data_ptr(), loss.weight.stride())
+        options = loss.reduction, loss.ignore_index, loss.label_smoothing, watched(loss), "forward" in vars(loss)
+        return [*super()._current_state(), weight, options]
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        self.refresh()
+        if images.dtype is not self._dtype:
+            raise TypeError(f"images: expected {self._dtype}, as the parameters are, got {images.dtype}")
+        if targets.dtype is not torch.int64:
+            raise TypeError(f"targets: expected class numbers of torch.int64, got {targets.dtype}")
+        if targets.shape != images.shape[:1]:
+            expected, got = tuple(images.shape[:1]), tuple(targets.shape)
+            raise ValueError(f"targets: expected shape {expected}, a class number for each image, got {got}")
         recording = self._recording(tuple(images.shape))
         recording.images.copy_(images)
         recording.results["targets"].copy_(targets)
@@ -476,6 +540,7 @@ class CompiledStep(_Compiled):
 
     def on_rows(self, images: Tensor, targets: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """As a call with ``images[index]`` (uint8 scaled to 0..1) and ``targets[index]``, gathered in one pass."""
+        self.refresh()
         results = self._run_rows(images, targets, index).results
         return results["losses"][0], results["correct"][0]
 
@@ -492,6 +557,7 @@ class CompiledStep(_Compiled):
         `schedule` follows each step and may change learning rate, betas or momentum. Returns the loss of each step and
         the number of right answers of all.
         """
+        self.refresh()
         steps = math.ceil(len(index) / batch_size)
         losses = torch.empty(steps, dtype=self._dtype, device=self._device)
         correct = torch.zeros((), dtype=torch.int64, device=self._device)
@@ -508,6 +574,7 @@ class CompiledStep(_Compiled):
 
     def prepare_rows(self, images: Tensor, targets: Tensor, batch_size: int) -> None:
         """Records the program that `on_rows` needs, which its first call would do; NotCompilable for unfit data."""
+        self.refresh()
         if targets.device != self._device:
             raise NotCompilable(f"images: expected images and targets on {self._device}, got {targets.device}")
         if targets.dtype is not torch.int64 or not targets.is_contiguous():

@@ -38,7 +38,7 @@ class ConversionReport:
         fused: what each convolution or linear layer computes in its own pass, in order: modules that are an
             ``Identity`` now.
         not_fused: convolutions and linear layers with something after them that could have fused, and why it did not.
-        kept: layers of torch.nn that are as they were, and why.
+        kept: layers of torch.nn, and modules that torch.jit compiled, that are as they were, and why.
 
     ``print(report)`` shows all of it.
     """
@@ -88,13 +88,20 @@ def convert(
     Fusing follows the calls that ``forward`` makes as torch.fx traces them, in training and evaluation, with and
     without optional arguments, all of which must agree. It needs layers that are modules: a ReLU called as a function
     (``F.relu``, ``x.relu()``) stays in ``forward``, and ``torch.compile(model, backend="fastnn")`` fuses it. In a
-    module that torch.fx cannot trace, a ``Sequential`` or another module with a ``forward`` fuses inside if the code
-    only ever calls it; layers that the code calls itself do not fuse. Code that calls a fused layer other than through
-    ``forward`` - another method, a loop outside the model - sees what it computes now.
+    module that torch.fx cannot trace, or whose code draws random numbers, as to skip a layer at random, a
+    ``Sequential`` or another module with a ``forward`` fuses inside if the code only ever calls it; layers that the
+    code calls itself do not fuse. Code that calls a fused layer other than through ``forward`` - another method, a loop
+    outside the model - sees what it computes now.
+
+    The calls are recorded once, here, and what else decides them is frozen as it stands: attributes other than
+    ``training``, global variables, random numbers from CUDA or from a generator of the model's own. Once the ReLU of
+    ``if self.use: x = self.relu(x)`` has fused, ``use = False`` does not take it away. Set such attributes before; to
+    change one later, :func:`revert`, set it and convert again; or let ``filter_fn`` leave that ReLU or pooling as it
+    is, which keeps it from fusing.
 
     Left as they are: subclasses, which may compute something else, so also parametrized layers; layers whose
-    ``forward`` was replaced; with a reason in the report. Hooks that see a result between two layers keep these from
-    fusing.
+    ``forward`` was replaced; what torch.jit compiled; with a reason in the report. Hooks that see a result between two
+    layers keep these from fusing.
 
     Args:
         model: any module; a layer or a loss by itself, too.
@@ -200,7 +207,12 @@ def _copy(model: torch.nn.Module) -> torch.nn.Module:
         before: _Before | None = vars(module).get("_before_convert")
         for named in (module._parameters, module._buffers, vars(module), *((before and before.tensors) or ())):
             shared.update({id(value): value for value in named.values() if isinstance(value, torch.Tensor)})
-    return copy.deepcopy(model, shared)
+    copied = copy.deepcopy(model, shared)
+    for old, new in zip(model.modules(), copied.modules(), strict=True):
+        if isinstance(old, torch.jit.ScriptModule):  # torch copies its tensors all the same
+            for name, tensor in (*old._parameters.items(), *old._buffers.items()):
+                setattr(new, name, tensor)
+    return copied
 
 
 def _calls(model: torch.nn.Module) -> Calls:
@@ -225,6 +237,8 @@ def _reason_to_keep(
 ) -> str:
     """Why a layer stays as it is; "" for those to convert, for containers and for users' own modules."""
     layer = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by torch.jit"
     if layer in _LAYERS or layer in _OURS or layer is torch.nn.BatchNorm2d:
         if "forward" in vars(module):
             return "its forward was replaced"

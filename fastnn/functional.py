@@ -46,6 +46,10 @@ __all__ = [
 ]
 
 
+for _name in __all__:  # a graph of torch.fx holds them as they are
+    torch.fx.wrap(_name)
+
+
 def _missing(name: str) -> TypeError:
     return TypeError(f"{name}: expected a torch.Tensor, got None")
 
@@ -75,10 +79,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if weight is None:
         raise _missing("weight")
     way = route("linear", input, weight, bias)
-    if way == "record":
-        return LinearFunction.run(input, weight, bias, relu)
-    if way == "kernel":
-        return linear_forward(input, weight, bias, relu)
+    try:
+        if way == "record":
+            return LinearFunction.run(input, weight, bias, relu)
+        if way == "kernel":
+            return linear_forward(input, weight, bias, relu)
+    except ValueError as error:
+        try:
+            output = reference.linear(input, weight, bias, activation=activation)
+        except RuntimeError:
+            raise error from None
+        note_fallback("linear", "a weight of one dimension or a bias that torch expands")
+        return output
     if way == "cast":
         return in_autocast_dtype("linear", linear, input, weight, bias, activation=activation)
     if way == "op":
@@ -242,7 +254,7 @@ def max_pool2d(
     kernel = pair("kernel_size", kernel_size)
     window = (
         kernel,
-        kernel if stride is None else pair("stride", stride),
+        kernel if stride is None or (isinstance(stride, (tuple, list)) and not stride) else pair("stride", stride),
         pair("padding", padding),
         pair("dilation", dilation),
     )

@@ -42,7 +42,11 @@ class Linear(torch.nn.Linear):
 
     Equivalent to::
 
-        torch.nn.Sequential(torch.nn.Linear(in_features, out_features), torch.nn.ReLU())
+        torch.nn.Linear(in_features, out_features, bias)
+
+    and with ``activation="relu"`` to::
+
+        torch.nn.Sequential(torch.nn.Linear(in_features, out_features, bias), torch.nn.ReLU())
     """
 
     def __init__(
@@ -68,6 +72,18 @@ class Linear(torch.nn.Linear):
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
 
 
+def _check_window(max_pool: Any) -> None:
+    """ValueError where ``max_pool=`` asks for no window that could pool an image."""
+    window = pool_arguments(max_pool)
+    if window is None:
+        return
+    kernel_size, stride, padding = window
+    if min(stride) < 1:
+        raise ValueError(f"max_pool: expected a stride of at least 1, got {stride}")
+    if not all(0 <= width <= size // 2 for width, size in zip(padding, kernel_size, strict=True)):
+        raise ValueError(f"max_pool: expected a padding from 0 to half of the kernel_size {kernel_size}, got {padding}")
+
+
 class Conv2d(torch.nn.Conv2d):
     """``torch.nn.Conv2d`` with an optional fused activation and max-pooling.
 
@@ -81,6 +97,10 @@ class Conv2d(torch.nn.Conv2d):
         ``(batch, in_channels, height, width)`` or ``(in_channels, height, width)`` to the same with out_channels.
 
     Equivalent to::
+
+        torch.nn.Conv2d(1, 32, 3)
+
+    and with ``activation="relu", max_pool=2`` to::
 
         torch.nn.Sequential(torch.nn.Conv2d(1, 32, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
     """
@@ -115,7 +135,8 @@ class Conv2d(torch.nn.Conv2d):
             device,
             dtype,
         )
-        wants_relu(activation), pool_arguments(max_pool)  # wrong ones are named here, not at the first image
+        wants_relu(activation)  # wrong ones are named here, not at the first image
+        _check_window(max_pool)
         self.activation = activation
         self.max_pool = max_pool
 
@@ -153,6 +174,10 @@ class MaxPool2d(torch.nn.MaxPool2d):
 
     Shape:
         ``(batch, channels, height, width)`` or ``(channels, height, width)`` to the same, pooled.
+
+    Equivalent to::
+
+        torch.nn.MaxPool2d(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
     """
 
     def forward(self, input: Tensor) -> Any:
@@ -177,6 +202,10 @@ class ReLU(torch.nn.ReLU):
 
     Shape:
         Any, kept.
+
+    Equivalent to::
+
+        torch.nn.ReLU(inplace)
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -223,6 +252,10 @@ class Softmax(torch.nn.Softmax):
 
     Shape:
         Any, kept.
+
+    Equivalent to::
+
+        torch.nn.Softmax(dim)
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -237,6 +270,10 @@ class LogSoftmax(torch.nn.LogSoftmax):
 
     Shape:
         Any, kept.
+
+    Equivalent to::
+
+        torch.nn.LogSoftmax(dim)
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -252,6 +289,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     Shape:
         Logits ``(batch, classes, ...)`` and targets ``(batch, ...)`` to a scalar, or ``(batch, ...)``.
+
+    Equivalent to::
+
+        torch.nn.CrossEntropyLoss(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -274,6 +315,10 @@ class NLLLoss(torch.nn.NLLLoss):
     Shape:
         Log-probabilities ``(batch, classes, ...)`` and targets ``(batch, ...)`` to a scalar, or
         ``(batch, ...)``.
+
+    Equivalent to::
+
+        torch.nn.NLLLoss(weight, size_average, ignore_index, reduce, reduction)
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -288,6 +333,10 @@ class MSELoss(torch.nn.MSELoss):
 
     Shape:
         Input and target of one shape to a scalar, or to that shape unreduced.
+
+    Equivalent to::
+
+        torch.nn.MSELoss(size_average, reduce, reduction)
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

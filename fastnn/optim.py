@@ -354,6 +354,8 @@ class AdamW(Adam, torch.optim.AdamW):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in :class:`torch.optim.AdamW`.
+        foreach, fused, capturable, differentiable: as in torch for parameters that no kernel serves; the kernels
+            always update all tensors at once.
 
     Equivalent to::
 

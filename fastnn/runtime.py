@@ -21,7 +21,12 @@ _C.initialise(
     torch.get_num_threads,
     torch.OutOfMemoryError,
     torch.is_grad_enabled,
-    (torch._C._is_any_autocast_enabled, torch._C._are_functorch_transforms_active, torch._C._get_tracing_state),
+    (
+        torch._C._is_any_autocast_enabled,
+        torch._C._are_functorch_transforms_active,
+        torch._C._get_tracing_state,
+        torch._C._len_torch_dispatch_stack,
+    ),
 )
 if os.environ.get("FASTNN_ISA"):
     try:

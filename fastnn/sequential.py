@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,17 +28,7 @@ from fastnn.autograd.common import (
     wanted_in_this_pass,
 )
 from fastnn.autograd.conv2d import channels_last, layout_of, lies_as_kernels_read, result_format
-from fastnn.stages import (
-    PARAMETERS,
-    WEIGHTED,
-    Backward,
-    Memory,
-    Stage,
-    everything_is_watched,
-    may_have_stages,
-    stages_of,
-)
-from fastnn.tracing import has_hooks
+from fastnn.stages import ARGUMENTS, PARAMETERS, WEIGHTED, Backward, Memory, Stage, stages_of, state_of
 
 __all__ = ["PARTS", "call_in_order"]
 
@@ -52,6 +43,8 @@ _Part = Callable[[Any], Any]
 
 def call_in_order(model: torch.nn.Sequential, input: Any) -> Any:
     """What the model's layers make of `input`, one after another."""
+    if isinstance(input, torch.fx.Proxy):  # whose tracer has stand-ins for parameters, too
+        return _through(model._modules.values(), input)
     return _through(_parts_of(model), input)
 
 
@@ -329,50 +322,34 @@ def _as_read(tensor: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------- a Sequential's chains
 
-# What stages are made from, of all layers.
-_ARGUMENTS = (
-    *("activation", "max_pool", "kernel_size", "stride", "padding", "padding_mode", "dilation", "groups"),
-    *("out_channels", "ceil_mode", "return_indices", "start_dim", "end_dim"),
-)
-
 
 class _Parts:
     """What a Sequential calls one after another - chains, and layers that are in none -, kept in its ``__dict__``.
 
-    A copy of the Sequential, which has other layers, begins without.
+    A copy of the Sequential begins without: deep ones and pickles have none, and a shallow one, which shares this
+    object, is not the owner.
     """
 
-    def __init__(self) -> None:
-        self.state: list[tuple[Any, ...]] | None = None
-        self.parts: list[_Part] = []
+    def __init__(self, owner: torch.nn.Sequential) -> None:
+        self.owner = weakref.ref(owner)
+        self.made: tuple[list[tuple[Any, ...]], list[_Part]] | None = None  # from which state; other threads read it
 
-    def __deepcopy__(self, memo: Any) -> _Parts:
-        return _Parts()
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
 
-    def __reduce__(self) -> tuple[type[_Parts], tuple[()]]:
-        return _Parts, ()
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 def _parts_of(model: torch.nn.Sequential) -> list[_Part]:
     """Made anew where a layer, its class, hooks or arguments changed."""
     known: _Parts | None = vars(model).get(PARTS)
-    if known is None:
-        known = vars(model)[PARTS] = _Parts()
-    state = [(everything_is_watched(),), *map(_state_of, model._modules.values())]
-    if known.state != state:
-        known.parts = list(_split(model._modules.values()))
-        known.state = state
-    return known.parts
-
-
-def _state_of(layer: Any) -> tuple[Any, ...]:
-    kind, attributes = type(layer), vars(layer)
-    if not may_have_stages(kind):
-        return layer, kind
-    parameters = layer._parameters
-    present = "weight" in parameters, parameters.get("bias") is None, len(parameters)
-    replaced = "forward" in attributes, layer._compiled_call_impl
-    return layer, kind, has_hooks(layer), replaced, present, *map(attributes.get, _ARGUMENTS)
+    if known is None or known.owner() is not model:
+        known = vars(model)[PARTS] = _Parts(model)
+    state, made = state_of(model), known.made
+    if made is None or made[0] != state:
+        made = known.made = state, list(_split(model._modules.values()))
+    return made[1]
 
 
 def _split(layers: Iterable[Any]) -> Iterator[_Part]:
@@ -385,7 +362,7 @@ def _split(layers: Iterable[Any]) -> Iterator[_Part]:
             stages = stages_of(layer)
         except ValueError:
             stages = None
-        if any(isinstance(value, list) for value in map(vars(layer).get, _ARGUMENTS)):  # it may change in place
+        if any(isinstance(value, list) for value in map(vars(layer).get, ARGUMENTS)):  # it may change in place
             stages = None
         if stages is None or (takes is not None and takes != dims):
             yield from _parts_from(chain)

@@ -21,6 +21,7 @@ from fastnn.autograd.max_pool2d import pool_size, winners_dtype
 from fastnn.tracing import has_hooks
 
 __all__ = [
+    "ARGUMENTS",
     "PARAMETERS",
     "WEIGHTED",
     "Backward",
@@ -30,6 +31,7 @@ __all__ = [
     "everything_is_watched",
     "may_have_stages",
     "stages_of",
+    "state_of",
     "watched",
 ]
 
@@ -240,3 +242,25 @@ def everything_is_watched() -> bool:
 def watched(module: torch.nn.Module) -> bool:
     """Whether hooks see the module's calls, its own or everybody's."""
     return has_hooks(module) or everything_is_watched()
+
+
+# What stages are made from, of all layers.
+ARGUMENTS = (
+    *("activation", "max_pool", "kernel_size", "stride", "padding", "padding_mode", "dilation", "groups"),
+    *("out_channels", "ceil_mode", "return_indices", "start_dim", "end_dim"),
+)
+
+
+def state_of(model: torch.nn.Module) -> list[tuple[Any, ...]]:
+    """What the stages of a Sequential were made from: its layers, their classes, hooks and arguments."""
+    return [(everything_is_watched(),), *map(_state_of_layer, model._modules.values())]
+
+
+def _state_of_layer(layer: Any) -> tuple[Any, ...]:
+    kind, attributes = type(layer), vars(layer)
+    if not may_have_stages(kind):
+        return layer, kind
+    parameters = layer._parameters
+    present = "weight" in parameters, parameters.get("bias") is None, len(parameters)
+    replaced = "forward" in attributes, layer._compiled_call_impl
+    return layer, kind, has_hooks(layer), replaced, present, *map(attributes.get, ARGUMENTS)

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pickle
+import random
 import textwrap
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Calls", "calls_of", "has_hooks", "runs_in_order"]
 
@@ -55,13 +60,14 @@ class Calls:
 def calls_of(model: torch.nn.Module) -> Calls:
     """The calls that ``model.forward`` makes, in training and in evaluation, with and without optional arguments.
 
-    Whatever else decides its path - attributes, global state - is taken as it stands. Tracing sets training modes and
-    runs `forward`, which may do anything to its module: give it a copy.
+    Whatever else decides its path - attributes, global state - is taken as it stands; code that draws random numbers
+    counts as code that torch.fx cannot trace. Tracing sets training modes and runs `forward`, which may do anything to
+    its module: give it a copy.
     """
     calls = Calls()
     names = {module: name for name, module in model.named_modules()}
     roots, opaque_types = [model], set[type]()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with _same_random_numbers_after(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of user code that meets proxies; a call of the model gives its own
         for root in roots:  # grows
             if _is_layer(root):
@@ -105,10 +111,31 @@ def runs_in_order(module: torch.nn.Module) -> bool:
 
 
 def _is_layer(module: torch.nn.Module) -> bool:
-    """Whether a graph holds a call of this module as one node because torch or fastnn wrote it."""
+    """Whether a graph holds a call of this module as one node: torch or fastnn wrote it, or torch.jit compiled it."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     origin = type(module).__module__.split(".")
     known = origin[:2] in (["torch", "nn"], ["fastnn", "nn"]) or origin[:3] == ["torch", "ao", "nn"]
     return known and not isinstance(module, _CONTAINERS)
+
+
+def _random_state() -> tuple[object, ...]:
+    """What the next random numbers of torch (on the CPU), Python and numpy depend on."""
+    with _disable_current_modes():  # of fake tensors, which have no numbers
+        of_torch = torch.get_rng_state().numpy().tobytes()
+    return of_torch, random.getstate(), pickle.dumps(np.random.get_state(legacy=False))
+
+
+@contextmanager
+def _same_random_numbers_after() -> Iterator[None]:
+    """Draws in the block are as if they had not been made."""
+    python, numpy = random.getstate(), np.random.get_state(legacy=False)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 class _Tracer(torch.fx.Tracer):
@@ -118,6 +145,7 @@ class _Tracer(torch.fx.Tracer):
         super().__init__()
         self.opaque_types = opaque_types
         self.entered: list[torch.nn.Module] = []
+        self.random_state = _random_state()
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
@@ -131,10 +159,17 @@ class _Tracer(torch.fx.Tracer):
     def call_module(self, m: torch.nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.is_leaf_module(m, ""):
             return super().call_module(m, forward, args, kwargs)
+        self.expect_no_random_numbers()  # of the module that calls this one
         self.entered.append(m)
         output = super().call_module(m, forward, args, kwargs)
+        self.expect_no_random_numbers()
         self.entered.pop()  # stays after an exception: the last one's code raised it
         return output
+
+    def expect_no_random_numbers(self) -> None:
+        """Operators on proxies draw none while they are traced: what does is code whose path may depend on them."""
+        if _random_state() != self.random_state:
+            raise ValueError("it draws random numbers, which may decide what it calls")
 
 
 def _trace(root: torch.nn.Module, opaque_types: set[type]) -> tuple[list[Graph], str]:
@@ -153,6 +188,7 @@ def _trace(root: torch.nn.Module, opaque_types: set[type]) -> tuple[list[Graph],
                     module.training = training
                 tracer = _Tracer(opaque_types)
                 graphs.append(tracer.trace(root, given or None))
+                tracer.expect_no_random_numbers()
             return graphs, ""
         except Exception as error:
             if not tracer.entered:

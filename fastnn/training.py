@@ -32,7 +32,7 @@ from fastnn._tensor_files import (
     unpack,
     write_tensor_file,
 )
-from fastnn.compiled import CompiledForward, CompiledStep, unscheduled
+from fastnn.compiled import CompiledForward, CompiledStep, unscheduled, wants_closure
 from fastnn.runtime import note_fallback, without_spinning_threads
 from fastnn.stages import NotCompilable
 
@@ -79,9 +79,9 @@ class TrainingError(RuntimeError):
 class History:
     """The epochs of one training run, oldest first, and the seed that fixed its data order.
 
-    Each epoch is a dict of `epoch` (from 1), `loss` and `accuracy` (means over the epoch's training images,
-    each as its step saw it), `seconds` and `images_per_second` (of the training steps; validation is not
-    counted), and with validation data `val_loss` and `val_accuracy`.
+    Each epoch is a dict of `epoch` (from 1), `loss` (mean of the steps' losses, weighted by their numbers of images),
+    `accuracy` (of the epoch's training images, each as its step saw it), `seconds` and `images_per_second` (of the
+    training steps; validation is not counted), and with validation data `val_loss` and `val_accuracy` (see `evaluate`).
     """
 
     epochs: list[Record] = field(default_factory=list)
@@ -128,6 +128,11 @@ def make_loss(loss: str | Loss) -> Loss:
     """The loss of that name, or a callable of (logits, targets) as it is."""
     if isinstance(loss, str) and loss in LOSSES:
         return LOSSES[loss]()
+    if isinstance(loss, type):
+        raise TypeError(
+            f"loss: expected one of {sorted(LOSSES)} or a callable of (logits, targets), got the class "
+            f"{loss.__name__}; pass {loss.__name__}()"
+        )
     if callable(loss):
         return loss
     raise ValueError(f"loss: expected one of {sorted(LOSSES)} or a callable, got {loss!r}")
@@ -222,7 +227,7 @@ def _one_by_one(
 
 
 class AutogradStep:
-    """Steps for every model, loss and optimizer, through autograd."""
+    """Steps for every model and loss, and every optimizer whose step takes no closure, through autograd."""
 
     def __init__(
         self,
@@ -231,6 +236,8 @@ class AutogradStep:
         optimizer: torch.optim.Optimizer,
         before_update: BeforeUpdate | None = None,
     ) -> None:
+        if wants_closure(optimizer):
+            raise ValueError(f"optimizer: expected one whose step takes no closure, got {type(optimizer).__name__}")
         self.model = model
         self.loss = loss
         self.optimizer = optimizer
@@ -254,14 +261,22 @@ class AutogradStep:
 
 
 class ProgramStep:
-    """Steps that gather their batch and replay recorded programs."""
+    """Steps that gather their batch and replay recorded programs; others, once these cannot express the model."""
 
-    def __init__(self, step: CompiledStep) -> None:
+    def __init__(self, step: CompiledStep, otherwise: Step | None) -> None:
         self.step = step
+        self.otherwise = otherwise
 
     def __call__(
         self, batches: Batches, rows: torch.Tensor, schedule: Callable[[], object] = unscheduled
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            self.step.refresh()
+        except NotCompilable as error:  # someone changed the model or the loss: a callback
+            if self.otherwise is None:
+                raise
+            note_fallback("training_step", str(error))
+            return self.otherwise(batches, rows, schedule)
         return self.step.on_batches(batches.images, batches.targets, rows, batches.batch_size, schedule)
 
 
@@ -321,16 +336,15 @@ def make_step(
     """
     average = Average(ranks, model.parameters()) if ranks is not None and ranks.size > 1 else None
     largest_share = math.ceil(min(batches.batch_size, len(batches)) / (ranks.size if ranks else 1))
-    step: Step
+    step: Step = AutogradStep(model, loss, optimizer, average)
     try:
         compiled = compile_step(model, loss, optimizer, precision=precision, before_update=average)
         compiled.prepare_rows(batches.images, batches.targets, largest_share)
-        step = ProgramStep(compiled)
+        step = ProgramStep(compiled, step if precision == "fp32" else None)
     except NotCompilable as error:
         if precision != "fp32":
             raise
         note_fallback("training_step", str(error))
-        step = AutogradStep(model, loss, optimizer, average)
     return SharedStep(step, average) if average else step
 
 
@@ -342,12 +356,19 @@ def make_forward(model: torch.nn.Module, batches: Batches) -> Callable[[torch.Te
         forward.prepare_rows(batches.images, max(1, min(batches.batch_size, len(batches))))
     except NotCompilable as error:
         note_fallback("forward_pass", str(error))
-        return lambda rows: torch.cat([model(batches.gather(part)[0]) for part in rows.split(batches.batch_size)])
+        return torch.no_grad()(
+            lambda rows: torch.cat([model(batches.gather(part)[0]) for part in rows.split(batches.batch_size)])
+        )
     return lambda rows: forward.on_batches(batches.images, rows, batches.batch_size)
 
 
+@torch.no_grad()
 def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss, ranks: Ranks | None = None) -> tuple[float, float]:
-    """Mean loss and accuracy in eval mode; the model's mode is restored. `ranks` divide the images among them."""
+    """Mean loss and accuracy in eval mode; the model's mode is restored. `ranks` divide the images among them.
+
+    The mean is over calls of `loss`, one for every 64 batches, each weighted by its number of images. Of a loss that
+    weighs images differently (`weight=`, `ignore_index=`) it depends on the batch size.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -479,6 +500,10 @@ def train(
     together: each has to call this with the same images, starts from rank 0's parameters, and takes its share of
     every batch.
     """
+    hooks = _hooks(callbacks)
+    loss_function = make_loss(loss)
+    early_stopping = _make_early_stopping(early_stopping)
+    _check_trains(optimizer)
     ranks = Ranks()
     ranks.check_same(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -490,12 +515,8 @@ def train(
     )
     ranks.copy_from_first(model.state_dict().values())
     history = History() if history is None else history
-    if isinstance(early_stopping, int):
-        early_stopping = EarlyStopping(early_stopping)
-    elif early_stopping is not None:
+    if early_stopping is not None:
         early_stopping.reset()
-    hooks = [_hook(callback) for callback in callbacks]
-    loss_function = make_loss(loss)
     run = _Run(model, optimizer, _make_scheduler(scheduler, optimizer), early_stopping, history)
     file = None
     if checkpoint is not None:
@@ -654,11 +675,37 @@ def _make_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Schedul
     return scheduler
 
 
-def _hook(callback: Any) -> Callable[[torch.nn.Module, Record], Any]:
-    hook = getattr(callback, "on_epoch_end", callback)
-    if not callable(hook):
-        raise TypeError(f"callbacks: expected callables or objects with on_epoch_end, got {type(callback).__name__}")
-    return hook  # type: ignore[no-any-return]
+def _make_early_stopping(early_stopping: Any) -> EarlyStopping | None:
+    if early_stopping is None or isinstance(early_stopping, EarlyStopping):
+        return early_stopping
+    if not hasattr(early_stopping, "__index__"):
+        raise TypeError(
+            f"early_stopping: expected a whole number of at least 1 or an EarlyStopping, got {early_stopping!r}"
+        )
+    return EarlyStopping(early_stopping)
+
+
+def _check_trains(optimizer: torch.optim.Optimizer) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            "optimizer: expected at least one parameter to train, got none: requires_grad is False for all "
+            f"{len(parameters)} of its parameters"
+        )
+
+
+def _hooks(callbacks: Any) -> list[Callable[[torch.nn.Module, Record], Any]]:
+    if not hasattr(callbacks, "__iter__"):
+        raise TypeError(f"callbacks: expected a sequence such as [callback], got {callbacks!r}")
+    hooks = []
+    for callback in callbacks:
+        hook = getattr(callback, "on_epoch_end", callback)
+        if not callable(hook):
+            raise TypeError(
+                f"callbacks: expected callables or objects with on_epoch_end, got {type(callback).__name__}"
+            )
+        hooks.append(hook)
+    return hooks
 
 
 def _name(function: Any) -> str:

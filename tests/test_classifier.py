@@ -231,6 +231,24 @@ def test_images_in_every_form_give_the_same_result(form: Callable[[np.ndarray], 
     assert np.array_equal(model.predict_proba(form(images)), expected.predict_proba(images))
 
 
+def test_channels_last_images_as_wide_as_they_have_channels() -> None:
+    images = torch.rand(30, 3, 3, 5, generator=torch.Generator().manual_seed(0))
+    model = small_model(input_shape=(3, 3, 5), conv_channels=())
+    assert np.array_equal(model.predict_proba(images.permute(0, 2, 3, 1)), model.predict_proba(images))
+    with pytest.raises(ValueError, match=r"shape \(n, 3, 3, 5\) or \(n, 3, 5, 3\), got \(30, 5, 3, 3\)"):
+        model.predict(images.permute(0, 3, 1, 2))
+
+
+def test_images_whose_shape_fits_both_ways_have_channels_first() -> None:
+    images = torch.rand(30, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    model = small_model(input_shape=(3, 3, 3), conv_channels=())
+    with torch.no_grad():
+        expected = model(images).softmax(1)
+    np.testing.assert_allclose(model.predict_proba(images), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"expected images of shape \(n, 3, 3, 3\), got \(30, 3, 3\)"):
+        model.predict(images[:, 0])
+
+
 def test_read_only_images_are_taken_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
     images, labels = small_data()
     images.flags.writeable = False
@@ -709,7 +727,20 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"seed": 1.5}, TypeError, "seed: expected a whole number .* got 1.5"),
     ({"num_threads": 0}, ValueError, "num_threads: expected a whole number of at least 1, got 0"),
     ({"early_stopping": 0}, ValueError, "early_stopping: expected a whole number of at least 1, got 0"),
+    (
+        {"early_stopping": 1.5},
+        TypeError,
+        "early_stopping: expected a whole number of at least 1 or an EarlyStopping, got 1.5",
+    ),
+    ({"early_stopping": True}, TypeError, "early_stopping: expected a whole number of at least 1, got True"),
     ({"callbacks": [3]}, TypeError, "callbacks: expected callables or objects with on_epoch_end, got int"),
+    ({"callbacks": print}, TypeError, r"callbacks: expected a sequence such as \[callback\], got <built-in"),
+    ({"callbacks": None}, TypeError, r"callbacks: expected a sequence such as \[callback\], got None"),
+    (
+        {"loss": nn.CrossEntropyLoss},
+        TypeError,
+        r"loss: expected .* a callable of \(logits, targets\), got the class CrossEntropyLoss; pass Cross\w+\(\)",
+    ),
     ({"validation_data": 3}, ValueError, r"validation_data: expected \(x, y\), got int"),
 ]
 
@@ -721,6 +752,20 @@ def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], 
     with pytest.raises(error, match=words):
         fit(model, *small_data(), **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "instance"])
+def test_a_model_with_nothing_to_train_is_refused(optimizer: str) -> None:
+    model = small_model()
+    model[0].requires_grad_(False)
+    fit(model, *small_data(), epochs=1)
+    frozen = list(model[0].parameters())
+    chosen: Any = optim.SGD(frozen, lr=0.1) if optimizer == "instance" else optimizer
+    if optimizer == "adam":
+        frozen = list(model.requires_grad_(False).parameters())
+    words = f"at least one parameter to train, got none: requires_grad is False for all {len(frozen)}"
+    with pytest.raises(ValueError, match=f"optimizer: expected {words}"):
+        fit(model, *small_data(), optimizer=chosen)
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:

@@ -351,6 +351,28 @@ def test_a_nan_in_a_later_epoch_points_at_the_checkpoint(tmp_path: Path, monkeyp
     assert error.endswith("m.checkpoint.safetensors holds")
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_memory_that_does_not_suffice_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    def fails(self: CNNClassifier, *args: object, **kwargs: object) -> None:
+        if device == "gpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has less.")
+        torch.empty(2**50, dtype=torch.uint8)
+
+    monkeypatch.setattr(CNNClassifier, "fit", fails)
+    error = error_of("train", "--out", tmp_path / "m.safetensors")
+    words = {"cpu": f"can't allocate memory: you tried to allocate {2**50} bytes", "gpu": "CUDA out of memory"}
+    assert error.startswith(f"error: not enough memory ({words[device]}")
+
+
+def test_other_runtime_errors_are_not_taken_for_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: CNNClassifier, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(CNNClassifier, "fit", fails)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli.app(["train", "--out", str(tmp_path / "m.safetensors")])
+
+
 def test_info_tells_what_runs() -> None:
     facts = json.loads(run_well("info", "--json"))
     assert facts["isa"] == fastnn.build_info()["isa"]

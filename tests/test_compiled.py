@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -306,6 +307,97 @@ def test_images_of_a_wrong_shape_are_refused() -> None:
         step(torch.rand(2, 11, 13), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="weight: expected shape"):
         step(torch.rand(2, 2, 9, 9), torch.zeros(2, dtype=torch.int64))
+
+
+# Changes between two steps: each takes a model and its loss, and both ways of a step must follow.
+CHANGES: dict[str, Callable[[torch.nn.Sequential, torch.nn.CrossEntropyLoss], object]] = {
+    "a layer is frozen": lambda model, loss: model[2].requires_grad_(False),
+    "a parameter takes part again": lambda model, loss: model[0].bias.requires_grad_(True),
+    "another layer": lambda model, loss: model.__setitem__(2, copy.deepcopy(model[2]).requires_grad_(False)),
+    "other parameters": lambda model, loss: model.load_state_dict(
+        {name: tensor * 0.5 for name, tensor in model.state_dict().items()}, assign=True
+    ),
+    "no ReLU": lambda model, loss: setattr(model[2], "activation", None),
+    "label smoothing": lambda model, loss: setattr(loss, "label_smoothing", 0.3),
+    "class weights": lambda model, loss: setattr(loss, "weight", torch.tensor([1.0, 2.0, 0.5])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_since_the_last_step_counts(change: str) -> None:
+    runs = []
+    for by_program in (True, False):
+        torch.manual_seed(0)
+        model, loss = odd_sizes(), nn.CrossEntropyLoss()
+        model[0].bias.requires_grad_(False)
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        step = compile_step(model, loss, optimizer) if by_program else partial(autograd_step, model, loss, optimizer)
+        images, targets = data((2, 11, 13), 3, 6, torch.float32)
+        losses = []
+        for i in range(6):
+            if i == 3:
+                CHANGES[change](model, loss)
+            value = step(images, targets)
+            losses.append((value[0] if by_program else value).clone())
+        runs.append((losses, list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][0], runs[1][0], strict=True))
+    for a, b in zip(runs[0][1], runs[1][1], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_hook_that_came_later_is_named_and_fit_goes_on_without_programs() -> None:
+    model = odd_sizes()
+    loss = nn.CrossEntropyLoss()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    images, targets = data((2, 11, 13), 3, 6, torch.float32)
+    compiled_step = compile_step(model, loss, optimizer)
+    step = make_step(model, loss, optimizer, Batches(images, targets, 6))
+    rows = torch.arange(6)
+    step(Batches(images, targets, 6), rows)
+    seen: list[torch.Tensor] = []
+    handle = model[2].register_forward_hook(lambda module, args, output: seen.append(output))
+    for _ in range(2):
+        with pytest.raises(NotCompilable, match="without hooks"):
+            compiled_step(images, targets)
+    step(Batches(images, targets, 6), rows)
+    assert len(seen) == 1
+    handle.remove()
+    step(Batches(images, targets, 6), rows)
+    compiled_step(images, targets)
+    assert len(seen) == 1
+
+
+def test_hooks_on_the_loss_and_optimizers_with_closures_go_through_autograd() -> None:
+    model = odd_sizes()
+    loss = nn.CrossEntropyLoss()
+    loss.register_forward_hook(lambda module, args, output: output * 2)
+    with pytest.raises(NotCompilable, match="loss: expected one without hooks"):
+        compile_step(model, loss, optim.SGD(model.parameters()))
+    with pytest.raises(NotCompilable, match="takes no closure, got LBFGS"):
+        compile_step(model, nn.CrossEntropyLoss(), torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(ValueError, match="takes no closure, got LBFGS"):
+        AutogradStep(model, nn.CrossEntropyLoss(), torch.optim.LBFGS(model.parameters()))
+    strided = nn.CrossEntropyLoss(torch.ones(6)[::2])
+    with pytest.raises(NotCompilable, match="contiguous"):
+        compile_step(model, strided, optim.SGD(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("images", "targets", "error", "message"),
+    [
+        (torch.rand(4, 2, 11, 13).double(), torch.zeros(4, dtype=torch.int64), TypeError, "images: expected torch.fl"),
+        (torch.ones(4, 2, 11, 13).byte(), torch.zeros(4, dtype=torch.int64), TypeError, "got torch.uint8"),
+        (torch.rand(4, 2, 11, 13), torch.rand(4), TypeError, "targets: expected class numbers of torch.int64"),
+        (torch.rand(4, 2, 11, 13), torch.tensor([2]), ValueError, r"targets: expected shape \(4,\)"),
+    ],
+)
+def test_a_call_takes_nothing_that_it_would_have_to_convert(
+    images: torch.Tensor, targets: torch.Tensor, error: type[Exception], message: str
+) -> None:
+    model = odd_sizes()
+    step = compile_step(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters()))
+    with pytest.raises(error, match=message):
+        step(images, targets)
 
 
 # bf16

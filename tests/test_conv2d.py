@@ -6,6 +6,7 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -592,3 +593,34 @@ def test_any_geometry(data: st.DataObject) -> None:
     layout = draw(st.sampled_from(LAYOUTS)) if fill == "integers" else "contiguous"
     with running_on(draw(st.sampled_from(fastnn.available_isas()))):
         check_conv2d(case, fill, dtype, layout)
+
+
+@pytest.mark.parametrize("two", [np.int64(2), torch.tensor(2), [2], (np.int32(2), 2)], ids=repr)
+def test_numbers_are_whatever_is_an_integer(two: Any) -> None:
+    x, w = (random(shape, torch.float32, generator("integers")) for shape in ((2, 3, 9, 9), (4, 3, 3, 3)))
+    expected = functional.conv2d(x, w, stride=2, padding=2, max_pool=(2, 1, 0))
+    assert_identical(functional.conv2d(x, w, stride=two, padding=two, max_pool=(two, 1, 0)), expected)
+    assert_identical(functional.max_pool2d(x, two, ()), functional.max_pool2d(x, 2))
+
+
+def test_a_bias_may_change_before_the_backward_pass() -> None:
+    """Pooling, too, is undone from the winners alone, once or to be differentiated again."""
+    source = generator("bias")
+    x, w, bias = (random(shape, torch.float64, source).requires_grad_() for shape in ((2, 3, 9, 9), (4, 3, 3, 3), (4,)))
+    grad = random((2, 4, 3, 3), torch.float64, source).requires_grad_()
+    expected = torch.autograd.grad(
+        reference.conv2d(x, w, bias, activation="relu", max_pool=2), (x, w, bias), grad, create_graph=True
+    )
+    output = functional.conv2d(x, w, bias, activation="relu", max_pool=2)
+    with torch.no_grad():
+        bias.add_(1)
+    for create_graph in (True, False):
+        actual = torch.autograd.grad(output, (x, w, bias), grad, create_graph=create_graph, retain_graph=True)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        if create_graph:
+            seconds = [
+                torch.autograd.grad(sum(g.square().sum() for g in grads), grad, retain_graph=True)
+                for grads in (actual, expected)
+            ]
+            torch.testing.assert_close(*seconds)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -171,9 +173,11 @@ KEPT = {
     "parametrized": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), "parametrized"),
     "replaced forward": (replaced_forward, "its forward was replaced"),
     "unknown": (lambda: nn.GELU(), "fastnn has no GELU"),
+    "script": (lambda: torch.jit.script(nn.Linear(3, 3)), "compiled by torch.jit"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("case", KEPT)
 def test_what_stays_as_it_is_and_why(case: str) -> None:
     make, reason = KEPT[case]
@@ -184,6 +188,28 @@ def test_what_stays_as_it_is_and_why(case: str) -> None:
     assert conversion_report(converted).kept == {"0": reason}
     if case == "replaced forward":
         assert torch.equal(converted(torch.ones(1, 3)), torch.ones(1, 3))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("compiled", ["model", "part"])
+def test_what_torch_jit_compiled_stays(compiled: str) -> None:
+    model: Any = torch.jit.script(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU()))
+    kept = {"": "compiled by torch.jit", **{name: "compiled by torch.jit" for name in "012"}}
+    if compiled == "part":
+        model = nn.Sequential(model, nn.Conv2d(2, 3, 3), nn.ReLU())
+        kept = {f"0.{name}".rstrip("."): reason for name, reason in kept.items()}
+    x = images()
+    expected = model.eval()(x)
+    model.train()
+    converted = convert(model)
+    report = conversion_report(converted)
+    assert report.kept == kept
+    assert report.fused == ({"1": ("2",)} if compiled == "part" else {})
+    mine, theirs = (each.state_dict(keep_vars=True) for each in (converted, model))
+    assert all(mine[key] is theirs[key] for key in theirs)
+    torch.testing.assert_close(converted.eval()(x), expected)
+    assert all(module.training for module in model.modules())
+    torch.testing.assert_close(revert(convert(model, inplace=True)).eval()(x), expected)
 
 
 @pytest.mark.parametrize("normalise", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
@@ -475,16 +501,70 @@ def test_tracing_leaves_no_trace() -> None:
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
             self.steps += 1  # a buffer
-            return self.relu(self.conv(x)) + torch.rand(())
+            return self.relu(self.conv(x))
 
     model = Counts()
     model.calls = 0
     model.register_buffer("steps", torch.zeros(()))
-    state = torch.get_rng_state()
     converted = convert(model, inplace=True)
     assert conversion_report(converted).fused == {"conv": ("relu",)}
     assert (model.calls, model.steps.item(), model.training) == (0, 0, True)
-    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_converting_draws_no_random_numbers() -> None:
+    drawn = []
+    for model in (small_net(), Block(lambda m, x: m.relu(m.conv(x)) * sum(draw() for draw in DRAWS.values()))):
+        random.seed(0), torch.manual_seed(0), np.random.seed(0)
+        convert(model)
+        drawn.append([draw() for draw in DRAWS.values()])
+    random.seed(0), torch.manual_seed(0), np.random.seed(0)
+    assert drawn == 2 * [[draw() for draw in DRAWS.values()]]
+
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "torch": lambda: torch.rand(()).item(),
+    "Python": random.random,
+    "numpy": np.random.random_sample,
+}
+
+
+@pytest.mark.parametrize("generator", DRAWS)
+def test_layers_that_are_skipped_at_random_do_not_fuse(generator: str) -> None:
+    draw = DRAWS[generator]
+
+    class SkipsAtRandom(DependsOnData):
+        chance = 0.0  # to skip: tracing meets the ReLU
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.body(x) if self.training and draw() < self.chance else self.body(self.relu(x))
+
+    inner = SkipsAtRandom(stages(conv(), nn.ReLU(), conv(1)))
+    model = stages(Block(lambda m, x: m.relu(m.conv(x))), conv(1), inner, conv(4, 1), nn.ReLU())
+    converted: Any = convert(model)
+    report = conversion_report(converted)
+    assert report.fused == {"0.conv": ("0.relu",), "2.body.0": ("2.body.1",), "3": ("4",)}
+    assert report.not_fused["2.conv"] == (
+        "SkipsAtRandom.forward cannot be traced: it draws random numbers, which may decide what it calls"
+    )
+    model[2].chance = converted[2].chance = 1.0
+    assert_same_results(model, converted, images())
+
+
+def test_attributes_are_taken_as_they_stand() -> None:
+    class MayUseReLU(Block):
+        use = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return self.relu(x) if self.use else x
+
+    model = MayUseReLU()
+    converted: Any = convert(model)
+    model.use = converted.use = False
+    assert (converted(images()) >= 0).all()
+    for other in (convert(revert(converted)), convert(model, filter_fn=lambda module, name: name != "relu")):
+        assert_same_results(model, other, images())
 
 
 def test_a_model_that_cannot_be_copied_converts_in_place_unfused() -> None:

@@ -175,3 +175,47 @@ def test_any_geometry(
     case = LinearCase(f"{shape}_{out_features}", shape, (out_features, in_features), bias, kwargs)
     with running_on(isa):
         check_linear(case, fill, dtype)
+
+
+@pytest.mark.parametrize("arguments", [((4,), ()), ((4, 3), (1,)), ((4, 3), ()), ((4, 3), (3, 4))], ids=str)
+def test_what_torch_expands_goes_to_torch(arguments: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    weight_shape, bias_shape = arguments
+    source = generator("expanded", str(arguments))
+    input = random((2, 5, weight_shape[-1]), torch.float64, source)
+    weight = random(weight_shape, torch.float64, source).requires_grad_()
+    bias = random(bias_shape, torch.float64, source).requires_grad_()
+    if weight.dim() == 2 and bias_shape == (3, 4):
+        with pytest.raises(ValueError, match=r"bias: expected shape \(4,\), got \(3, 4\)"):
+            functional.linear(input, weight, bias)
+        return
+    with fell_back():
+        actual = functional.linear(input, weight, bias)
+    assert_identical(actual, F.linear(input, weight, bias))
+
+
+@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_only_what_gradients_need_is_kept(needed: tuple[int, int, int], activation: str | None) -> None:
+    """A frozen weight's layer does not hold its input, an input without gradient not the weight; with the right
+    gradients, first and second ones."""
+    source = generator("kept", str(needed))
+    tensors = [random(shape, torch.float64, source) for shape in ((3, 2, 6), (5, 6), (5,))]
+    for tensor, need in zip(tensors, needed, strict=True):
+        tensor.requires_grad_(bool(need))
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):  # type: ignore[func-returns-value]
+        output = functional.linear(*tensors, activation=activation)
+    expected = reference.linear(*tensors, activation=activation)
+    assert tensors[2].data_ptr() not in kept
+    if needed[:2] != (0, 0):
+        assert (tensors[0].data_ptr() in kept) == bool(needed[1])
+        assert (tensors[1].data_ptr() in kept) == bool(needed[0])
+    grad = random((3, 2, 5), torch.float64, source).requires_grad_()
+    firsts = [torch.autograd.grad(o, wanted, grad, create_graph=True, retain_graph=True) for o in (output, expected)]
+    for ours, theirs in zip(*firsts, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    seconds = [torch.autograd.grad(sum(g.square().sum() for g in first), grad) for first in firsts]
+    torch.testing.assert_close(*seconds)
+    for ours, theirs in zip(torch.autograd.grad(output, wanted, grad), firsts[1], strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import io
 import itertools
 import pickle
@@ -419,6 +420,13 @@ def test_the_thread_count_does_not_change_a_bit() -> None:
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", optim.__all__[:3])
+def test_the_docstring_has_every_option(name: str) -> None:
+    optimizer = getattr(optim, name)
+    described = (inspect.getdoc(optimizer) or "").partition("Equivalent to")[0]
+    assert not [option for option in inspect.signature(optimizer).parameters if option not in described]
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])

@@ -85,19 +85,24 @@ def gradients_after_change(operator: Operator, module: Any, place: int | str | N
         return None
 
 
+# Losses that keep their arguments for the backward pass, where torch keeps what it has computed from them.
+KEEP_ARGUMENTS = ("cross_entropy", "cross_entropy_probabilities", "mse_loss")
+
+
 @each_operator
 def test_changing_what_backward_needs_raises_as_in_torch(operator: Operator) -> None:
-    """Wherever torch raises fastnn does; where it does not, the gradients are those without the change."""
+    """Where torch raises fastnn does; where neither does, the gradients are those without the change."""
     undisturbed = gradients_after_change(operator, functional, None)
     assert undisturbed is not None
     raised = 0
     for place in (*range(len(operator.shapes)), *operator.others, "output"):
         actual = gradients_after_change(operator, functional, place)
         expected = gradients_after_change(operator, reference, place)
+        if operator.id not in KEEP_ARGUMENTS or expected is None:
+            assert (actual is None) == (expected is None), f"argument {place}"
         if actual is None:
             raised += 1
             continue
-        assert expected is not None, f"torch notices that argument {place} was changed"
         for a, b in zip(actual, undisturbed, strict=True):
             assert torch.equal(a, b)
     assert raised
@@ -106,14 +111,10 @@ def test_changing_what_backward_needs_raises_as_in_torch(operator: Operator) -> 
 # (operator, special value in, seen in) -> how the places that are not finite compare with torch's, where not the same.
 CONVOLUTIONS = ("conv2d", "conv2d_relu", "conv2d_relu_pool", "conv2d_relu_pool_overlapping")
 ELSEWHERE = {
-    # Where weights meet the padding, torch multiplies them by zero; fastnn leaves out what it can.
+    # Where weights meet the padding, torch multiplies them by zero in float64; fastnn leaves out what it can.
     **{(name, 1, "output"): "fewer" for name in CONVOLUTIONS},
     # So with the output's gradient, for the weight's.
     ("conv2d", "grad_output", 1): "fewer",
-    # The other way round in the input's gradient: torch adds what lies inside, fastnn reads zeros around the image.
-    **{(name, 1, 0): "more" for name in CONVOLUTIONS},
-    # Gradients that pooling and ReLU made zero meet no pixel in fastnn, where torch gives 0 * inf.
-    ("conv2d_relu_pool", 0, 1): "fewer",
     # The same places, but NaN and infinities among them differ: torch takes its sums in another order.
     ("cross_entropy_probabilities", 1, "output"): "same",
     ("cross_entropy_probabilities", "grad_output", 0): "same",

@@ -530,6 +530,28 @@ def test_copies_and_pickles_are_models_of_their_own() -> None:
     assert type(model[1:3]) is nn.Sequential
 
 
+def test_shallow_copies_with_layers_of_their_own_share_no_parts() -> None:
+    """What DataParallel makes of a model, and calls in a thread each."""
+    _, model, x = both("digits")
+    model(x)
+    replicas = []
+    for factor in (0.5, 2.0):
+        replica = model._replicate_for_data_parallel()
+        replica._modules = {name: copy.deepcopy(layer) for name, layer in model._modules.items()}
+        with torch.no_grad():
+            replica[0].weight.mul_(factor)
+        replicas.append(replica)
+    expected = [replica(x) for replica in replicas]
+    assert vars(replicas[0])[sequential.PARTS] is not vars(replicas[1])[sequential.PARTS]
+    assert vars(replicas[0])[sequential.PARTS] is not vars(model)[sequential.PARTS]
+
+    def calls(i: int) -> bool:
+        return all(torch.equal(replicas[i](x), expected[i]) for _ in range(200))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(calls, range(2)))
+
+
 def test_convert_takes_sequentials_and_revert_gives_them_back() -> None:
     torch.manual_seed(0)
     inner = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))

@@ -9,6 +9,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from networks import CLASSES, assert_near, fused_network, make_batch, network
 from tolerance import assert_identical
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations, prune, spectral_norm
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn
 from fastnn import functional, nn, optim
@@ -117,6 +120,60 @@ def test_networks_are_built_on_meta_and_filled_later() -> None:
     model.to_empty(device="cpu").load_state_dict(expected.state_dict())
     images, _ = make_batch()
     assert_identical(model(images), expected(images))
+
+
+def test_a_symbolic_trace_calls_our_functions() -> None:
+    images, _ = make_batch()
+    for model in (fused_network(), nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Softmax(dim=1)).double()):
+        model.eval()
+        expected = model(images)
+        traced = torch.fx.symbolic_trace(model)
+        targets = {node.target for node in traced.graph.nodes}
+        assert functional.conv2d in targets
+        with ran_kernels("conv2d_forward"):
+            assert_identical(traced(images), expected)
+        assert_identical(model(images), expected)
+
+
+# ---- modes that see every operation
+
+
+def test_floating_point_operations_are_counted_as_torch_counts_its_own() -> None:
+    images, targets = make_batch()
+    counts = []
+    for layers in (nn, torch.nn):
+        model = network(layers)
+        with FlopCounterMode(display=False) as counter:
+            layers.CrossEntropyLoss()(model(images), targets).backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_fake_tensors_of_a_mode_go_through_real_layers() -> None:
+    model = fused_network()
+    images, _ = make_batch()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        output = model(images)
+    assert isinstance(output, FakeTensor)
+    assert output.shape == model(images).shape
+
+
+def test_a_policy_of_what_to_keep_sees_the_operators() -> None:
+    model, (images, _) = network(nn), make_batch()
+    expected = gradients(model(images).square().sum(), model)
+    seen: list[Any] = []
+
+    def policy(context: Any, operator: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+        seen.append(operator)
+        keep = operator in (torch.ops.fastnn.conv2d.default, torch.ops.fastnn.linear.default)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    output = checkpoint(model, images, use_reentrant=False, context_fn=contexts)
+    actual = gradients(output.square().sum(), model)
+    assert torch.ops.fastnn.conv2d.default in seen
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_identical(ours, theirs)
 
 
 # ---- derivatives

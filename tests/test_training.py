@@ -29,6 +29,7 @@ from fastnn.training import (
     TrainingError,
     epoch_order,
     evaluate,
+    make_forward,
     make_loss,
     make_step,
     train,
@@ -224,6 +225,34 @@ def test_bar_on_a_terminal_leaves_one_line_per_epoch(monkeypatch: pytest.MonkeyP
         assert f"epoch {epoch}/2  loss 0.2500  accuracy 0.7500  1,234 images/s" in shown
 
 
+def test_evaluation_records_no_graph() -> None:
+    images, targets = make_data()
+    recorded = []
+
+    class Loss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            loss = self.scale * torch.nn.functional.cross_entropy(logits, targets)
+            recorded.append(logits.requires_grad or loss.requires_grad)
+            return loss
+
+    def look(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        recorded.append(torch.is_grad_enabled() or output.requires_grad)
+
+    compilable = make_model()
+    other = torch.nn.Sequential(compilable, torch.nn.Dropout(0.5))
+    other.register_forward_hook(look)
+    batches = Batches(images, targets, 16)
+    for model in (compilable, other):
+        evaluate(model, batches, Loss())
+        assert not make_forward(model, batches)(batches.rows()).requires_grad
+    assert len(recorded) == 2 + 2 * batches.steps and not any(recorded)
+    assert all(parameter.requires_grad and not parameter.is_inference() for parameter in compilable.parameters())
+
+
 # ---- what can go wrong
 
 
@@ -314,6 +343,17 @@ def test_early_stopping_restores_the_best_epoch() -> None:
     assert len(history) == best + 1 + 3 < 60
     assert torch.equal(parameters(model), copies[best])
     assert not torch.equal(parameters(model), copies[-1])
+
+
+def test_early_stopping_starts_anew_only_with_a_training() -> None:
+    stopping = EarlyStopping(1)
+    stopping.update({"loss": 1.0}, {})
+    with pytest.raises(TypeError, match="callbacks"):
+        fit(make_model(), early_stopping=stopping, callbacks=print)
+    assert stopping.best == 1.0
+    fit(make_model(), epochs=1, early_stopping=stopping)
+    assert stopping.best != 1.0
+    assert len(fit(make_model(), early_stopping=np.int64(9))) == 4
 
 
 def test_early_stopping_counts_nan_as_no_fall_and_watches_the_loss_without_validation() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionMeta
+from torch.utils.flop_counter import register_flop_formula
 
 from fastnn import _C
 from fastnn.runtime import kernel_dtypes_at, note_fallback, runs_on_cuda
@@ -25,6 +26,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_autocast_enabled = torch._C._is_any_autocast_enabled
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 _is_tracing = torch._C._get_tracing_state
+_number_of_dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_storage = torch._C._has_storage
 
 
@@ -81,7 +83,7 @@ def _route_with_care(operator: str, first: Tensor, *others: Tensor | None) -> st
             return _fall_back(operator, f"devices {first.device} and {tensor.device}")
     if not on_cpu and first.is_meta:
         plain = False
-    if _is_compiling() or not plain:
+    if _is_compiling() or not plain or _number_of_dispatch_modes() > 0:  # a TorchDispatchMode sees ops
         return "op"
     if _are_functorch_transforms_active():
         return _fall_back(operator, "torch.func transform")
@@ -196,8 +198,12 @@ def define_op(
     *,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Any:
-    """Registers ``torch.ops.fastnn.<name>`` for CPU and CUDA tensors and returns its overload."""
+    """Registers ``torch.ops.fastnn.<name>`` for CPU and CUDA tensors and returns its overload.
+
+    `flops` is what FlopCounterMode counts for a call, from its arguments with shapes for tensors.
+    """
     name = schema[: schema.index("(")]
     _library.define(schema)
     _library.impl(name, implementation, "CPU")
@@ -205,12 +211,16 @@ def define_op(
     torch.library.register_fake(f"fastnn::{name}", fake, lib=_library)
     if backward is not None:
         torch.library.register_autograd(f"fastnn::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.fastnn, name).default
+    operator = getattr(torch.ops.fastnn, name)
+    if flops is not None:
+        register_flop_formula(operator)(flops)
+    return operator.default
 
 
 def goes_through_op(grad_output: Tensor) -> bool:
-    """Whether backward must call its op: while a compiler or a tracer runs it on tensors without memory."""
-    return type(grad_output) is not Tensor or _is_compiling()
+    """Whether backward must call its op: for a compiler or a tracer, which runs it on tensors without memory, and for
+    a TorchDispatchMode, which sees ops."""
+    return type(grad_output) is not Tensor or _is_compiling() or _number_of_dispatch_modes() > 0
 
 
 def goes_through_torch(grad_output: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -175,28 +176,48 @@ def conv2d_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-    input, weight, bias, stride, padding, dilation, groups, relu, pool = inputs
+    input, weight, _, stride, padding, dilation, groups, relu, pool = inputs
     result, winner = output
-    ctx.save_for_backward(input, weight, bias, result if relu and not pool else None, winner if pool else None)
+    ctx.save_for_backward(input, weight, result if relu and not pool else None, winner if pool else None)
     ctx.geometry = _geometry(stride, padding, dilation, groups)
-    ctx.relu = relu
+
+
+def _before_activation(
+    grad_output: Tensor, output: Tensor | None, winner: Tensor | None, shape: tuple[int, int, int, int]
+) -> Tensor:
+    """The gradient of the convolution, of this shape, from that of what ReLU and pooling left, by torch's operations.
+
+    `output` undoes a ReLU, `winner` pooling (and its ReLU).
+    """
+    if winner is None:
+        return grad_output if output is None else torch.where(output <= 0, 0, grad_output)
+    # Of a window's four places, row by row; 4 where ReLU cut the maximum.
+    rows, columns = (torch.arange(size, device=winner.device) for size in winner.shape[2:])
+    lost = winner == 4
+    places = (2 * rows.unsqueeze(1) + winner // 2) * shape[3] + 2 * columns + winner % 2
+    planes = *shape[:2], winner.shape[2] * winner.shape[3]
+    shares = torch.where(lost, 0, grad_output).reshape(planes)
+    zeros = grad_output.new_zeros(*shape[:2], shape[2] * shape[3])
+    return zeros.scatter_add(2, places.masked_fill(lost, 0).reshape(planes), shares).reshape(shape)
 
 
 def _backward(ctx: Any, grad_output: Tensor, _grad_winner: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    input, weight, bias, output, winner = ctx.saved_tensors
-    geometry, relu, pool = ctx.geometry, ctx.relu, winner is not None
+    input, weight, output, winner = ctx.saved_tensors
+    geometry = ctx.geometry
     needed = ctx.needs_input_grad[:3]
     rest = (None,) * 6
     if goes_through_op(grad_output):
         grads = conv2d_backward_op(grad_output, input, weight, output, winner, *geometry, needed)
         return *wanted(grads, needed), *rest
     if goes_through_torch(grad_output):
-
-        def function(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-            activation, max_pool = "relu" if relu else None, 2 if pool else None
-            return reference.conv2d(x, w, b, *geometry, activation=activation, max_pool=max_pool)
-
-        return *differentiable_backward(function, (input, weight, bias), needed, grad_output), *rest
+        shape = output_shape(input.shape, weight.shape, geometry, pool=False)
+        grad = _before_activation(grad_output, output, winner, shape)
+        grads = [None, None]
+        if any(needed[:2]):
+            grads = differentiable_backward(
+                lambda x, w: reference.conv2d(x, w, None, *geometry), (input, weight), needed[:2], grad
+            )
+        return *grads, grad.sum((0, 2, 3)) if needed[2] else None, *rest
     needed = wanted_in_this_pass(ctx, needed, input)
     return *conv2d_backward(grad_output, input, weight, output, winner, geometry, needed), *rest
 
@@ -217,8 +238,8 @@ class Conv2dFunction(KernelFunction):
     ) -> Tensor:
         geometry = Geometry(stride, padding, dilation, groups)
         output, winner = conv2d_forward(input, weight, bias, geometry, relu, pool)
-        ctx.save_for_backward(input, weight, bias, output if relu and not pool else None, winner)
-        ctx.geometry, ctx.relu = geometry, relu
+        ctx.save_for_backward(input, weight, output if relu and not pool else None, winner)
+        ctx.geometry = geometry
         return output
 
     backward = staticmethod(_backward)
@@ -264,6 +285,11 @@ def _conv2d_fake(
     return output, torch.empty(shape, dtype=torch.uint8, device=input.device, memory_format=torch.channels_last)
 
 
+def _flops(input: Sequence[int], weight: Sequence[int], *geometry: Any) -> int:
+    """Two for each product and its addition, as torch counts a convolution."""
+    return 2 * math.prod(output_shape(input, weight, _geometry(*geometry), pool=False)) * math.prod(weight[1:])
+
+
 conv2d_op = define_op(
     "conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
     "SymInt groups, bool relu, bool pool) -> (Tensor, Tensor)",
@@ -271,6 +297,9 @@ conv2d_op = define_op(
     _conv2d_fake,
     backward=_backward,
     setup_context=_save,
+    flops=lambda input, weight, bias, stride, padding, dilation, groups, *_, **__: _flops(
+        input, weight, stride, padding, dilation, groups
+    ),
 )
 
 
@@ -317,4 +346,7 @@ conv2d_backward_op = define_op(
     "-> (Tensor, Tensor, Tensor)",
     _conv2d_backward,
     _conv2d_backward_fake,
+    flops=lambda grad_output, input, weight, output, winner, stride, padding, dilation, groups, needed, **_: (
+        (needed[0] + needed[1]) * _flops(input, weight, stride, padding, dilation, groups)
+    ),
 )

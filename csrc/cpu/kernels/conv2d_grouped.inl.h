@@ -11,8 +11,8 @@
 // The input gradient of stride s is the first formula too, with step 1 and grad as the source, for each of the s * s
 // phases of the input's pixels (conv2d_pack.inl.h): a row of the input gradient interleaves its s phases.
 //
-// A tile is kTilePixels neighbours of an output row and one vector of channels. It slides along each source row: a
-// source vector is loaded once for all taps that it meets.
+// A tile is kTilePixels neighbours of an output row and one vector of channels, or half as many and two vectors. It
+// slides along each source row: a source vector is loaded once for all taps that it meets.
 //
 //   source row    s0  s1  s2  s3  s4 ...
 //                 |________|                  out[0] = s0 w0 + s1 w1 + s2 w2      3 taps, step 1:
@@ -37,6 +37,9 @@ namespace {
 // 8 pixels: 8 accumulators + 7 weights (of 7x7) + 1 source vector fit 16 registers, with a permutation 5 weights, and
 // so do 8 gradients + as many accumulators as weights.
 constexpr int kTilePixels = 8;
+// Vectors of channels in a tile of whole lines, of as many fewer pixels: 8 accumulators + 6 weights (of 3x3) + 1 source
+// vector. Only AVX2 has both: vectors shorter than a line, and registers for a line of 3 weights.
+constexpr int kLineVectors = kVectorBytes == 32 ? kLineBytes / kVectorBytes : 1;
 // Taps that slide at once where their number is not known at compile time.
 constexpr int kSlidingTaps = 4;
 
@@ -71,9 +74,9 @@ struct TilePlace {
   int64_t first, pixels;
 };
 
-inline int64_t tiles_of(int64_t pixels) { return (pixels + kTilePixels - 1) / kTilePixels; }
-inline TilePlace tile_place(int64_t pixels, int64_t tile) {
-  const int64_t tiles = tiles_of(pixels), first = pixels * tile / tiles;
+inline int64_t tiles_of(int64_t pixels, int64_t most = kTilePixels) { return (pixels + most - 1) / most; }
+inline TilePlace tile_place(int64_t pixels, int64_t tile, int64_t most = kTilePixels) {
+  const int64_t tiles = tiles_of(pixels, most), first = pixels * tile / tiles;
   return {first, pixels * (tile + 1) / tiles - first};
 }
 
@@ -109,16 +112,19 @@ FASTNN_INLINE void each_member(int64_t members, const Body& body) {
   }
 }
 
-// body(pixel, kx, source vector) for every pair that meets on one source row; see grouped_row for the arguments.
-template <class T, int pixels, int width, int step, bool inside, bool depthwise, class Body>
+// body(pixel, kx, v, source vector v) for every pair that meets on one source row; see grouped_row for the arguments.
+template <class T, int pixels, int vectors, int width, int step, bool inside, bool depthwise, class Body>
 FASTNN_INLINE void slide(const GroupedRow<T>& row, const T* from, int64_t column, Mask<T> lanes, const Body& body) {
   FASTNN_UNROLL
   for (int j = 0; j < (pixels - 1) * step + width; ++j, from += row.source.pixel_stride) {
     if (!inside && (column + j < 0 || column + j >= row.source.width)) continue;
-    const Vec<T> value = in_register(member_of_groups<T, depthwise>(load(from), lanes));
     FASTNN_UNROLL
-    for (int kx = 0; kx < width; ++kx)
-      if (j >= kx && (j - kx) % step == 0 && (j - kx) / step < pixels) body((j - kx) / step, kx, value);
+    for (int v = 0; v < vectors; ++v) {
+      const Vec<T> value = in_register(member_of_groups<T, depthwise>(load(from + v * kLanes<T>), lanes));
+      FASTNN_UNROLL
+      for (int kx = 0; kx < width; ++kx)
+        if (j >= kx && (j - kx) % step == 0 && (j - kx) / step < pixels) body((j - kx) / step, kx, v, value);
+    }
   }
 }
 
@@ -144,9 +150,9 @@ struct WeightSteps {
 
 // acc[p] += the taps of one source row. `from` is the source of pixel 0 and tap 0, in source column `column`;
 // steps.place leads from one tap to the next; `left` is the number of channels, at most a vector.
-template <class T, int pixels, int width, int step, bool inside, bool depthwise>
+template <class T, int pixels, int vectors, int width, int step, bool inside, bool depthwise>
 FASTNN_INLINE void grouped_row(const GroupedRow<T>& row, const T* from, int64_t column, const T* weight,
-                               WeightSteps steps, int64_t left, Vec<T> (&acc)[pixels]) {
+                               WeightSteps steps, int64_t left, Vec<T> (&acc)[pixels][vectors]) {
   const int64_t pixel_stride = row.source.pixel_stride;
   const int64_t first = -column, end = row.source.width - column;  // the source pixels that the image has
   each_member<T, depthwise>(row.members, [&](Mask<T> lanes, int64_t i) __attribute__((always_inline)) {
@@ -154,12 +160,15 @@ FASTNN_INLINE void grouped_row(const GroupedRow<T>& row, const T* from, int64_t 
     if constexpr (step > 0) {
       each_run_of_taps<width>(row.horizontal.count, [&](auto run, int64_t first_tap) __attribute__((always_inline)) {
         constexpr int taps = decltype(run)::value;
-        Vec<T> w[taps];
+        Vec<T> w[taps][vectors];
         FASTNN_UNROLL
-        for (int kx = 0; kx < taps; ++kx) w[kx] = load(of_member + (first_tap + kx) * steps.place);
-        slide<T, pixels, taps, step, inside, depthwise>(
+        for (int kx = 0; kx < taps; ++kx) {
+          FASTNN_UNROLL
+          for (int v = 0; v < vectors; ++v) w[kx][v] = load(of_member + (first_tap + kx) * steps.place + v * kLanes<T>);
+        }
+        slide<T, pixels, vectors, taps, step, inside, depthwise>(
             row, from + first_tap * pixel_stride, column + first_tap, lanes,
-            [&](int p, int kx, Vec<T> value) __attribute__((always_inline)) { acc[p] += value * w[kx]; });
+            [&](int p, int kx, int v, Vec<T> value) __attribute__((always_inline)) { acc[p][v] += value * w[kx][v]; });
       });
     } else {
       const auto taps = [&](const auto& read) __attribute__((always_inline)) {
@@ -169,7 +178,7 @@ FASTNN_INLINE void grouped_row(const GroupedRow<T>& row, const T* from, int64_t 
           for (int p = 0; p < pixels; ++p) {
             const int64_t j = p * row.source_step + kx * row.horizontal.offset_step;
             if (!inside && (j < first || j >= end)) continue;
-            acc[p] += member_of_groups<T, depthwise>(read(from + j * pixel_stride), lanes) * w;
+            acc[p][0] += member_of_groups<T, depthwise>(read(from + j * pixel_stride), lanes) * w;
           }
         }
       };
@@ -196,55 +205,73 @@ struct GroupedOutput {
   int64_t pixel_stride, row_stride;
 };
 
-// `rows` output rows from `row` on, `row_step` source rows apart, all channels. A tile of all rows comes before the
-// next tile: the source rows that it shares with the row before are in L1 still. What comes from memory is better read
-// row by row, and fetched ahead.
-template <class T, int width, int step, bool depthwise>
-void grouped_pixels(const GroupedRow<T>& row, int64_t rows, int64_t row_step, const T* weight, WeightSteps steps,
-                    int64_t kernel_width, const T* bias, bool with_relu, const GroupedOutput<T>& out) {
+// `rows` output rows from `row` on, `row_step` source rows apart, all channels, in tiles of `vectors` vectors of
+// channels, which divide them where there are several. A tile of all rows comes before the next tile: the source rows
+// that it shares with the row before are in L1 still. What comes from memory is better read row by row, and fetched
+// ahead.
+template <class T, int vectors, int width, int step, bool depthwise>
+void grouped_tiles(const GroupedRow<T>& row, int64_t rows, int64_t row_step, const T* weight, WeightSteps steps,
+                   int64_t kernel_width, const T* bias, bool with_relu, const GroupedOutput<T>& out) {
   const int64_t reach = row.horizontal.count > 0 ? row.horizontal.offset(row.horizontal.count - 1) : 0;
   const int64_t left = row.channels < kLanes<T> ? row.channels : kLanes<T>;
   const WeightSteps tap_steps{row.horizontal.place_step * steps.place, steps.member};
-  const int64_t tiles = tiles_of(row.pixels), vectors = vectors_of<T>(row.channels), out_step = out.pixel_stride;
-  const bool stream = row.stream;
+  constexpr int most = kTilePixels / vectors;
+  const int64_t tiles = tiles_of(row.pixels, most), parts = vectors_of<T>(row.channels) / vectors;
+  const int64_t out_step = out.pixel_stride;
+  const bool stream = row.stream && vectors * kVectorBytes == kLineBytes;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const TilePlace place = tile_place(row.pixels, tile);
+    const TilePlace place = tile_place(row.pixels, tile, most);
     const int64_t column = place.first * row.source_step + row.horizontal.first_offset;
     const bool is_inside = column >= 0 && (place.first + place.pixels - 1) * row.source_step + reach < row.source.width;
-    with_count<kTilePixels>(place.pixels, [&](auto constant) {
+    with_count<most>(place.pixels, [&](auto constant) {
       constexpr int pixels = decltype(constant)::value;
       const auto run = [&](auto inside, int64_t y) {
         const int64_t source_row = row.source_row + y * row_step;
         const TapSpan span = taps_inside(row.vertical, source_row, row.source.height);
-        for (int64_t i = 0; i < vectors; ++i) {
-          const int64_t c = vector_start<T>(i, row.channels);
-          row.next_source.fetch(tile * vectors + i, tiles * vectors);
-          Vec<T> acc[pixels];
-          const Vec<T> start = bias ? load_upto(bias + c, left) : Vec<T>{};
+        for (int64_t i = 0; i < parts; ++i) {
+          const int64_t c = vector_start<T>(i * vectors, row.channels);
+          row.next_source.fetch(tile * parts + i, tiles * parts);
+          Vec<T> acc[pixels][vectors];
           FASTNN_UNROLL
-          for (int p = 0; p < pixels; ++p) acc[p] = start;
+          for (int v = 0; v < vectors; ++v) {
+            const Vec<T> start = bias ? load_upto(bias + c + v * kLanes<T>, left) : Vec<T>{};
+            FASTNN_UNROLL
+            for (int p = 0; p < pixels; ++p) acc[p][v] = start;
+          }
           for (int64_t ky = span.first; ky < span.end; ++ky) {
             const T* from = row.source.data + (source_row + row.vertical.offset(ky)) * row.source.row_stride +
                             column * row.source.pixel_stride + c;
             const T* w =
                 weight + (row.vertical.place(ky) * kernel_width + row.horizontal.first_place) * steps.place + c;
-            grouped_row<T, pixels, width, step, decltype(inside)::value, depthwise>(row, from, column, w, tap_steps,
-                                                                                    left, acc);
+            grouped_row<T, pixels, vectors, width, step, decltype(inside)::value, depthwise>(row, from, column, w,
+                                                                                             tap_steps, left, acc);
           }
           T* to = out.data + y * out.row_stride + place.first * out_step + c;
           if (with_relu) {
             FASTNN_UNROLL
-            for (int p = 0; p < pixels; ++p) acc[p] = relu(acc[p]);
+            for (int p = 0; p < pixels; ++p) {
+              FASTNN_UNROLL
+              for (int v = 0; v < vectors; ++v) acc[p][v] = relu(acc[p][v]);
+            }
           }
           if (stream) {
             FASTNN_UNROLL
-            for (int p = 0; p < pixels; ++p) store_streamed(to + p * out_step, acc[p]);
+            for (int p = 0; p < pixels; ++p) {
+              FASTNN_UNROLL
+              for (int v = 0; v < vectors; ++v) store_streamed(to + p * out_step + v * kLanes<T>, acc[p][v]);
+            }
           } else if (left == kLanes<T>) {
             FASTNN_UNROLL
-            for (int p = 0; p < pixels; ++p) store(to + p * out_step, acc[p]);
+            for (int p = 0; p < pixels; ++p) {
+              FASTNN_UNROLL
+              for (int v = 0; v < vectors; ++v) store(to + p * out_step + v * kLanes<T>, acc[p][v]);
+            }
           } else {
             FASTNN_UNROLL
-            for (int p = 0; p < pixels; ++p) store_first(to + p * out_step, acc[p], left);
+            for (int p = 0; p < pixels; ++p) {
+              FASTNN_UNROLL
+              for (int v = 0; v < vectors; ++v) store_first(to + p * out_step + v * kLanes<T>, acc[p][v], left);
+            }
           }
         }
       };
@@ -256,6 +283,22 @@ void grouped_pixels(const GroupedRow<T>& row, int64_t rows, int64_t row_step, co
       }
     });
   }
+}
+
+// The same by tiles of whole lines where they pay: with a stride of 2, which has few products for each line that would
+// be fetched once for either half, and where the output is streamed.
+template <class T, int width, int step, bool depthwise>
+void grouped_pixels(const GroupedRow<T>& row, int64_t rows, int64_t row_step, const T* weight, WeightSteps steps,
+                    int64_t kernel_width, const T* bias, bool with_relu, const GroupedOutput<T>& out) {
+  const auto run = [&](auto vectors) {
+    grouped_tiles<T, decltype(vectors)::value, width, step, depthwise>(row, rows, row_step, weight, steps, kernel_width,
+                                                                       bias, with_relu, out);
+  };
+  if constexpr (kLineVectors > 1 && depthwise && step > 0 && width >= 1 && width <= 3) {
+    if ((step == 2 || row.stream) && row.channels % (kLineVectors * kLanes<T>) == 0)
+      return run(Constant<kLineVectors>{});
+  }
+  run(Constant<1>{});
 }
 
 // body(Constant<width>{}, Constant<step>{}, Constant<depthwise>{}) for the row's taps.
@@ -313,10 +356,10 @@ inline int64_t grouped_rows_per_task(int64_t images, int64_t height) {
   return rows < 1 ? 1 : rows > height ? height : rows;
 }
 
-// Whether to stream an output of so many pixels an image. A tile stores one vector of a pixel's channels.
+// Whether to stream an output of so many pixels an image, where tiles have whole lines.
 template <class T>
 bool grouped_streams(const Conv2dShape& s, const T* output, int64_t pixels) {
-  return kVectorBytes == kLineBytes && worth_streaming(output, s.batch * pixels * s.in_channels, s.in_channels);
+  return worth_streaming(output, s.batch * pixels * s.in_channels, s.in_channels);
 }
 
 // As WeightSteps, of weights [channel][...] as they were given, whose channels come side by side.
@@ -461,9 +504,9 @@ FASTNN_INLINE void grouped_outer_row(const GroupedRow<T>& row, const T* from, in
         Vec<T> acc[taps];
         FASTNN_UNROLL
         for (int kx = 0; kx < taps; ++kx) acc[kx] = load(to + kx * place_step);
-        slide<T, pixels, taps, step, inside, depthwise>(
+        slide<T, pixels, 1, taps, step, inside, depthwise>(
             row, from + first_tap * pixel_stride, column + first_tap, lanes,
-            [&](int p, int kx, Vec<T> value) __attribute__((always_inline)) { acc[kx] += value * grad[p]; });
+            [&](int p, int kx, int, Vec<T> value) __attribute__((always_inline)) { acc[kx] += value * grad[p]; });
         FASTNN_UNROLL
         for (int kx = 0; kx < taps; ++kx) store(to + kx * place_step, acc[kx]);
       });

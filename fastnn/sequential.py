@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 from fastnn import _C
 from fastnn.autograd.common import (
@@ -43,7 +44,7 @@ _Part = Callable[[Any], Any]
 
 def call_in_order(model: torch.nn.Sequential, input: Any) -> Any:
     """What the model's layers make of `input`, one after another."""
-    if isinstance(input, torch.fx.Proxy):  # whose tracer has stand-ins for parameters, too
+    if isinstance(input, Proxy):  # whose tracer has stand-ins for parameters, too
         return _through(model._modules.values(), input)
     return _through(_parts_of(model), input)
 

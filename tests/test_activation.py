@@ -38,6 +38,19 @@ def test_relu_matches_reference(shape: tuple[int, ...], isa: str, dtype: torch.d
     assert_identical(actual, torch.where(x > 0, grad, 0))
 
 
+def test_relu_of_what_exceeds_the_caches(isa: str, dtype: torch.dtype) -> None:
+    """From 16 MiB on, results are stored past the caches, whole lines of them; in place they are not."""
+    count = (16 << 20) // dtype.itemsize + 37
+    rng = generator("exceeds the caches", str(dtype))
+    x, grad = integers((count,), dtype, rng).requires_grad_(), random((count,), dtype, rng)
+    with ran_kernels("relu_forward", "relu_backward", dtype=dtype):
+        y = functional.relu(x)
+        (actual,) = torch.autograd.grad(y, x, grad)
+    assert_identical(y, F.relu(x))
+    assert_identical(actual, torch.where(x > 0, grad, 0))
+    assert_identical(functional.relu(x.detach().clone(), inplace=True), y.detach())
+
+
 @pytest.mark.parametrize("layout", ["channels_last", *VECTOR_LAYOUTS])
 def test_relu_layouts(layout: str, isa: str, dtype: torch.dtype) -> None:
     values = lay_out(random((3, 5, 4, 7), dtype, generator("relu", layout)), layout)

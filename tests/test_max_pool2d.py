@@ -36,6 +36,22 @@ def test_output_has_the_memory_format_of_the_input(case: PoolCase, memory_format
     assert functional.max_pool2d(x, **case.kwargs).stride() == F.max_pool2d(x, **case.kwargs).stride()
 
 
+@pytest.mark.parametrize("window", [(2, 2, 0), (3, 2, 1), (3, 1, 1)], ids=str)
+def test_gradients_that_exceed_the_caches_have_the_bits_of_their_images(
+    window: tuple[int, int, int], isa: str, dtype: torch.dtype
+) -> None:
+    """From 16 MiB on they are stored past the caches; a single image has 2 or 4 MiB."""
+    x = FILLS["integers"]((8, 32, 128, 128), dtype, generator("exceeds the caches", str(window)))
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def gradient(images: torch.Tensor) -> torch.Tensor:
+        images = images.detach().requires_grad_()
+        y = functional.max_pool2d(images, *window)
+        return torch.autograd.grad(y.square().sum() / 2, images)[0]
+
+    assert_identical(gradient(x), torch.cat([gradient(x[i : i + 1]) for i in range(8)]))
+
+
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 def test_special_values_and_ties(special: float, isa: str, dtype: torch.dtype) -> None:
     rng = generator("special", special)

@@ -24,6 +24,13 @@ bool is_true(py::handle value) {
   return truth == 1;
 }
 
+// What a function without arguments returns, as a truth value.
+bool answer(PyObject* function) {
+  const auto result = py::reinterpret_steal<py::object>(PyObject_CallNoArgs(function));
+  if (!result) throw py::error_already_set();
+  return is_true(result);
+}
+
 // Whether memory runs through the dimensions in `order`, innermost last.
 bool runs_through(const DLTensor& view, const int* order, int count) {
   int64_t expected = 1;
@@ -61,7 +68,7 @@ py::handle quick_way(const py::args& tensors) {
   static PyObject* const record = PyUnicode_InternFromString("record");
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   for (const py::handle mode : py::reinterpret_borrow<py::tuple>(torch_modes))
-    if (is_true(mode())) return py::none();
+    if (answer(mode.ptr())) return py::none();
   Tensor first, other;
   bool differentiable = false;
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -73,7 +80,7 @@ py::handle quick_way(const py::args& tensors) {
       return py::none();
     differentiable = differentiable || is_true(object.attr(requires_grad));
   }
-  return differentiable && is_true(py::handle(torch_is_grad_enabled)()) ? record : kernel;
+  return differentiable && answer(torch_is_grad_enabled) ? record : kernel;
 }
 
 Workspace allocate_workspace(size_t bytes, [[maybe_unused]] int device) {

@@ -1,5 +1,6 @@
 // Weight gradient of a 3x3 or 5x5 convolution of stride 1 by Winograd's F(4x4, 3x3) or F(2x2, 5x5), the transpose of
-// the forward pass (conv2d_winograd.inl.h has the matrices): 36 multiplications for a tile instead of 144 or 100.
+// the forward pass, whose matrices are in conv2d_winograd_points.inl.h: 36 multiplications for a tile instead of 144
+// or 100.
 //
 //   D = A dy A'    of each tile's gradients, per output channel
 //   dU = sum over tiles of D * V: one matrix product for each of the 36 places

@@ -12,6 +12,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/simd/lanes.h"
+#include "cpu/simd/streaming.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -166,7 +167,7 @@ struct Covers {
 // `vectors` vectors of a pixel's channels, `lanes` of each: the sum of the gradients of those windows that it won.
 template <class T, int vectors>
 FASTNN_INLINE void sum_won(const T* grad_output, const uint8_t* winners, Covers rows, Covers columns, int64_t lanes,
-                           T* to) {
+                           bool stream, T* to) {
   Vec<T> sums[vectors]{};
   for (int64_t i = 0; i < rows.count; ++i) {
     for (int64_t j = 0; j < columns.count; ++j) {
@@ -180,7 +181,12 @@ FASTNN_INLINE void sum_won(const T* grad_output, const uint8_t* winners, Covers 
     }
   }
   FASTNN_UNROLL
-  for (int v = 0; v < vectors; ++v) store_upto(to + v * kLanes<T>, sums[v], lanes);
+  for (int v = 0; v < vectors; ++v) {
+    if (stream)
+      store_streamed(to + v * kLanes<T>, sums[v]);
+    else
+      store_upto(to + v * kLanes<T>, sums[v], lanes);
+  }
 }
 
 // Each pixel asks the windows over it: it is written once, and no two threads meet.
@@ -192,6 +198,7 @@ void gather_by_winner(const MaxPool2dShape& shape, const MaxPool2dBackward<T>& t
   const Scratch<int64_t> column_counts(x_axis.size);
   for (int64_t x = 0; x < x_axis.size; ++x)
     column_counts[x] = covers_of(x_axis, x, channels, 1, column_covers + x * x_axis.kernel);
+  const bool stream = worth_streaming(t.grad_input, shape.batch * y_axis.size * x_axis.size * channels, channels);
   const int64_t row_work = y_axis.out_size * out_row * tap_count(shape) / y_axis.size + x_axis.size * channels;
   parallel_ranges(shape.batch * y_axis.size, kPoolGrain / row_work + 1, [&](int64_t begin, int64_t end) {
     Cover row_covers[kMaxByteTaps];
@@ -203,7 +210,7 @@ void gather_by_winner(const MaxPool2dShape& shape, const MaxPool2dBackward<T>& t
         T* pixel = t.grad_input + (row * x_axis.size + x) * channels;
         const auto sum = [&](auto vectors, int64_t c, int64_t lanes) {
           sum_won<T, decltype(vectors)::value>(t.grad_output + first + c, t.winners + first + c, rows, columns, lanes,
-                                               pixel + c);
+                                               stream, pixel + c);
         };
         int64_t c = 0;
         for (; c + 4 * kLanes<T> <= channels; c += 4 * kLanes<T>) sum(Constant<4>{}, c, kLanes<T>);
@@ -214,6 +221,7 @@ void gather_by_winner(const MaxPool2dShape& shape, const MaxPool2dBackward<T>& t
           sum(Constant<1>{}, c, channels);
       }
     }
+    if (stream) finish_streaming();
   });
 }
 

@@ -19,12 +19,17 @@ constexpr int64_t kStreamedBytes = 16 << 20;
 // An input of less mostly lies there. Of more, where other cores use L3 too, much comes from memory.
 constexpr int64_t kFetchedBytes = 8 << 20;
 
-// Whether to stream an output of so many elements, of which a pixel has `channels`, dense and aligned.
+// Whether to stream an output of so many elements, dense and aligned.
+template <class T>
+inline bool worth_streaming(const T* output, int64_t elements) {
+  return kVectorBytes >= 32 && elements >= kStreamedBytes / static_cast<int64_t>(sizeof(T)) &&
+         reinterpret_cast<uintptr_t>(output) % kLineBytes == 0;
+}
+
+// The same where a pixel has `channels` of them.
 template <class T>
 inline bool worth_streaming(const T* output, int64_t elements, int64_t channels) {
-  constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
-  return kVectorBytes >= 32 && elements >= kStreamedBytes / static_cast<int64_t>(sizeof(T)) &&
-         reinterpret_cast<uintptr_t>(output) % kLineBytes == 0 && channels % line == 0;
+  return worth_streaming(output, elements) && channels % (kLineBytes / static_cast<int64_t>(sizeof(T))) == 0;
 }
 
 // Whether to fetch an input of so many elements ahead.

@@ -57,7 +57,7 @@ def _number(value: Any) -> Any:
 
 
 def pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
-    """(kernel_size, stride, padding) from the forms that ``max_pool=`` takes."""
+    """(kernel_size, stride, padding) from the forms that ``max_pool=`` takes; ValueError for what pools nothing."""
     if max_pool is None:
         return None
     if type(max_pool) is int and max_pool == 2:
@@ -71,4 +71,9 @@ def pool_arguments(max_pool: Any) -> tuple[Pair, Pair, Pair] | None:
     if min(kernel_size) < 1:
         raise ValueError(f"max_pool: expected a kernel_size of at least 1, got {kernel_size}")
     stride = kernel_size if stride is None else pair("max_pool", stride)
-    return kernel_size, stride, pair("max_pool", padding)
+    if min(stride) < 1:
+        raise ValueError(f"max_pool: expected a stride of at least 1, got {stride}")
+    padding = pair("max_pool", padding)
+    if not all(0 <= padding[d] <= kernel_size[d] // 2 for d in range(2)):
+        raise ValueError(f"max_pool: expected a padding from 0 to half of the kernel_size {kernel_size}, got {padding}")
+    return kernel_size, stride, padding

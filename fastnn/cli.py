@@ -82,12 +82,10 @@ def reports_errors(command: Callable[Parameters, None]) -> Callable[Parameters, 
             raise  # the reader of our output has left: typer ends quietly
         except OSError as error:
             fail(describe_os_error(error))
-        except MemoryError as error:
+        except (MemoryError, torch.OutOfMemoryError) as error:
             fail(f"not enough memory ({error})" if str(error) else "not enough memory")
         except (ValueError, TrainingError, MissingLibraryError) as error:
             fail(str(error))
-        except torch.OutOfMemoryError as error:
-            fail(f"not enough memory ({error})")
         except RuntimeError as error:  # torch has no class of its own for the memory of the CPU
             _, allocator, reason = str(error).rpartition(CPU_ALLOCATOR)
             if not allocator:

@@ -72,18 +72,6 @@ class Linear(torch.nn.Linear):
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
 
 
-def _check_window(max_pool: Any) -> None:
-    """ValueError where ``max_pool=`` asks for no window that could pool an image."""
-    window = pool_arguments(max_pool)
-    if window is None:
-        return
-    kernel_size, stride, padding = window
-    if min(stride) < 1:
-        raise ValueError(f"max_pool: expected a stride of at least 1, got {stride}")
-    if not all(0 <= width <= size // 2 for width, size in zip(padding, kernel_size, strict=True)):
-        raise ValueError(f"max_pool: expected a padding from 0 to half of the kernel_size {kernel_size}, got {padding}")
-
-
 class Conv2d(torch.nn.Conv2d):
     """``torch.nn.Conv2d`` with an optional fused activation and max-pooling.
 
@@ -135,8 +123,7 @@ class Conv2d(torch.nn.Conv2d):
             device,
             dtype,
         )
-        wants_relu(activation)  # wrong ones are named here, not at the first image
-        _check_window(max_pool)
+        wants_relu(activation), pool_arguments(max_pool)  # wrong ones are named here, not at the first image
         self.activation = activation
         self.max_pool = max_pool
 

@@ -271,13 +271,12 @@ class ProgramStep:
         self, batches: Batches, rows: torch.Tensor, schedule: Callable[[], object] = unscheduled
     ) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            self.step.refresh()
-        except NotCompilable as error:  # someone changed the model or the loss: a callback
+            return self.step.on_batches(batches.images, batches.targets, rows, batches.batch_size, schedule)
+        except NotCompilable as error:  # before the first step: someone changed the model or the loss, a callback
             if self.otherwise is None:
                 raise
             note_fallback("training_step", str(error))
             return self.otherwise(batches, rows, schedule)
-        return self.step.on_batches(batches.images, batches.targets, rows, batches.batch_size, schedule)
 
 
 class SharedStep:

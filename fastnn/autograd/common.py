@@ -261,6 +261,11 @@ def wanted(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | No
     return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
+def before_relu(grad_output: Tensor, output: Tensor | None) -> Tensor:
+    """The gradient before the ReLU that gave `output`, if there was one, by torch's operations."""
+    return grad_output if output is None else torch.where(output <= 0, 0, grad_output)
+
+
 def differentiable_backward(
     function: Callable[..., Any],
     inputs: Sequence[Tensor | None],

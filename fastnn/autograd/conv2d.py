@@ -15,6 +15,7 @@ from fastnn.arguments import Pair
 from fastnn.autograd.common import (
     KernelFunction,
     allows_tf32,
+    before_relu,
     define_op,
     dense,
     differentiable_backward,
@@ -190,7 +191,7 @@ def _before_activation(
     `output` undoes a ReLU, `winner` pooling (and its ReLU).
     """
     if winner is None:
-        return grad_output if output is None else torch.where(output <= 0, 0, grad_output)
+        return before_relu(grad_output, output)
     # Of a window's four places, row by row; 4 where ReLU cut the maximum.
     rows, columns = (torch.arange(size, device=winner.device) for size in winner.shape[2:])
     lost = winner == 4

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastnn import _C
 from fastnn.autograd.common import (
     KernelFunction,
     allows_tf32,
+    before_relu,
     define_op,
     dense,
     empty_like_if,
@@ -67,7 +67,7 @@ def _differentiable_backward(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The same by torch's operations."""
-    grad = grad_output if output is None else torch.where(output <= 0, 0, grad_output)
+    grad = before_relu(grad_output, output)
     batch = math.prod(grad.shape[:-1])
     rows = grad.reshape(batch, grad.shape[-1])
     grad_input = grad @ weight if needed[0] and weight is not None else None

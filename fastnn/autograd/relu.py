@@ -10,6 +10,7 @@ from torch import Tensor
 from fastnn import _C
 from fastnn.autograd.common import (
     KernelFunction,
+    before_relu,
     define_op,
     gapless,
     goes_through_op,
@@ -50,7 +51,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> Tensor | None:
         grad_input: Tensor = relu_backward_op(grad_output, output)
         return grad_input
     if goes_through_torch(grad_output):
-        return torch.where(output <= 0, 0, grad_output)
+        return before_relu(grad_output, output)
     return relu_backward(grad_output, output)
 
 

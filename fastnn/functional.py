@@ -187,6 +187,8 @@ def _resolve_padding(input: Tensor, weight: Tensor, stride: Pair, padding: str, 
     """Numbers for ``"valid"`` and ``"same"``; the odd element of an uneven padding goes to the end, as in torch."""
     if padding == "valid":
         return input, (0, 0)
+    if weight.dim() != 4:  # not a convolution: the binding says in what way
+        return input, (0, 0)
     if padding != "same":
         raise ValueError(f'padding: expected "same", "valid", an int or a pair of ints, got {padding!r}')
     if stride != (1, 1):

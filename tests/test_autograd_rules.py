@@ -268,6 +268,20 @@ def test_create_graph(operator: Operator) -> None:
 
 
 @each_operator
+def test_second_derivative_of_the_input_alone(operator: Operator) -> None:
+    """Zeros where an input only says which values a ReLU or a maximum lets through; absent where it says nothing."""
+    results = []
+    for function in (operator.ours, operator.oracle):
+        x, *others = operator.make(torch.float64)
+        grad = torch.autograd.grad(function(x, *others).sum(), x, create_graph=True)[0]
+        results.append(torch.autograd.grad(grad.sum(), x, allow_unused=True)[0] if grad.requires_grad else None)
+    actual, expected = results
+    assert (actual is None) == (expected is None)
+    if actual is not None:
+        assert_near(actual, expected)
+
+
+@each_operator
 def test_torch_func(operator: Operator) -> None:
     leaves = operator.make(torch.float64, requires_grad=False)
     numbers = tuple(range(len(leaves)))

@@ -167,7 +167,19 @@ def test_layouts(case: Conv2dCase, layout: str, isa: str, dtype: torch.dtype) ->
     check_conv2d(case, "integers", dtype, layout)
 
 
-@pytest.mark.parametrize("case", find(CONV2D_CASES, "3x3_pad1", "1x1", "groups2", "relu_pool2_odd", "depthwise"))
+@pytest.mark.parametrize(
+    "case",
+    find(
+        CONV2D_CASES,
+        "3x3_pad1",
+        "1x1",
+        "groups2",
+        "relu_pool2_odd",
+        "depthwise",
+        "one_output_channel",
+        "kernel_is_image",
+    ),
+)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_output_has_the_memory_format_of_the_input(case: Conv2dCase, memory_format: torch.memory_format) -> None:
     x = torch.ones(case.input).contiguous(memory_format=memory_format).requires_grad_()

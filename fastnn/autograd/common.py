@@ -262,8 +262,11 @@ def wanted(grads: Sequence[Tensor], needed: Sequence[bool]) -> tuple[Tensor | No
 
 
 def before_relu(grad_output: Tensor, output: Tensor | None) -> Tensor:
-    """The gradient before the ReLU that gave `output`, if there was one, by torch's operations."""
-    return grad_output if output is None else torch.where(output <= 0, 0, grad_output)
+    """The gradient before the ReLU that gave `output`, if there was one, by torch's operations.
+
+    It is a function of `output` whose derivative is zero: a second derivative of a ReLU is zeros, not absent.
+    """
+    return grad_output if output is None else torch.ops.aten.threshold_backward(grad_output, output, 0)
 
 
 def differentiable_backward(

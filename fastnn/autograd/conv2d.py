@@ -105,8 +105,11 @@ def _output_layout(
     """Shape and strides of the output in channels_last, and the format that torch's would have, from the shapes and
     strides of input and weight; kept, for they take as long to work out as a tiny image."""
     shape = output_shape(input[0], weight[0], geometry, pool)
+    memory_format = result_format(input, weight)
     output = torch.empty(shape, dtype=torch.uint8, device="meta", memory_format=torch.channels_last)
-    return shape, output.stride(), result_format(input, weight)
+    if output.is_contiguous():  # one channel or pixel: memory is the same in both formats, and strides name torch's
+        output = torch.empty_like(output, memory_format=memory_format)
+    return shape, output.stride(), memory_format
 
 
 def _precision(input: Tensor) -> str:
@@ -184,11 +187,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None
 
 
 def _before_activation(
-    grad_output: Tensor, output: Tensor | None, winner: Tensor | None, shape: tuple[int, int, int, int]
+    grad_output: Tensor,
+    output: Tensor | None,
+    winner: Tensor | None,
+    input: Tensor,
+    shape: tuple[int, int, int, int],
 ) -> Tensor:
     """The gradient of the convolution, of this shape, from that of what ReLU and pooling left, by torch's operations.
 
-    `output` undoes a ReLU, `winner` pooling (and its ReLU).
+    `output` undoes a ReLU, `winner` pooling (and its ReLU), as a function of `input` whose derivative is zero.
     """
     if winner is None:
         return before_relu(grad_output, output)
@@ -197,7 +204,7 @@ def _before_activation(
     lost = winner == 4
     places = (2 * rows.unsqueeze(1) + winner // 2) * shape[3] + 2 * columns + winner % 2
     planes = *shape[:2], winner.shape[2] * winner.shape[3]
-    shares = torch.where(lost, 0, grad_output).reshape(planes)
+    shares = torch.where(lost, input[:0].sum(), grad_output).reshape(planes)
     zeros = grad_output.new_zeros(*shape[:2], shape[2] * shape[3])
     return zeros.scatter_add(2, places.masked_fill(lost, 0).reshape(planes), shares).reshape(shape)
 
@@ -212,7 +219,7 @@ def _backward(ctx: Any, grad_output: Tensor, _grad_winner: Tensor | None = None)
         return *wanted(grads, needed), *rest
     if goes_through_torch(grad_output):
         shape = output_shape(input.shape, weight.shape, geometry, pool=False)
-        grad = _before_activation(grad_output, output, winner, shape)
+        grad = _before_activation(grad_output, output, winner, input, shape)
         grads = [None, None]
         if any(needed[:2]):
             grads = differentiable_backward(

@@ -175,6 +175,9 @@ CONV2D_CASES = (
         kwargs={"padding": "same"},
         wrong=(Wrong("weight", (4, 3, 4), r"weight: expected .*got .*4, 3, 4"),),
     ),
+    Conv2dCase("column_kernel_few_outputs", (2, 17, 6, 4), (1, 17, 3, 1), kwargs={"padding": (1, 0)}),
+    Conv2dCase("column_kernel_one_input", (2, 1, 9, 3), (32, 1, 5, 1), kwargs={"padding": (2, 0), "stride": (3, 1)}),
+    Conv2dCase("column_kernel_one_vector", (2, 3, 6, 5), (8, 3, 3, 1), kwargs={"padding": (1, 0)}),
     Conv2dCase("one_output_channel", (2, 3, 6, 7), (1, 3, 3, 3), kwargs={"padding": 1}),
     Conv2dCase("same_dilation2", (2, 3, 6, 7), (4, 3, 3, 3), kwargs={"padding": "same", "dilation": 2}),
     Conv2dCase("valid", (2, 3, 6, 7), (4, 3, 3, 3), kwargs={"padding": "valid"}),
@@ -361,6 +364,7 @@ CONV2D_CASES = (
 POOL_CASES = (
     PoolCase("2", (2, 3, 8, 6), {"kernel_size": 2}),
     PoolCase("2_odd", (2, 3, 7, 9), {"kernel_size": 2}),
+    PoolCase("one_window_in_a_wide_row", (1, 2, 4, 300), {"kernel_size": 2, "stride": (1, 400)}),
     PoolCase("3_stride2_pad1", (2, 5, 9, 8), {"kernel_size": 3, "stride": 2, "padding": 1}),
     PoolCase("3_stride1", (1, 17, 6, 7), {"kernel_size": 3, "stride": 1}),
     PoolCase("pairs", (2, 3, 9, 11), {"kernel_size": (3, 2), "stride": (1, 3), "padding": (1, 0)}),

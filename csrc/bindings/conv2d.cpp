@@ -91,8 +91,8 @@ void check_bias(const char* name, const Tensor& bias, const Tensor& input, const
 template <class Kernels, class Buffers>
 void run_forward(const Kernels& kernels, const Conv2dShape& shape, const Buffers& buffers) {
   if constexpr (std::is_same_v<Kernels, cpu::Kernels<float>>)
-    if (shape.precision == Precision::bf16 && cpu::conv2d_forward_bf16())
-      return cpu::conv2d_forward_bf16()(shape, buffers);
+    if (const auto kernel = shape.precision == Precision::bf16 ? cpu::conv2d_forward_bf16() : nullptr)
+      return kernel(shape, buffers);
   kernels.conv2d_forward(shape, buffers);
 }
 

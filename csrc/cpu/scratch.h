@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace fastnn::cpu {
 
@@ -18,9 +19,12 @@ void scratch_pop_each();
 
 namespace {
 
-// Room for `count` elements and two vectors more, so that a kernel may load whole vectors at the end.
+// Room for `count` elements and two vectors more, so that a kernel may load whole vectors at the end. Throws
+// std::bad_alloc for more than can be addressed.
 template <class T>
 size_t scratch_bytes(int64_t count) {
+  constexpr int64_t kMost = INT64_MAX / static_cast<int64_t>(sizeof(T)) - 128;
+  if (count < 0 || count > kMost) throw std::bad_alloc();
   return static_cast<size_t>(count) * sizeof(T) + 128;
 }
 

@@ -128,9 +128,10 @@ def conv2d_forward(
     """The output, and with `pool` each maximum's place in its window (uint8, channels_last), which backward reads."""
     try:
         shape, strides, memory_format = _output_layout(layout_of(input), layout_of(weight), geometry, pool)
-        output = input.new_empty_strided(shape, strides)
     except (IndexError, RuntimeError, ZeroDivisionError):  # not a convolution: the binding says in what way
-        output, memory_format = input.new_empty((0, 0, 0, 0)), torch.contiguous_format
+        shape = strides = (0, 0, 0, 0)
+        memory_format = torch.contiguous_format
+    output = input.new_empty_strided(shape, strides)
     winner = torch.empty_like(output, dtype=torch.uint8) if pool and with_winner else None
     source = channels_last(input) if input.dim() == 4 else input
     _C.conv2d_forward(

@@ -31,14 +31,15 @@
 namespace fastnn::cpu {
 namespace {
 
-// Groups of as many channels out as in, and so few that a vector holds whole groups; but not where Winograd serves.
+// Groups of as many channels out as in, and so few that a vector holds several - or one, of as many registers as its
+// permutations want; but not where Winograd serves.
 template <class T>
 inline bool has_narrow_groups(const Conv2dShape& s) {
-  const int64_t members = group_inputs(s);
-  if (s.groups == 1 || s.in_channels != s.out_channels) return false;
+  const int64_t members = group_inputs(s), most = kVectorRegisters == 32 ? kLanes<T> : kLanes<T> - 1;
+  if (s.groups == 1 || s.in_channels != s.out_channels || members == 0) return false;
   if (members == 1) return true;
   if (sizeof(T) == 4 && dense_square_taps(s) != 0 && members >= kWinogradChannels) return false;
-  return kPermutesLanes && members <= kLanes<T> && kLanes<T> % members == 0;
+  return kPermutesLanes && members <= most && kLanes<T> % members == 0;
 }
 
 template <class T>
@@ -107,6 +108,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       .step_y = s.stride_height,
       .step_x = s.stride_width,
       .taps = {taps, tap_y, tap_x},
+      .groups = s.groups,
       .depth = inputs,
       .columns = outputs,
       .source = t.input,
@@ -133,38 +135,38 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
   const WinogradChoice choice = winograd_choice<T, Products>(all_groups);
   const bool side_by_side = small_groups_side_by_side(s);
-  const bool packs = choice.tile == 0 && !all_groups.dots;
-  const int64_t panel_elements = packs ? panels_of<T>(outputs) * taps * inputs * kTileColumns<T> : 0;
-  const MadeWeights<T> panels(max_threads(), panel_elements, side_by_side);
-  const char* variant = nullptr;  // of the last group
-  for_each_group(s.groups, side_by_side, [&](int64_t group, int thread) {
-    const T* of_group = weight + group * outputs * taps * inputs;
-    T* panels_of_group = panels.of(thread);
-    GatherConv<T> conv = all_groups;
-    conv.panels = panels_of_group;
-    conv.source += group * inputs;
-    conv.out += group * outputs;
-    if (conv.winner) conv.winner += group * outputs;
-    if (conv.bias) conv.bias += group * outputs;
-    const char* name = "gather";
-    if (choice.tile > 0) {
-      name = winograd<T, Products>(conv, {of_group, taps * inputs, 1, s.kernel_width * inputs, inputs}, choice, true);
-    } else if (conv.dots) {
-      conv.panels = of_group;
-      gather_conv(conv);
-      name = "dot";
-    } else {
-      pack_forward_panels<T>(outputs, inputs, taps, of_group, panels_of_group);
-      bool by_row = false;
-      if constexpr (sizeof(T) == 4) by_row = row_serves && winograd_row_conv(conv);
-      if (by_row)
-        name = "winograd_1x4";
-      else
-        gather_conv(conv);
+  if (choice.tile > 0) {
+    const char* variant = nullptr;  // of the last group
+    for_each_group(s.groups, side_by_side, [&](int64_t group, int) {
+      const WinogradKernels<T> kernels{weight + group * outputs * taps * inputs, taps * inputs, 1,
+                                       s.kernel_width * inputs, inputs};
+      const char* name = winograd<T, Products>(all_groups.of_group(group), kernels, choice, true);
+      if (group == s.groups - 1) variant = name;
+    });
+    return trace<T>("conv2d_forward", variant);
+  }
+  if (all_groups.dots) {
+    all_groups.panels = weight;
+    gather_conv(all_groups);
+    return trace<T>("conv2d_forward", "dot");
+  }
+  const Scratch<T> panels(all_groups.panel_elements());
+  pack_forward_panels<T>(s.groups, outputs, inputs, taps, weight, panels);
+  all_groups.panels = panels;
+  if constexpr (sizeof(T) == 4) {
+    if (row_serves) {
+      bool by_row = false;  // the last group
+      for_each_group(s.groups, side_by_side, [&](int64_t group, int) {
+        const GatherConv<T> conv = all_groups.of_group(group);
+        const bool served = winograd_row_conv(conv);
+        if (!served) gather_conv(conv);
+        if (group == s.groups - 1) by_row = served;
+      });
+      return trace<T>("conv2d_forward", by_row ? "winograd_1x4" : "gather");
     }
-    if (group == s.groups - 1) variant = name;
-  });
-  trace<T>("conv2d_forward", variant);
+  }
+  gather_conv(all_groups);
+  trace<T>("conv2d_forward", "gather");
 }
 
 // The gradient of z out of that of the output: through ReLU and pooling.
@@ -216,7 +218,7 @@ void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weig
   }
   const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
   const bool side_by_side = small_groups_side_by_side(s);
-  const MadeWeights<T> panels(max_threads(), panels_of<T>(inputs) * taps * outputs * kTileColumns<T>, side_by_side);
+  const Scratch<T> panels(s.groups * panels_of<T>(inputs) * taps * outputs * kTileColumns<T>);
   const Scratch<int64_t> tables(3 * taps);
   int64_t* tap_y = tables;
   int64_t* tap_x = tap_y + taps;
@@ -247,13 +249,14 @@ void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weig
       list_taps(vertical, horizontal, tap_y, tap_x);
       for (int64_t i = 0; i < count; ++i)
         places[i] = vertical.place(i / horizontal.count) * s.kernel_width + horizontal.place(i % horizontal.count);
-      const GatherConv<T> all_groups{
+      GatherConv<T> all_groups{
           .batch = s.batch,
           .out_height = height,
           .out_width = width,
           .step_y = 1,
           .step_x = 1,
           .taps = {count, tap_y, tap_x},
+          .groups = s.groups,
           .depth = outputs,
           .columns = inputs,
           .source = grad,
@@ -276,32 +279,24 @@ void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weig
       };
       const WinogradChoice choice = winograd_choice<T, FullProducts<T>>(all_groups);
       bool finite = true;
-      for_each_group(s.groups, side_by_side, [&](int64_t group, int thread) {
-        const T* of_group = weight + group * outputs * taps * inputs;
-        T* panels_of_group = panels.of(thread) + of_phase;
-        GatherConv<T> conv = all_groups;
-        conv.panels = panels_of_group;
-        conv.source += group * outputs;
-        conv.out += group * inputs;
-        const char* name = nullptr;
-        if (choice.tile == 0) {
-          const auto& pack = dots ? pack_gradient_dots<T> : pack_gradient_panels<T>;
-          if (pack(outputs, inputs, taps, of_group, count, places, panels_of_group)) {
-            gather_conv(conv);
-            name = variant;
-          }
-        } else {
+      if (choice.tile == 0) {
+        const auto& pack = dots ? pack_gradient_dots<T> : pack_gradient_panels<T>;
+        finite = pack(s.groups, outputs, inputs, taps, weight, count, places, panels + of_phase);
+        all_groups.panels = panels + of_phase;
+        if (finite) gather_conv(all_groups);
+      } else {
+        for_each_group(s.groups, side_by_side, [&](int64_t group, int) {
           // OHWI has a panel's columns side by side: nothing is packed.
-          const WinogradKernels<T> kernels{of_group + places[0] * inputs, 1, taps * inputs,
+          const WinogradKernels<T> kernels{weight + (group * outputs * taps + places[0]) * inputs, 1, taps * inputs,
                                            (places[choice.taps] - places[0]) * inputs,
                                            (places[1] - places[0]) * inputs};
-          name = winograd<T>(conv, kernels, choice, false);
-        }
-        if (!name) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-        if (group == s.groups - 1 && choice.tile != 0) variant = name;
-      });
+          const char* name = winograd<T>(all_groups.of_group(group), kernels, choice, false);
+          if (!name) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+          if (group == s.groups - 1) variant = name;
+        });
+      }
       if (!finite) return scatter();
-      of_phase += panels_of<T>(inputs) * count * outputs * kTileColumns<T>;
+      of_phase += all_groups.panel_elements();
     }
   }
   trace<T>("conv2d_grad_input", variant);
@@ -330,7 +325,7 @@ void conv2d_grad_weight(const Conv2dShape& s, const T* grad, const T* input, T* 
   }
   const bool packed = packed_serves_grad_weight<T>(s);
   trace<T>("conv2d_grad_weight", !packed ? "outer" : packs_grad_weight<T>(s) ? "packed" : "direct");
-  each_group(packed ? packed_grad_weight<T> : grad_weight_outer<T>);
+  packed ? packed_grad_weight<T>(s, input, grad, grad_weight) : each_group(grad_weight_outer<T>);
 }
 
 template <class T>

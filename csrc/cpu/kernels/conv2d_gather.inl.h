@@ -65,8 +65,9 @@ Runs runs_of(const GatherConv<T>& conv, const TapRange& range, const Image<T>& w
   return runs;
 }
 
-// How a convolution is cut into tasks for eight threads: `images` times `blocks` blocks of rows (or tiles), times
-// `column_parts`. Each block reads all weights of its columns anew, so columns are shared before blocks get smaller.
+// How a convolution is cut into tasks for eight threads: `images` - of each group - times `blocks` blocks of rows (or
+// tiles), times `column_parts`. Each block reads all weights of its columns anew, so columns are shared before blocks
+// get smaller.
 struct TaskPlan {
   int64_t block, blocks, column_parts;
 };
@@ -100,7 +101,8 @@ struct ColumnRange {
 // still wait for their lines: up to a fifth of a first layer's time.
 template <class T>
 ColumnRange columns_in_place(const GatherConv<T>& conv, const TapRange& range) {
-  if (conv.pool || conv.source_pixel_stride != conv.depth || conv.out_width <= kTileRows / 2) return {0, 0};
+  constexpr int kMostRows = kRowsOfVectors<1>;  // of any tile: no row is so narrow that others follow it in a tile
+  if (conv.pool || conv.source_pixel_stride != conv.depth || conv.out_width <= kMostRows / 2) return {0, 0};
   const int64_t first = range.x_min < 0 ? -floor_div(range.x_min, conv.step_x) : 0;
   int64_t end = floor_div(conv.source_width - 1 - range.x_max, conv.step_x) + 1;
   if (end > conv.out_width) end = conv.out_width;
@@ -140,6 +142,8 @@ void gather_panel(const GatherConv<T>& conv, const Image<T>& window, const Runs&
   }
 }
 
+// All groups: where their weights are not more than the images, one group's columns of a block after the other's, since
+// their numbers lie on the same pages.
 template <class T>
 void gather_conv(const GatherConv<T>& conv) {
   const int64_t pooling = conv.pool ? 2 : 1;
@@ -149,44 +153,47 @@ void gather_conv(const GatherConv<T>& conv) {
   const int64_t panels = panels_of<T>(conv.columns);
 
   const int64_t rows_of_block = (kBlockPixels + width - 1) / width;
-  const TaskPlan plan = plan_tasks(conv.batch, height, rows_of_block, 1, panels);
+  const TaskPlan plan = plan_tasks(conv.batch * conv.groups, height, rows_of_block, 1, panels);
   const ColumnRange whole = columns_in_place(conv, range);
   const bool in_place = whole.count > 0;
   const int64_t window_width = (conv.out_width - 1) * conv.step_x + range.x_max - range.x_min + 1;
   const int64_t window_rows = (plan.block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
-  const int64_t window_elements = in_place ? 0 : window_rows * window_width * conv.depth;
-  // Products of several taps hide the time of the memory. Beside one group of several lie other groups' channels.
-  const bool fetch = conv.taps.count == 1 && !conv.pool && plan.column_parts == 1 &&
-                     conv.depth == conv.source_pixel_stride && worth_fetching<T>(conv.batch * conv.source_image_stride);
-  const int64_t weights = panels * kTileColumns<T> * conv.taps.count * conv.depth;
-  const TaskOrder order{conv.batch * plan.blocks, plan.column_parts, weights > conv.batch * conv.source_image_stride};
-  const ThreadScratch<T> windows(max_threads(), window_elements);
+  const int64_t copied = in_place ? 0 : window_elements({0, 0, window_rows, window_width}, conv.depth);
+  const bool from_memory = worth_fetching<T>(conv.batch * conv.source_image_stride);
+  // Products of several taps hide the time of the memory.
+  const bool fetch = from_memory && conv.groups == 1 && conv.taps.count == 1 && !conv.pool && plan.column_parts == 1;
+  const TaskOrder order{conv.batch * plan.blocks, conv.groups * plan.column_parts,
+                        conv.panel_elements() > conv.batch * conv.source_image_stride};
+  const int64_t ahead = from_memory && conv.groups > 1 && !order.by_columns ? conv.depth : 0;  // the next group
+  const ThreadScratch<T> windows(max_threads(), copied);
   const ThreadScratch<Run> tables(max_threads(), conv.taps.count);
 
   parallel_tasks(order.tasks(), [&](int64_t task, int thread) {
-    const int64_t part = order.part(task), block = order.block(task);
+    const int64_t part = order.part(task) % plan.column_parts, block = order.block(task);
+    const GatherConv<T> group = conv.of_group(order.part(task) / plan.column_parts);
     const int64_t image = block / plan.blocks, row = block % plan.blocks * plan.block;
     const int64_t rows = height - row < plan.block ? height - row : plan.block;
 
-    const Image<T> source{conv.source + image * conv.source_image_stride, conv.source_height, conv.source_width,
-                          conv.source_row_stride, conv.source_pixel_stride};
+    const Image<T> source{group.source + image * group.source_image_stride, group.source_height, group.source_width,
+                          group.source_row_stride, group.source_pixel_stride};
     FetchAhead<T> next{};  // source rows of the next block
-    if (fetch) next = rows_ahead(source, (row + rows) * conv.step_y, (row + 2 * rows) * conv.step_y);
-    const WindowRange window_range{row * pooling * conv.step_y + range.y_min, range.x_min,
-                                   (rows * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1, window_width};
-    const Image<T> window =
-        in_place ? window_in_place(source, window_range) : window_of(source, window_range, conv.depth, windows[thread]);
-    const int64_t place = image * conv.out_image_stride + row * conv.out_row_stride;
-    for (int64_t x = 0, count; x < conv.out_width; x += count) {
-      count = !in_place ? conv.out_width : x == whole.first ? whole.count : 1;
+    if (fetch) next = rows_ahead(source, (row + rows) * group.step_y, (row + 2 * rows) * group.step_y);
+    const WindowRange window_range{row * pooling * group.step_y + range.y_min, range.x_min,
+                                   (rows * pooling - 1) * group.step_y + range.y_max - range.y_min + 1, window_width};
+    const Image<T> window = in_place ? window_in_place(source, window_range)
+                                     : window_of(source, window_range, group.depth, windows[thread], false, ahead);
+    const int64_t place = image * group.out_image_stride + row * group.out_row_stride;
+    for (int64_t x = 0, count; x < group.out_width; x += count) {
+      count = !in_place ? group.out_width : x == whole.first ? whole.count : 1;
       Image<T> columns = window;
-      columns.data += x * conv.step_x * window.pixel_stride;
-      const Runs runs = runs_of(conv, range, window, in_place, x, tables[thread]);
+      columns.data += x * group.step_x * window.pixel_stride;
+      const Runs runs = runs_of(group, range, window, in_place, x, tables[thread]);
       for (int64_t i = panels * part / plan.column_parts; i < panels * (part + 1) / plan.column_parts; ++i) {
-        gather_panel(conv, columns, runs, i, row, rows, count, place + x * conv.out_pixel_stride, next.part(i, panels));
+        gather_panel(group, columns, runs, i, row, rows, count, place + x * group.out_pixel_stride,
+                     next.part(i, panels));
       }
     }
-    if (conv.stream) finish_streaming();
+    if (group.stream) finish_streaming();
   });
 }
 

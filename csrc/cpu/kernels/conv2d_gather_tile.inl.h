@@ -7,7 +7,8 @@
 // that reach a pixel's phase (its coordinates modulo the stride), step 1, out the pixels of that phase (see
 // conv2d.inl.h).
 //
-// A tile is kTileRows output pixels by kTileColumns channels; one panel of weights holds its columns for all taps:
+// A tile is kTileRows output pixels by kTileColumns channels, or kRowsOfVectors<1> by one vector; one panel of weights
+// holds its columns for all taps:
 //
 //   panel: [tap][k][kTileColumns]      source pixel of row r, tap t: pixel[r] + tap_offset[t], then k contiguous
 //
@@ -40,14 +41,14 @@ struct GatherConv {
   int64_t batch, out_height, out_width;
   int64_t step_y, step_x;
   Taps taps;
-  int64_t depth, columns;
+  int64_t groups, depth, columns;  // depth and columns of a group
 
   const T* source;  // first channel of pixel (0, 0) of image 0
   int64_t source_height, source_width;
   int64_t source_image_stride, source_row_stride, source_pixel_stride;
 
   bool dots;        // of no more than kFewColumns, from a vector of depth on, without pooling
-  const T* panels;  // [panel][tap][depth][kTileColumns]; with dots [column][tap][depth]
+  const T* panels;  // [group][panel][tap][depth][kTileColumns]; with dots [group][column][tap][depth]
   const T* bias;    // or null
   bool relu;
 
@@ -56,6 +57,22 @@ struct GatherConv {
   bool stream;      // stores of `out` go past the caches
   bool pool;        // in 2x2 windows: the out_* sizes above are those before pooling, the strides those of the pooled
   uint8_t* winner;  // with pool, or null
+
+  int64_t panel_columns() const { return dots ? columns : panels_of<T>(columns) * kTileColumns<T>; }
+  // Elements of `panels`.
+  int64_t panel_elements() const { return groups * panel_columns() * taps.count * depth; }
+
+  // The convolution of one group.
+  GatherConv of_group(int64_t group) const {
+    GatherConv one = *this;
+    one.groups = 1;
+    one.source += group * depth;
+    if (panels) one.panels += group * one.panel_elements();
+    if (bias) one.bias += group * columns;
+    one.out += group * columns;
+    if (winner) one.winner += group * columns;
+    return one;
+  }
 };
 
 struct Unchanged {
@@ -184,6 +201,7 @@ FASTNN_INLINE void each_tile(const GatherConv<T>& conv, const Image<T>& window, 
   const int64_t x_step = conv.step_x * window.pixel_stride, out_step = conv.out_pixel_stride;
   const int64_t source_turn = conv.step_y * window.row_stride - width * x_step;  // from a row to the next
   const int64_t out_turn = conv.out_row_stride - width * out_step;
+  static_assert(most <= kRowsOfVectors<1>);  // see columns_in_place
   const bool by_row = conv.out_width > most / 2;
   const int64_t strips = by_row ? rows_in_block : 1;
   const int64_t strip_pixels = rows_in_block * width / strips;
@@ -243,7 +261,7 @@ void gather_pixels(const GatherConv<T>& conv, const Image<T>& window, const Runs
       if (left > 0) store_upto(to, value, left < kLanes<T> ? left : kLanes<T>);
     });
   };
-  each_tile<kTileRows>(conv, window, all_runs, row, rows_in_block, width, out, next, tile);
+  each_tile<kRowsOfVectors<vectors>>(conv, window, all_runs, row, rows_in_block, width, out, next, tile);
 }
 
 // So many columns leave half of a vector empty.

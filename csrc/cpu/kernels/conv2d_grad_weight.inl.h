@@ -57,8 +57,9 @@ FASTNN_INLINE void for_each_unit(const Conv2dShape& s, const UnitPlan& plan, int
 }
 
 inline int64_t unit_window_elements(const Conv2dShape& s, const UnitPlan& plan, int64_t channels) {
-  return ((plan.rows_per_unit - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1) *
-         ((s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width + 1) * channels;
+  const int64_t rows = (plan.rows_per_unit - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1;
+  const int64_t columns = (s.out_width - 1) * s.stride_width + (s.kernel_width - 1) * s.dilation_width + 1;
+  return window_elements({0, 0, rows, columns}, channels);
 }
 
 // Sums that are held in registers at a time: few at a time would each wait for the one before.
@@ -126,8 +127,7 @@ void grad_weight_outer(const Conv2dShape& s, const T* source, const T* grad, T* 
   const int64_t column_tasks = panels < kTasks ? panels : kTasks;
   const UnitPlan plan = plan_units<T>(s, elements, (kTasks + column_tasks - 1) / column_tasks);
   const ConvAxis vertical = vertical_axis(s);
-  const int64_t window_elements = unit_window_elements(s, plan, inputs);
-  const ThreadScratch<T> windows(max_threads(), window_elements);
+  const ThreadScratch<T> windows(max_threads(), unit_window_elements(s, plan, inputs));
   const Scratch<T> partials(plan.chunks * elements);
   const Scratch<T> buffer(is_ohwi(s) ? 0 : taps * inputs * outputs);
   // A copy of the last units' gradient, where they would reach past its end.

@@ -7,7 +7,7 @@
 // often a power of two apart, where a strip of some channels fits a few sets of L1 alone:
 //
 //   source   [image][row][column][kTileColumns]         one panel, in L1; every tap is an offset into it
-//   grad     [tile][image][row][column][kTileRows]
+//   grad     [tile][image][row][column][rows of a tile]
 //
 // Where a packed number would enter few products - one tap, few channels - both are read as they lie.
 //
@@ -54,10 +54,10 @@ struct PackedPlan {
   ConvAxis vertical, horizontal;
   int64_t images, rows;  // of a unit: rows of one image, or all rows of several
   int64_t units_per_image, units, chunks;
-  int64_t input_parts, output_parts;  // tasks of a chunk
+  int64_t group_parts, input_parts, output_parts;  // tasks of a chunk
 };
 
-template <class T>
+template <class T, int most_rows>
 PackedPlan packed_plan(const Conv2dShape& s) {
   PackedPlan plan{};
   plan.vertical = vertical_axis(s), plan.horizontal = horizontal_axis(s);
@@ -72,17 +72,19 @@ PackedPlan packed_plan(const Conv2dShape& s) {
   plan.units = (s.batch + plan.images - 1) / plan.images * plan.units_per_image;
 
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s);
-  const int64_t bytes = outputs * inputs * kernel_taps(s) * static_cast<int64_t>(sizeof(T));
+  const int64_t bytes = weight_elements(s) * static_cast<int64_t>(sizeof(T));
   plan.chunks = plan.units / kPackedChunkUnits;
   if (plan.chunks > kTasks) plan.chunks = kTasks;
   if (plan.chunks > kMaxPartialBytes / bytes) plan.chunks = kMaxPartialBytes / bytes;
   if (plan.chunks < 1) plan.chunks = 1;
 
   // Every part of the inputs packs the gradient anew and the other way round: the longer side is halved first.
-  plan.input_parts = plan.output_parts = 1;
-  const int64_t panels = panels_of<T>(inputs), tiles = (outputs + kTileRows - 1) / kTileRows;
-  while (plan.chunks * plan.input_parts * plan.output_parts < kTasks) {
-    if (inputs / plan.input_parts > outputs / plan.output_parts && 2 * plan.input_parts <= panels)
+  plan.group_parts = plan.input_parts = plan.output_parts = 1;
+  const int64_t panels = panels_of<T>(inputs), tiles = (outputs + most_rows - 1) / most_rows;
+  while (plan.chunks * plan.group_parts * plan.input_parts * plan.output_parts < kTasks) {
+    if (2 * plan.group_parts <= s.groups)
+      plan.group_parts *= 2;
+    else if (inputs / plan.input_parts > outputs / plan.output_parts && 2 * plan.input_parts <= panels)
       plan.input_parts *= 2;
     else if (2 * plan.output_parts <= tiles)
       plan.output_parts *= 2;
@@ -213,85 +215,125 @@ constexpr int64_t kPackedProducts = 80;
 template <class T>
 inline bool packs_grad_weight(const Conv2dShape& s) {
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s);
-  return kernel_taps(s) * inputs * outputs > kPackedProducts * (inputs + outputs) || inputs % kLanes<T> != 0;
+  const int64_t products = s.groups > 1 ? kPackedProducts / 4 * 3 : kPackedProducts;  // a group's pixels are far apart
+  return kernel_taps(s) * inputs * outputs > products * (inputs + outputs) || inputs % kLanes<T> != 0;
 }
 
-// One group. source and grad are at the group's first channel, grad_weight at its first weight.
-template <class T>
-void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, T* grad_weight) {
-  const PackedPlan plan = packed_plan<T>(s);
+// What a task sums: panels [first_panel, end_panel) of source channels and tiles [first_tile, end_tile) of grad
+// channels of each of its groups.
+struct PackedPart {
+  int64_t first_group, end_group, first_panel, end_panel, first_tile, end_tile;
+};
+
+// How far apart strips of the packed factors are, and elements of all of them.
+struct PackedStrips {
+  int64_t source, grad, source_elements, grad_elements;
+};
+
+// sums = or += what a unit of one group adds to them. `fetch`: the next group's numbers follow.
+template <class T, int most_rows>
+void packed_unit_of_group(const Conv2dShape& s, const PackedPlan& plan, const PackedUnit& unit, const PackedPart& part,
+                          int64_t group, const T* source, const T* grad, bool pack, bool fetch,
+                          const PackedStrips& strips, T* packed, PackedRuns* runs, const FetchAhead<T>& next_source,
+                          const FetchAhead<T>& next_grad, bool first, T* sums) {
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
-  const int64_t panels = panels_of<T>(inputs), tiles = (outputs + kTileRows - 1) / kTileRows;
-  const int64_t elements = outputs * taps * inputs;
+  const int64_t first_input = part.first_panel * kTileColumns<T>, first_output = part.first_tile * most_rows;
+  const int64_t end_input = part.end_panel * kTileColumns<T> < inputs ? part.end_panel * kTileColumns<T> : inputs;
+  const int64_t end_output = part.end_tile * most_rows < outputs ? part.end_tile * most_rows : outputs;
+  // The first panel and the first tile, and how far it is to the next ones.
+  const T* unit_source = source + unit.image * s.in_height * s.in_width * s.in_channels + group * inputs + first_input;
+  const T* unit_grad = grad + unit.image * s.out_height * s.out_width * s.out_channels + group * outputs + first_output;
+  int64_t next_panel = kTileColumns<T>, next_tile = most_rows;
+  PackedLayout source_layout{{0, 1, s.in_height},
+                             {0, 1, s.in_width},
+                             s.in_height * s.in_width * s.in_channels,
+                             s.in_width * s.in_channels,
+                             s.in_channels};
+  PackedLayout grad_layout{{0, 1, s.out_height},
+                           {0, 1, s.out_width},
+                           s.out_height * s.out_width * s.out_channels,
+                           s.out_width * s.out_channels,
+                           s.out_channels};
+  if (pack) {
+    T* sources = packed;
+    T* grads = packed + strips.source_elements;
+    const PixelSpan rows = source_pixels(plan.vertical, unit.row, unit.rows);
+    const PixelSpan columns = source_pixels(plan.horizontal, 0, s.out_width);
+    const int64_t row_elements = columns.count * kTileColumns<T>;
+    for (int64_t i = 0; i < unit.images * rows.count; ++i) {
+      const int64_t row = i / rows.count * s.in_height + rows.first + i % rows.count * rows.step;
+      pack_strips<T, kTileColumns<T>>(columns.count, unit_source + (row * s.in_width + columns.first) * s.in_channels,
+                                      columns.step * s.in_channels, end_input - first_input, sources + i * row_elements,
+                                      strips.source, fetch ? inputs : 0);
+    }
+    pack_strips<T, most_rows>(unit.images * unit.rows * s.out_width,
+                              unit_grad + unit.row * s.out_width * s.out_channels, s.out_channels,
+                              end_output - first_output, grads, strips.grad, fetch ? outputs : 0);
+    unit_source = sources, next_panel = strips.source;
+    unit_grad = grads, next_tile = strips.grad;
+    source_layout = {rows, columns, rows.count * row_elements, row_elements, kTileColumns<T>};
+    grad_layout = {{unit.row, 1, unit.rows},
+                   {0, 1, s.out_width},
+                   unit.rows * s.out_width * most_rows,
+                   s.out_width * most_rows,
+                   most_rows};
+  }
+  packed_runs(s, plan, unit, source_layout, grad_layout, runs);
+  const int64_t tiles = part.end_tile - part.first_tile;
+  for (int64_t panel = part.first_panel; panel < part.end_panel; ++panel) {
+    const int64_t column = panel * kTileColumns<T>;
+    const int64_t width = inputs - column < kTileColumns<T> ? inputs - column : kTileColumns<T>;
+    const T* panel_source = unit_source + (panel - part.first_panel) * next_panel;
+    for (int64_t tile = part.first_tile; tile < part.end_tile; ++tile) {
+      const int64_t output = tile * most_rows;
+      const int64_t share = (panel - part.first_panel) * tiles + tile - part.first_tile;
+      next_source.fetch(share, (part.end_panel - part.first_panel) * tiles);
+      next_grad.fetch(share, (part.end_panel - part.first_panel) * tiles);
+      const T* tile_grad = unit_grad + (tile - part.first_tile) * next_tile;
+      with_count<most_rows>(outputs - output < most_rows ? outputs - output : most_rows, [&](auto constant) {
+        constexpr int count = decltype(constant)::value;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          T* to = sums + ((group * outputs + output) * taps + tap) * inputs + column;
+          if (most_rows > kTileRows || width <= kLanes<T>)
+            packed_product<T, count, 1>(runs[tap], tile_grad, panel_source, first, width, to, taps * inputs);
+          else
+            packed_product<T, count, 2>(runs[tap], tile_grad, panel_source, first, width, to, taps * inputs);
+        }
+      });
+    }
+  }
+}
+
+template <class T, int most_rows>
+void packed_grad_weight_of_rows(const Conv2dShape& s, const T* source, const T* grad, T* grad_weight) {
+  const PackedPlan plan = packed_plan<T, most_rows>(s);
+  const int64_t inputs = group_inputs(s), outputs = group_outputs(s);
+  const int64_t panels = panels_of<T>(inputs), tiles = (outputs + most_rows - 1) / most_rows;
+  const int64_t elements = weight_elements(s);
   const bool in_place = plan.chunks == 1 && is_ohwi(s), pack = packs_grad_weight<T>(s);
+  const bool fetch_group = s.groups > 1 && worth_fetching<T>(s.batch * s.in_height * s.in_width * s.in_channels);
 
   // Strips are two cache lines further apart than they are long, or all of them would meet in the same sets of L1.
   const int64_t source_pixels_most =
       most_source_pixels(plan.vertical, plan.rows) * most_source_pixels(plan.horizontal, s.out_width);
-  const int64_t source_strip = plan.images * source_pixels_most * kTileColumns<T> + 2 * kLanes<T>;
-  const int64_t grad_strip = plan.images * plan.rows * s.out_width * kTileRows + 2 * kLanes<T>;
-  const int64_t source_elements = (panels + plan.input_parts - 1) / plan.input_parts * source_strip;
-  const int64_t grad_elements = (tiles + plan.output_parts - 1) / plan.output_parts * grad_strip;
-  const ThreadScratch<T> packed(max_threads(), pack ? source_elements + grad_elements : 0);
-  const ThreadScratch<PackedRuns> tables(max_threads(), taps);
+  PackedStrips strips{plan.images * source_pixels_most * kTileColumns<T> + 2 * kLanes<T>,
+                      plan.images * plan.rows * s.out_width * most_rows + 2 * kLanes<T>, 0, 0};
+  strips.source_elements = (panels + plan.input_parts - 1) / plan.input_parts * strips.source;
+  strips.grad_elements = (tiles + plan.output_parts - 1) / plan.output_parts * strips.grad;
+  const ThreadScratch<T> packed(max_threads(), pack ? strips.source_elements + strips.grad_elements : 0);
+  const ThreadScratch<PackedRuns> tables(max_threads(), kernel_taps(s));
   const Scratch<T> partials(in_place ? 0 : plan.chunks * elements);
 
-  const int64_t parts = plan.input_parts * plan.output_parts;
+  const int64_t parts = plan.group_parts * plan.input_parts * plan.output_parts;
   parallel_tasks(plan.chunks * parts, [&](int64_t task, int thread) {
-    const int64_t chunk = task / parts, input_part = task % parts / plan.output_parts;
-    const int64_t output_part = task % plan.output_parts;
-    const int64_t first_panel = panels * input_part / plan.input_parts;
-    const int64_t end_panel = panels * (input_part + 1) / plan.input_parts;
-    const int64_t first_tile = tiles * output_part / plan.output_parts;
-    const int64_t end_tile = tiles * (output_part + 1) / plan.output_parts;
-    const int64_t first_input = first_panel * kTileColumns<T>, first_output = first_tile * kTileRows;
-    const int64_t end_input = end_panel == panels ? inputs : end_panel * kTileColumns<T>;
-    const int64_t end_output = end_tile == tiles ? outputs : end_tile * kTileRows;
-    T* sources = packed[thread];
-    T* grads = sources + source_elements;
-    PackedRuns* runs = tables[thread];
+    const int64_t chunk = task / parts, group_part = task % parts / (plan.input_parts * plan.output_parts);
+    const int64_t input_part = task / plan.output_parts % plan.input_parts, output_part = task % plan.output_parts;
+    const PackedPart part{s.groups * group_part / plan.group_parts, s.groups * (group_part + 1) / plan.group_parts,
+                          panels * input_part / plan.input_parts,   panels * (input_part + 1) / plan.input_parts,
+                          tiles * output_part / plan.output_parts,  tiles * (output_part + 1) / plan.output_parts};
     T* sums = in_place ? grad_weight : partials + chunk * elements;
-
     const int64_t first_unit = plan.units * chunk / plan.chunks, end_unit = plan.units * (chunk + 1) / plan.chunks;
     for (int64_t index = first_unit; index < end_unit; ++index) {
-      const PackedUnit unit = packed_unit(s, plan, index);
-      // The first panel and the first tile, and how far it is to the next ones.
-      const T* unit_source = source + unit.image * s.in_height * s.in_width * s.in_channels + first_input;
-      const T* unit_grad = grad + unit.image * s.out_height * s.out_width * s.out_channels + first_output;
-      int64_t next_panel = kTileColumns<T>, next_tile = kTileRows;
-      PackedLayout source_layout{{0, 1, s.in_height},
-                                 {0, 1, s.in_width},
-                                 s.in_height * s.in_width * s.in_channels,
-                                 s.in_width * s.in_channels,
-                                 s.in_channels};
-      PackedLayout grad_layout{{0, 1, s.out_height},
-                               {0, 1, s.out_width},
-                               s.out_height * s.out_width * s.out_channels,
-                               s.out_width * s.out_channels,
-                               s.out_channels};
-      if (pack) {
-        const PixelSpan rows = source_pixels(plan.vertical, unit.row, unit.rows);
-        const PixelSpan columns = source_pixels(plan.horizontal, 0, s.out_width);
-        const int64_t row_elements = columns.count * kTileColumns<T>;
-        for (int64_t i = 0; i < unit.images * rows.count; ++i) {
-          const int64_t row = i / rows.count * s.in_height + rows.first + i % rows.count * rows.step;
-          pack_strips<T, kTileColumns<T>>(
-              columns.count, unit_source + (row * s.in_width + columns.first) * s.in_channels,
-              columns.step * s.in_channels, end_input - first_input, sources + i * row_elements, source_strip);
-        }
-        pack_strips<T, kTileRows>(unit.images * unit.rows * s.out_width,
-                                  unit_grad + unit.row * s.out_width * s.out_channels, s.out_channels,
-                                  end_output - first_output, grads, grad_strip);
-        unit_source = sources, next_panel = source_strip;
-        unit_grad = grads, next_tile = grad_strip;
-        source_layout = {rows, columns, rows.count * row_elements, row_elements, kTileColumns<T>};
-        grad_layout = {{unit.row, 1, unit.rows},
-                       {0, 1, s.out_width},
-                       unit.rows * s.out_width * kTileRows,
-                       s.out_width * kTileRows,
-                       kTileRows};
-      }
-      packed_runs(s, plan, unit, source_layout, grad_layout, runs);
       FetchAhead<T> next_source{}, next_grad{};  // what the next unit reads, where that is all channels
       if (parts == 1 && s.groups == 1 && index + 1 < end_unit) {
         const PackedUnit after = packed_unit(s, plan, index + 1);
@@ -302,34 +344,23 @@ void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, T*
         next_grad = {grad + (after.image * s.out_height + after.row) * s.out_width * s.out_channels,
                      after.images * after.rows * s.out_width * s.out_channels};
       }
-      for (int64_t panel = first_panel; panel < end_panel; ++panel) {
-        const int64_t column = panel * kTileColumns<T>;
-        const int64_t width = inputs - column < kTileColumns<T> ? inputs - column : kTileColumns<T>;
-        const T* panel_source = unit_source + (panel - first_panel) * next_panel;
-        for (int64_t tile = first_tile; tile < end_tile; ++tile) {
-          const int64_t output = tile * kTileRows;
-          const int64_t share = (panel - first_panel) * tiles + tile, shares = (end_panel - first_panel) * tiles;
-          next_source.fetch(share, shares);
-          next_grad.fetch(share, shares);
-          const T* tile_grad = unit_grad + (tile - first_tile) * next_tile;
-          with_rows(outputs - output < kTileRows ? outputs - output : kTileRows, [&](auto constant) {
-            constexpr int count = decltype(constant)::value;
-            for (int64_t tap = 0; tap < taps; ++tap) {
-              T* to = sums + (output * taps + tap) * inputs + column;
-              if (width > kLanes<T>)
-                packed_product<T, count, 2>(runs[tap], tile_grad, panel_source, index == first_unit, width, to,
-                                            taps * inputs);
-              else
-                packed_product<T, count, 1>(runs[tap], tile_grad, panel_source, index == first_unit, width, to,
-                                            taps * inputs);
-            }
-          });
-        }
+      for (int64_t group = part.first_group; group < part.end_group; ++group) {
+        packed_unit_of_group<T, most_rows>(s, plan, packed_unit(s, plan, index), part, group, source, grad, pack,
+                                           fetch_group, strips, packed[thread], tables[thread], next_source, next_grad,
+                                           index == first_unit, sums);
       }
     }
   });
   if (in_place) return;
-  write_ohwi_gradient<T>(s, outputs, plan.chunks, elements, partials, grad_weight);
+  write_ohwi_gradient<T>(s, s.out_channels, plan.chunks, elements, partials, grad_weight);
+}
+
+template <class T>
+void packed_grad_weight(const Conv2dShape& s, const T* source, const T* grad, T* grad_weight) {
+  const bool one_vector = group_inputs(s) <= kLanes<T>;
+  const auto& of_rows =
+      one_vector ? packed_grad_weight_of_rows<T, kRowsOfVectors<1>> : packed_grad_weight_of_rows<T, kRowsOfVectors<2>>;
+  of_rows(s, source, grad, grad_weight);
 }
 
 }  // namespace

@@ -74,8 +74,7 @@ bool lookup_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t elements = (depth + 1) * padded;  // the weight's, then the bias's
   const int64_t chunks = image_chunks<T>(s, elements, kTasks);
   const WindowRange range = pooled_range(s);
-  const int64_t window_elements = range.height * range.width * s.in_channels;
-  const ThreadScratch<T> buffers(max_threads(), window_elements);
+  const ThreadScratch<T> buffers(max_threads(), window_elements(range, s.in_channels));
   const Scratch<T> partials(chunks * elements);
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   bool finite = true;

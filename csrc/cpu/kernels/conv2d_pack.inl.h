@@ -29,9 +29,9 @@ template <class T>
 class MadeWeights {
  public:
   MadeWeights(int threads, int64_t count)
-      : MadeWeights(threads, count, threads * count * static_cast<int64_t>(sizeof(T)) <= kOwnBytes) {}
-  MadeWeights(int threads, int64_t count, bool own)
-      : own_(own), shared_(own_ ? 0 : count), copies_(threads, own_ ? count : 0) {}
+      : own_(threads * count * static_cast<int64_t>(sizeof(T)) <= kOwnBytes),
+        shared_(own_ ? 0 : count),
+        copies_(threads, own_ ? count : 0) {}
   bool own() const { return own_; }
   T* of(int thread) const { return own_ ? copies_[thread] : shared_; }
 
@@ -168,37 +168,44 @@ const T* weight_to_ohwi(const Conv2dShape& shape, const T* weight, T* buffer) {
   return buffer;
 }
 
-// ohwi: one group's weights. Writes panels_of(outputs) * taps * inputs * kTileColumns elements.
+// Writes panels_of(outputs) * taps * inputs * kTileColumns elements for each group, whose channels `inputs` and
+// `outputs` are.
 template <class T>
-void pack_forward_panels(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, T* panels) {
-  const int64_t depth = taps * inputs;
-  parallel_for(panels_of<T>(outputs), [&](int64_t panel) {
+void pack_forward_panels(int64_t groups, int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, T* panels) {
+  const int64_t depth = taps * inputs, panels_of_group = panels_of<T>(outputs);
+  parallel_for(groups * panels_of_group, [&](int64_t panel) {
+    const T* of_group = ohwi + panel / panels_of_group * outputs * depth;
     for (int v = 0; v < kTileVectors; ++v) {
-      const int64_t o = panel * kTileColumns<T> + v * kLanes<T>;
+      const int64_t o = panel % panels_of_group * kTileColumns<T> + v * kLanes<T>;
       const int64_t left = outputs - o < 0 ? 0 : outputs - o < kLanes<T> ? outputs - o : kLanes<T>;
-      transpose_panel<T, true>(ohwi + o * depth, depth, left, depth,
+      transpose_panel<T, true>(of_group + o * depth, depth, left, depth,
                                panels + panel * depth * kTileColumns<T> + v * kLanes<T>, kTileColumns<T>);
     }
   });
 }
 
 // `columns` columns of `rows` rows, from_step apart, as strips of `width` columns: to: [strip][row][width], strips
-// `stride` apart. The last strip is padded with zeros.
+// `stride` apart. The last strip is padded with zeros. Fetches what lies `ahead` of each strip's rows, unless that is
+// 0.
 //
 // 16 rows at a time: their lines stay in L1 until every strip has its part, and few pages are written in turn.
 template <class T, int64_t width>
-void pack_strips(int64_t rows, const T* from, int64_t from_step, int64_t columns, T* to, int64_t stride) {
+void pack_strips(int64_t rows, const T* from, int64_t from_step, int64_t columns, T* to, int64_t stride,
+                 int64_t ahead = 0) {
   constexpr int64_t kBlock = 16;
   for (int64_t block = 0; block < rows; block += kBlock) {
     const int64_t end = block + kBlock < rows ? block + kBlock : rows;
     for (int64_t c = 0; c < columns; c += width) {
       T* strip = to + c / width * stride;
+      const T* first = from + c;
+      if (ahead > 0)
+        for (int64_t r = block; r < end; ++r) __builtin_prefetch(first + r * from_step + ahead, 0, 2);
       if (columns - c >= width) {
-        for (int64_t r = block; r < end; ++r) copy_run(from + r * from_step + c, width, strip + r * width);
+        for (int64_t r = block; r < end; ++r) copy_run(first + r * from_step, width, strip + r * width);
         continue;
       }
       for (int64_t r = block; r < end; ++r) {
-        copy_run(from + r * from_step + c, columns - c, strip + r * width);
+        copy_run(first + r * from_step, columns - c, strip + r * width);
         zero_run(c + width - columns, strip + r * width + columns - c);
       }
     }
@@ -207,22 +214,23 @@ void pack_strips(int64_t rows, const T* from, int64_t from_step, int64_t columns
 
 // The taps listed in `places` (index in the kernel), in that order. False where one of their weights is not finite.
 template <class T>
-bool pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
+bool pack_gradient_panels(int64_t groups, int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
                           const int64_t* places, T* panels) {
   constexpr int64_t kRows = 64;  // of a task
   const int64_t blocks = (outputs + kRows - 1) / kRows, strip = count * outputs * kTileColumns<T>;
   const int64_t strips = panels_of<T>(inputs), parts = strips < kTasks ? strips : kTasks;
   bool finite = true;
   // One part of the panels after the other, as gather_conv() may read them: a thread packs its own.
-  parallel_for(parts * count * blocks, [&](int64_t task) {
-    const int64_t part = task / blocks / count, tap = task / blocks % count, first = task % blocks * kRows;
+  parallel_for(groups * parts * count * blocks, [&](int64_t task) {
+    const int64_t group = task / blocks / count / parts, part = task / blocks / count % parts;
+    const int64_t tap = task / blocks % count, first = task % blocks * kRows;
     const int64_t rows = outputs - first < kRows ? outputs - first : kRows;
     const int64_t begin = strips * part / parts, column = begin * kTileColumns<T>;
     const int64_t beyond = strips * (part + 1) / parts * kTileColumns<T>;
     const int64_t columns = (inputs < beyond ? inputs : beyond) - column;
-    const T* from = ohwi + (first * taps + places[tap]) * inputs + column;
-    pack_strips<T, kTileColumns<T>>(rows, from, taps * inputs, columns,
-                                    panels + begin * strip + (tap * outputs + first) * kTileColumns<T>, strip);
+    const T* from = ohwi + ((group * outputs + first) * taps + places[tap]) * inputs + column;
+    T* to = panels + (group * strips + begin) * strip + (tap * outputs + first) * kTileColumns<T>;
+    pack_strips<T, kTileColumns<T>>(rows, from, taps * inputs, columns, to, strip);
     bool rows_finite = true;  // asked here, where they are in the cache
     for (int64_t r = 0; r < rows; ++r) rows_finite &= run_is_finite(columns, from + r * taps * inputs);
     if (!rows_finite) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
@@ -230,15 +238,16 @@ bool pack_gradient_panels(int64_t outputs, int64_t inputs, int64_t taps, const T
   return finite;
 }
 
-// The same as [i][tap of places][o], for dot products.
+// The same as [group][i][tap of places][o], for dot products.
 template <class T>
-bool pack_gradient_dots(int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
+bool pack_gradient_dots(int64_t groups, int64_t outputs, int64_t inputs, int64_t taps, const T* ohwi, int64_t count,
                         const int64_t* places, T* dots) {
-  parallel_for(count, [&](int64_t tap) {
-    transpose_matrix(ohwi + places[tap] * inputs, taps * inputs, outputs, inputs, dots + tap * outputs,
-                     count * outputs);
+  parallel_for(groups * count, [&](int64_t task) {
+    const int64_t group = task / count, tap = task % count;
+    transpose_matrix(ohwi + (group * outputs * taps + places[tap]) * inputs, taps * inputs, outputs, inputs,
+                     dots + (group * inputs * count + tap) * outputs, count * outputs);
   });
-  return all_finite(inputs * count * outputs, dots);
+  return all_finite(groups * inputs * count * outputs, dots);
 }
 
 // One group's weight gradient from its sums [tap][i][padded_outputs]. `buffer` holds one group's weights.

@@ -87,9 +87,10 @@ constexpr SparseAccumulate<T> sparse_kernel(int64_t vectors, Indices<index...>) 
 
 template <class T>
 inline bool sparse_serves_grad_weight(const Conv2dShape& s) {
-  const WindowRange range = pooled_range(s);
+  WindowRange range = pooled_range(s);
+  if (range.width < s.in_width) range.width = s.in_width;  // it may be read in place
   return s.groups == 1 && s.dilation_width == 1 && s.kernel_width * s.in_channels >= kLanes<T> / 2 &&
-         range.height * range.width * s.in_channels <= INT32_MAX;  // WinnerTable's offsets
+         window_elements(range, s.in_channels) <= INT32_MAX;  // WinnerTable's offsets
 }
 
 // sums[o] += grad of the windows that have a winner, for one window's channels.
@@ -115,8 +116,7 @@ bool sparse_grad_weight(const Conv2dShape& s, const Conv2dBackward<T>& t) {
   const int64_t tables = (channels + 31) / 32, parts = tables < 2 ? 1 : 2;
   const int64_t chunks = image_chunks<T>(s, partial_elements, kTasks / parts);
   const WindowRange range = pooled_range(s);
-  const int64_t window_elements = range.height * range.width * s.in_channels;
-  const ThreadScratch<T> buffers(max_threads(), window_elements);
+  const ThreadScratch<T> buffers(max_threads(), window_elements(range, s.in_channels));
   const Scratch<T> partials(chunks * partial_elements);
   // A run that ends inside a vector reads past it: from a copy, where that is safe.
   const bool copy = run % kLanes<T> != 0;

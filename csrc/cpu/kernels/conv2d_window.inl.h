@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 #include "cpu/simd/streaming.h"
 #include "cpu/simd/vector.h"
@@ -29,6 +30,15 @@ struct Image {
 struct WindowRange {
   int64_t top, left, height, width;  // in image pixels; may reach outside
 };
+
+// Elements of a window of so many channels; INT64_MAX, which Scratch refuses, for more than that: a kernel that is
+// dilated a million times may reach so far beyond a small image.
+inline int64_t window_elements(const WindowRange& range, int64_t channels) {
+  int64_t elements;
+  const bool overflows = __builtin_mul_overflow(range.height, range.width, &elements) ||
+                         __builtin_mul_overflow(elements, channels, &elements);
+  return overflows ? INT64_MAX : elements;
+}
 
 template <class T>
 inline bool lies_inside(const Image<T>& image, const WindowRange& range) {
@@ -67,9 +77,11 @@ inline Image<T> window_in_place(const Image<T>& image, const WindowRange& range)
 }
 
 // The window as an image whose pixel (0, 0) is (top, left); `buffer` holds range.height * range.width * channels. With
-// `copy`, a copy even where the window lies inside: for kernels that read past the end of a row.
+// `copy`, a copy even where the window lies inside: for kernels that read past the end of a row. Some channels of a
+// pixel are copied; what lies `ahead` of them is fetched, unless that is 0.
 template <class T>
-Image<T> window_of(const Image<T>& image, const WindowRange& range, int64_t channels, T* buffer, bool copy = false) {
+Image<T> window_of(const Image<T>& image, const WindowRange& range, int64_t channels, T* buffer, bool copy = false,
+                   int64_t ahead = 0) {
   if (!copy && lies_inside(image, range)) return window_in_place(image, range);
   const int64_t row_elements = range.width * channels;
   const int64_t first = range.left < 0 ? -range.left < range.width ? -range.left : range.width : 0;
@@ -87,7 +99,10 @@ Image<T> window_of(const Image<T>& image, const WindowRange& range, int64_t chan
     if (image.pixel_stride == channels) {
       copy_run(from, (end - first) * channels, to + first * channels);
     } else {
-      for (int64_t x = first; x < end; ++x, from += image.pixel_stride) copy_run(from, channels, to + x * channels);
+      for (int64_t x = first; x < end; ++x, from += image.pixel_stride) {
+        if (ahead > 0) __builtin_prefetch(from + ahead, 0, 2);
+        copy_run(from, channels, to + x * channels);
+      }
     }
     zero_run((range.width - end) * channels, to + end * channels);
   }

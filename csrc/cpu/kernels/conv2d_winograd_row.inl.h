@@ -44,8 +44,8 @@ constexpr int kRowVectors = kVectorRegisters == 32 ? 2 : 1;
 template <class T>
 bool winograd_row_serves(const GatherConv<T>& conv) {
   const int64_t width = conv.pool ? conv.out_width / 2 * 2 : conv.out_width;
-  return sizeof(T) == 4 && dense_square_taps(conv) == 3 && conv.depth < kWinogradChannels && conv.taps.x[0] >= -4 &&
-         4 * kRowPoints * ((width + 3) / 4) <= 3 * 3 * width;
+  return sizeof(T) == 4 && dense_square_taps(conv) == 3 && 0 < conv.depth && conv.depth < kWinogradChannels &&
+         conv.taps.x[0] >= -4 && 4 * kRowPoints * ((width + 3) / 4) <= 3 * 3 * width;
 }
 
 // The lanes of numbers that are beyond the limit.

@@ -260,11 +260,13 @@ void max_pool2d_backward_channels_last(const MaxPool2dShape& shape, const MaxPoo
 // One row of an image dealt out by column modulo stride: column q - padding lies at phase q % stride, place q / stride.
 struct Phases {
   int64_t stride, padding;
-  int64_t length;  // of a phase, a multiple of all vectors' lanes that covers every load
+  int64_t columns;  // that windows reach
+  int64_t length;   // of a phase, a multiple of all vectors' lanes that covers every load
 
   explicit Phases(const PoolAxis& axis)
       : stride(axis.stride),
         padding(axis.padding),
+        columns((axis.out_size - 1) * axis.stride + (axis.kernel - 1) * axis.dilation + 1 - axis.padding),
         length((axis.out_size + (axis.kernel - 1) * axis.dilation / axis.stride + 2 * kVectorBytes) / kVectorBytes *
                kVectorBytes) {}
   int64_t row_size() const { return stride * length; }
@@ -274,6 +276,7 @@ struct Phases {
 template <class T>
 inline void deal_row(const Phases& phases, const T* row, int64_t width, T* buffer) {
   const int64_t stride = phases.stride;
+  if (width > phases.columns) width = phases.columns;
   if (stride == 2) {
     const int64_t odd_start = phases.padding % 2;
     T* first = buffer + odd_start * phases.length + phases.padding / 2;               // columns 0, 2, ...
@@ -297,8 +300,7 @@ inline void deal_row(const Phases& phases, const T* row, int64_t width, T* buffe
     // The first column of this phase, and its place.
     const int64_t column = (phase - phases.padding % stride + stride) % stride;
     T* to = buffer + phase * phases.length + (column + phases.padding) / stride;
-    const T* end_of_phase = buffer + (phase + 1) * phases.length;
-    for (int64_t x = column; x < width && to < end_of_phase; x += stride) *to++ = row[x];
+    for (int64_t x = column; x < width; x += stride) *to++ = row[x];
   }
 }
 

@@ -22,6 +22,9 @@ constexpr int kTileRows = kVectorRegisters == 32 ? 8 : 5;
 constexpr int kTileVectors = 2;
 template <class T>
 constexpr int kTileColumns = kTileVectors * kLanes<T>;
+// Rows of a tile of so many vectors: 5 sums alone would wait for each other.
+template <int vectors>
+constexpr int kRowsOfVectors = vectors == 1 && kVectorRegisters == 16 ? 2 * kTileRows : kTileRows;
 
 // acc[r][v] += sum over k < depth of a[r][k * a_step] * b[k * b_stride + v * lanes]
 template <class T, int rows, int vectors>

@@ -116,6 +116,17 @@ def test_products_in_tf32_are_within_their_bound() -> None:
     assert (outputs[False] - exact).square().mean().sqrt() < 1e-6 * exact.square().mean().sqrt()
 
 
+def test_long_sums_are_rounded_and_not_cut_off() -> None:
+    """Of numbers of one sign: tensor cores would cut off 3e-5 of this sum, where float32 has errors of 3e-7."""
+    rng = generator("long sums")
+    x, w = (random((16, 4096), torch.float32, rng).abs() for _ in range(2))
+    exact, y = x.double() @ w.double().T, x.new_empty(16, 16)
+    with ran_kernels("linear_forward") as records:
+        _C.linear_forward(y, x, w, None, False, False)
+    assert [record.kernel for record in records] == ["tf32x3"]
+    assert ((y - exact) / exact).abs().max() < 2e-6
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="torch's switches are for tensors on a GPU")
 @pytest.mark.parametrize("allowed", [False, True])
 def test_torchs_switches_choose_the_precision(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:

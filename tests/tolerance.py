@@ -68,12 +68,13 @@ def product_bound(roundings: int, dtype: torch.dtype, magnitude: Tensor, kernels
     """Bound of a sum of products by one of these kernels, whose terms' absolute values add up to ``magnitude``.
 
     "tf32x3" writes each factor as ``high + low + rest`` with ``|rest| <= 2^-22 |factor|``, and leaves out the product
-    of the two low parts, at most ``2^-22`` of the whole: ``3 * 2^-22`` of each product. It adds three products where
-    others add one, and the tensor cores' sums are cut off rather than rounded, an error of up to ``2 u``.
+    of the two low parts, at most ``2^-22`` of the whole: ``3 * 2^-22`` of each product. Eight products at a time are
+    summed by three instructions of nine terms each, which are cut off rather than rounded, an error of up to ``2 u`` a
+    term; these sums are added with rounding.
     """
     if "tf32x3" not in kernels:
         return rounding_bound(roundings, dtype, magnitude)
-    return rounding_bound(6 * roundings, dtype, magnitude) + 3 * 2.0**-22 * magnitude.double()
+    return rounding_bound(3 * 9 * 2 + roundings // 8 + 2, dtype, magnitude) + 3 * 2.0**-22 * magnitude.double()
 
 
 # Of a factor of 10 bits of mantissa: it is multiplied by 1 + 0.72 * 2^-11, then loses up to 2^-10 of itself.

@@ -87,6 +87,13 @@ void bind_runtime(py::module_& module) {
   module.def("available_isas", [] { return isa_list(true); });
   module.def("has_bf16", [] { return cpu::conv2d_forward_bf16() != nullptr; });
   module.def("build_facts", &build_facts);
+  module.def("device_has_code", [](int device) {
+#ifdef FASTNN_CUDA
+    return cuda::device_has_code(device);
+#else
+    return false;
+#endif
+  });
   module.def("is_emulator", [] {
 #ifdef FASTNN_CUDA_EMULATOR
     return true;

@@ -141,7 +141,7 @@ bool Tensor::from_plain(py::handle object, Tensor* tensor) {
 
 bool Tensor::has_kernels() const {
 #ifdef FASTNN_CUDA
-  const bool on_cuda = runs_on_cuda();
+  const bool on_cuda = runs_on_cuda() && (!is_cuda() || cuda::device_has_code(view_.device.device_id));
 #else
   const bool on_cuda = false;
 #endif

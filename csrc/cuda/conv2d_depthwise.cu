@@ -51,7 +51,7 @@ __global__ void depthwise_grad_input_kernel(const GRID_CONSTANT ImageSource<T> g
   }
 }
 
-// Blocks of x take 32 channels, of y a part of the output pixels, of z a tap.
+// Blocks of x take 32 channels, of y a part of the output pixels, of z taps.
 template <class T>
 __global__ void depthwise_grad_weight_kernel(const GRID_CONSTANT ImageSource<T> gradient,
                                              const GRID_CONSTANT ImageSource<T> input, int64_t pixels_per_block,
@@ -62,18 +62,20 @@ __global__ void depthwise_grad_weight_kernel(const GRID_CONSTANT ImageSource<T> 
   const int64_t first = blockIdx.y * pixels_per_block, end = first + pixels_per_block;
   const int64_t last = end < s.out_pixels() ? end : s.out_pixels();
   const PixelOrigin origin(first, s.out);
-  const Tap tap = tap_of(s, blockIdx.z, s.by.group_in);
-  Compute<T> sum = 0;
-  if (channel < s.out_channels)
-    for (int64_t i = first + threadIdx.x / 32; i < last; i += kSumRows) {
-      const Pixel p = out_pixel_after(s, origin, static_cast<uint32_t>(i - first));
-      const T* image = channel_of(input, s.in, p.image, channel);
-      const auto place = input_at(s, image, p.y * s.stride_y - s.padding_y, p.x * s.stride_x - s.padding_x, tap);
-      if (place.valid) sum += widen(*place.from) * widen(gradient.image[i * s.out_channels + channel]);
-    }
-  sum = Team(column_teams()).sum(sum);
-  if (threadIdx.x < 32 && channel < s.out_channels)
-    partials[(int64_t{blockIdx.y} * s.out_channels + channel) * s.taps + blockIdx.z] = sum;
+  for (int place_of_tap = blockIdx.z; place_of_tap < s.taps; place_of_tap += gridDim.z) {
+    const Tap tap = tap_of(s, place_of_tap, s.by.group_in);
+    Compute<T> sum = 0;
+    if (channel < s.out_channels)
+      for (int64_t i = first + threadIdx.x / 32; i < last; i += kSumRows) {
+        const Pixel p = out_pixel_after(s, origin, static_cast<uint32_t>(i - first));
+        const T* image = channel_of(input, s.in, p.image, channel);
+        const auto place = input_at(s, image, p.y * s.stride_y - s.padding_y, p.x * s.stride_x - s.padding_x, tap);
+        if (place.valid) sum += widen(*place.from) * widen(gradient.image[i * s.out_channels + channel]);
+      }
+    sum = Team(column_teams()).sum(sum);
+    if (threadIdx.x < 32 && channel < s.out_channels)
+      partials[(int64_t{blockIdx.y} * s.out_channels + channel) * s.taps + place_of_tap] = sum;
+  }
 }
 
 }  // namespace
@@ -103,8 +105,9 @@ void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2
     const int64_t pixels = geometry.out_pixels(), column_blocks = (s.out_channels + 31) / 32;
     const int64_t parts = sum_parts(queue, pixels, column_blocks * geometry.taps);
     Compute<T>* partials = queue.workspace<Compute<T>>(parts * s.out_channels * geometry.taps);
-    launch(names.grad_weight, queue, depthwise_grad_weight_kernel<T>, dim3(column_blocks, parts, geometry.taps),
-           kSumThreads, column_teams().shared_bytes<Compute<T>>(), gradient, ImageSource<T>::input(b.input, geometry),
+    launch(names.grad_weight, queue, depthwise_grad_weight_kernel<T>,
+           dim3(column_blocks, parts, std::min(geometry.taps, kMostGridYZ)), kSumThreads,
+           column_teams().shared_bytes<Compute<T>>(), gradient, ImageSource<T>::input(b.input, geometry),
            (pixels + parts - 1) / parts, partials);
     const int64_t count = s.out_channels * geometry.taps;
     launch(names.grad_weight, queue, add_partials_kernel<T>, blocks_for(count, 256), 256, 0, parts, count, partials,

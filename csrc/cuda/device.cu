@@ -1,6 +1,7 @@
 // Devices, and what happens around a launch.
 #include "cuda/device.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -29,10 +30,12 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+__global__ void probe_kernel() {}
+
 // Asked once a device: a query costs as much as a launch.
 struct Facts {
   std::once_flag asked;
-  int multiprocessors, capability, shared_bytes;
+  int multiprocessors, capability = 0, shared_bytes;
   char isa[8];
 };
 
@@ -40,9 +43,16 @@ const Facts& facts(int device) {
   static Facts known[kMaxDevices];
   Facts& f = known[device % kMaxDevices];
   std::call_once(f.asked, [&] {
-    f.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                   attribute(cudaDevAttrComputeCapabilityMinor, device);
-    std::snprintf(f.isa, sizeof f.isa, "sm_%d", f.capability);
+    const int hardware = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                         attribute(cudaDevAttrComputeCapabilityMinor, device);
+    std::snprintf(f.isa, sizeof f.isa, "sm_%d", hardware);
+    // A kernel is what its code was compiled for, which may be older than the device: PTX of another build.
+    const DeviceGuard guard(device);
+    cudaFuncAttributes probe{};
+    if (cudaFuncGetAttributes(&probe, probe_kernel) == cudaSuccess)
+      f.capability = std::min(hardware, probe.ptxVersion);
+    else
+      cudaGetLastError();  // not the next launch's
     f.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
     f.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   });
@@ -55,6 +65,8 @@ int device_count() {
   int count = 0;
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
+
+bool device_has_code(int device) { return device < 0 || device >= device_count() || facts(device).capability > 0; }
 
 DeviceGuard::DeviceGuard(int device) : before_(device) {
   cudaGetDevice(&before_);
@@ -98,6 +110,7 @@ void check_launch(const char* operation, const Queue& queue) {
 
 // The emulator is one device that looks like a recent GPU to the launchers.
 int device_count() { return 1; }
+bool device_has_code(int) { return true; }
 DeviceGuard::DeviceGuard(int device) : before_(device) {}
 DeviceGuard::~DeviceGuard() = default;
 const char* device_isa(int) { return "emulator"; }

@@ -7,6 +7,9 @@ constexpr int kMaxDevices = 64;
 
 int device_count();
 
+// Whether this build holds code that the device runs; true for a device that is not here, as a fake tensor may name it.
+bool device_has_code(int device);
+
 // Makes `device` current for as long as the guard lives.
 class DeviceGuard {
  public:

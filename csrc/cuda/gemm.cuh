@@ -128,7 +128,8 @@ struct FragmentProducts {
   static constexpr bool kTensorCores = true;
   template <class TileA, class TileB, class Shape>
   static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<float, Shape>& c) {
-#pragma unroll
+    // As many steps at a time as leave registers for three blocks of 64 x 64 on a multiprocessor.
+#pragma unroll(Shape::kFragmentsN == 2 ? Policy::kUnrolled : kDepth<T>)
     for (int k = 0; k < kDepth<T>; k += Policy::kStep) {
       typename Policy::Fragment x[Shape::kFragmentsM];
 #pragma unroll
@@ -151,11 +152,13 @@ struct FragmentProducts {
 constexpr float kHalfUlp = 1 + 0x1.7p-12f;
 
 // Tensor cores on float32. `kExact`: each factor is split in two, x = high + low, and three of the four products are
-// formed (Markidis et al., 2018): the error is float32's own. Otherwise factors are tf32, off by 1.29 * 2^-11 at most.
+// formed (Markidis et al., 2018); a step's sum begins at zero and is added here, which rounds, where tensor cores cut
+// off, and over thousands of steps to one side (Ootomo and Yokota, 2022): the error is float32's own. Otherwise factors
+// are tf32, off by 1.29 * 2^-11 at most.
 template <bool kExact>
 struct Tf32Products : FragmentProducts<Tf32Products<kExact>, float> {
   static constexpr const char* kName = kExact ? "tf32x3" : "tf32";
-  static constexpr int kStep = 8;
+  static constexpr int kStep = 8, kUnrolled = kExact ? 2 : 4;
   // Word r: (g + 8 (r % 2), t + 4 (r / 2)).
   struct Fragment {
     uint32_t high[4], low[kExact ? 4 : 1];
@@ -191,10 +194,15 @@ struct Tf32Products : FragmentProducts<Tf32Products<kExact>, float> {
     const uint32_t high[2] = {y.high[half], y.high[half + 2]};
     if constexpr (kExact) {
       const uint32_t low[2] = {y.low[half], y.low[half + 2]};
-      mma_tf32(c, x.low, high);
-      mma_tf32(c, x.high, low);
+      float sums[4] = {};
+      mma_tf32(sums, x.low, high);
+      mma_tf32(sums, x.high, low);
+      mma_tf32(sums, x.high, high);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) c[r] += sums[r];
+    } else {
+      mma_tf32(c, x.high, high);
     }
-    mma_tf32(c, x.high, high);
   }
 };
 
@@ -202,7 +210,7 @@ struct Tf32Products : FragmentProducts<Tf32Products<kExact>, float> {
 template <class T>
 struct HalfProducts : FragmentProducts<HalfProducts<T>, T> {
   static constexpr const char* kName = "mma";
-  static constexpr int kStep = 16;
+  static constexpr int kStep = 16, kUnrolled = 4;
   // Word r: (g + 8 (r % 2), 2 t and 2 t + 1 + 8 (r / 2)).
   struct Fragment {
     uint32_t words[4];
@@ -274,12 +282,13 @@ __device__ __forceinline__ void store_each(const int64_t m0, int64_t n0, int64_t
     }
 }
 
-// A product's sizes. Blocks of z are group * splits + split.
+// A product's sizes.
 struct GemmSize {
   int64_t m, n, k;
   int groups, splits;
-  int64_t split_depth;    // of K a split: a multiple of the stage's
-  bool row_sums = false;  // whether the sums of A's rows are wanted, too: a column of C after the last
+  int64_t split_depth;                 // of K a split: a multiple of the stage's
+  bool row_sums = false;               // whether the sums of A's rows are wanted, too: a column of C after the last
+  Divider tiles_m = {}, tiles_n = {};  // of a group and split; blocks take those of M first, then of N
 
   __host__ __device__ int64_t columns() const { return n + row_sums; }
 };
@@ -310,12 +319,17 @@ struct RowSums {
   }
 };
 
-// Blocks that stay on a multiprocessor: three of 80 registers a thread, two of 128, or one where products of three hold
-// both parts of their factors.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kWideBlocksFit = false;  // the compiler wants more than 128 registers
+#else
+constexpr bool kWideBlocksFit = true;
+#endif
+// Blocks that stay on a multiprocessor: three of 80 registers a thread, two of 128, or one of 128 x 128 where products
+// of three hold both parts of their factors.
 template <class T, class Products, class Shape>
-constexpr int kGemmBlocks = Shape::kM == 64 && sizeof(T) < 8                                   ? 3
-                            : Shape::kN == 128 && std::is_same_v<Products, Tf32Products<true>> ? 1
-                                                                                               : 2;
+constexpr int kGemmBlocks = Shape::kM == 64 && sizeof(T) < 8                                                        ? 3
+                            : Shape::kN == 128 && (!kWideBlocksFit || std::is_same_v<Products, Tf32Products<true>>) ? 1
+                                                                                                                    : 2;
 
 // What a product is for, which says how large its sides are, and how much its readers hold.
 enum class Role { forward, grad_input, grad_weight };
@@ -336,8 +350,10 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
   constexpr int kOperandA = kOperandBytes<Shape::kM> / sizeof(T),
                 kStage = kOperandA + kOperandBytes<Shape::kN> / sizeof(T);
   const GemmSize& size = problem.size;
-  const int64_t m0 = int64_t{blockIdx.x} * Shape::kM, n0 = int64_t{blockIdx.y} * Shape::kN;
-  const int group = blockIdx.z / size.splits, split = blockIdx.z % size.splits;
+  uint32_t tile_m = blockIdx.x, tile_n = size.tiles_m.split(tile_m);
+  const uint32_t matrix = size.tiles_n.split(tile_n);  // group * splits + split
+  const int64_t m0 = int64_t{tile_m} * Shape::kM, n0 = int64_t{tile_n} * Shape::kN;
+  const int group = matrix / size.splits, split = matrix % size.splits;
   const int64_t first = split * size.split_depth;
   const int64_t depth = size.k - first < size.split_depth ? size.k - first : size.split_depth;
   const int stages = static_cast<int>((depth + kDepth<T> - 1) / kDepth<T>);
@@ -357,7 +373,7 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
   const int warp_m = warp / Shape::kWarpsN * Shape::kWarpM, warp_n = warp % Shape::kWarpsN * Shape::kWarpN;
   Accumulators<Compute<T>, Shape> c;
   RowSums<Compute<T>, typename LoadsA::Tile, Shape::kM> row_sums;
-  const bool sums_rows = Problem::kRole == Role::grad_weight && size.row_sums && blockIdx.y == 0;
+  const bool sums_rows = Problem::kRole == Role::grad_weight && size.row_sums && tile_n == 0;
   begin_kernel();
   for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
   for (int stage = 0; stage < stages; ++stage) {
@@ -371,7 +387,7 @@ __global__ void __launch_bounds__(kGemmThreads, kGemmBlocks<T, Products, Shape>)
   }
 
   Compute<T>* partials = nullptr;
-  if (problem.partials) partials = problem.partials + int64_t{blockIdx.z} * size.m * size.columns();
+  if (problem.partials) partials = problem.partials + int64_t{matrix} * size.m * size.columns();
   if (sums_rows) {
     const Compute<T> sum = row_sums.total();
     const int64_t m = m0 + row_sums.row();
@@ -486,10 +502,13 @@ void run_gemm_in_blocks(const char* operation, const Queue& queue, Problem probl
   choose_splits<T, Shape>(size, device_multiprocessors(queue.device), can_split);
   if (size.splits > 1)
     problem.partials = queue.workspace<Compute<T>>(size.groups * int64_t{size.splits} * size.m * size.columns());
-  const dim3 grid((size.m + Shape::kM - 1) / Shape::kM, (size.n + Shape::kN - 1) / Shape::kN,
-                  size.groups * size.splits);
-  launch(operation, queue, gemm_kernel<T, Products, Shape, Problem>, grid, kGemmThreads, kGemmSharedBytes<Shape>,
-         problem);
+  const int64_t blocks = blocks_of<Shape>(size) * size.splits;  // along x alone: y and z end at 65535
+  if (blocks > 0) {
+    size.tiles_m = Divider((size.m + Shape::kM - 1) / Shape::kM);
+    size.tiles_n = Divider((size.n + Shape::kN - 1) / Shape::kN);
+    launch(operation, queue, gemm_kernel<T, Products, Shape, Problem>, dim3(static_cast<unsigned>(blocks)),
+           kGemmThreads, kGemmSharedBytes<Shape>, problem);
+  }
   if (size.splits > 1) add_splits<T>(operation, queue, problem);
 }
 

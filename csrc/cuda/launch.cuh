@@ -16,7 +16,7 @@ namespace fastnn::cuda {
 
 const char* device_isa(int device);  // "sm_90"; "emulator"
 int device_multiprocessors(int device);
-int device_capability(int device);    // 90
+int device_capability(int device);    // 90: of the code that runs there, or 0 where this build has none
 int device_shared_bytes(int device);  // that a block may have
 bool sync_debug();                    // FASTNN_SYNC_DEBUG=1
 void check_launch(const char* operation, const Queue& queue);

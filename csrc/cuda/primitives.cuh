@@ -246,11 +246,20 @@ __device__ __forceinline__ void wait_for_copies() {
 #ifndef __CUDACC__
 namespace emulator {
 
-// c += a b for a 16 x 8 tile: lanes hand over a (4 words), b (2 words) and c (4 floats). kPack values a word.
+// The float next to `exact`, towards zero.
+inline float cut_off(double exact) {
+  const float rounded = static_cast<float>(exact);
+  const bool is_beyond = std::isfinite(rounded) && std::fabs(double{rounded}) > std::fabs(exact);
+  return is_beyond ? std::nextafterf(rounded, 0) : rounded;
+}
+
+// c += a b for a 16 x 8 tile, cut off as tensor cores do: lanes hand over a (4 words), b (2 words) and c (4 floats).
+// kPack values a word.
 template <int kPack>
 void multiply_fragments(Slots s, float (*value)(uint32_t word, int part)) {
   constexpr int kDepth = 8 * kPack;
-  float a[16][kDepth], b[kDepth][8], c[16][8];
+  float a[16][kDepth], b[kDepth][8];
+  double c[16][8];
   for (int l = 0; l < kWarp; ++l) {
     const int g = l / 4, t = l % 4;
     for (int r = 0; r < 4; ++r)
@@ -261,9 +270,9 @@ void multiply_fragments(Slots s, float (*value)(uint32_t word, int part)) {
   }
   for (int i = 0; i < 16; ++i)
     for (int k = 0; k < kDepth; ++k)
-      for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
+      for (int j = 0; j < 8; ++j) c[i][j] += double{a[i][k]} * b[k][j];
   for (int l = 0; l < kWarp; ++l)
-    for (int r = 0; r < 4; ++r) s[l][6 + r] = float_to_bits(c[l / 4 + 8 * (r >> 1)][2 * (l % 4) + (r & 1)]);
+    for (int r = 0; r < 4; ++r) s[l][6 + r] = float_to_bits(cut_off(c[l / 4 + 8 * (r >> 1)][2 * (l % 4) + (r & 1)]));
 }
 
 inline void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Combine combine) {

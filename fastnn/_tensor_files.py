@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastnn._extras import require
@@ -105,7 +106,12 @@ def _checked_document(path: Path, kind: str, metadata: Mapping[str, str] | None)
 
 
 def pack(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
-    """`value` as JSON that keeps tuples, Counters and keys of any type; its tensors go to `tensors`."""
+    """`value` as JSON that keeps tuples, Counters and keys of any type; its tensors go to `tensors`.
+
+    Numbers of numpy's, which schedules compute, become Python's.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, torch.Tensor):

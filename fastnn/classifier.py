@@ -49,6 +49,12 @@ EVALUATION_BATCH_ON_CPU, EVALUATION_BATCH_ELSEWHERE = 64, 128
 # Images per pass of the search for NaN: a pass over 1024 28x28 images stays in the cache of one core.
 FINITE_CHECK_BATCH = 1024
 
+# More threads than any machine has processors: where the system cannot start one, OpenMP ends the process.
+MAX_THREADS = 1024
+
+# More images than fit in memory, and few enough that 64 batches of them, which are looked at together, do not overflow.
+MAX_BATCH_SIZE = 2**31 - 1
+
 
 class CNNClassifier(nn.Sequential):
     """Blocks of convolution, ReLU and 2x2 max-pool, then dense layers with ReLU, then one logit per class.
@@ -188,7 +194,8 @@ class CNNClassifier(nn.Sequential):
         Args:
             x: images, a numpy array or tensor: uint8 (taken as x / 255) or float (taken as they are), shaped
                 (n, channels, height, width), (n, height, width, channels), or (n, height, width) for one
-                channel; the first where the shape fits both. uint8 images stay uint8 in memory.
+                channel; the first where the shape fits both. uint8 images stay uint8 in memory; of floats in
+                another dtype than the model's a copy in that is made.
             y: one label per image: strings, integers or anything hashable, as list, array or tensor.
             lr: learning rate of an optimizer given by name.
             optimizer: "adam", "adamw" or "sgd" (without momentum), or an optimizer of this model's
@@ -197,7 +204,8 @@ class CNNClassifier(nn.Sequential):
                 labels; or a callable of (logits, class indices) that returns the mean over the batch. What the
                 history records is the batches' mean, weighted by their numbers of images: of a loss that weighs
                 images differently, such as one with class weights, it depends on `batch_size`.
-            validation_data: (x, y) for val_loss and val_accuracy after each epoch.
+            validation_data: (x, y) for val_loss and val_accuracy after each epoch. The history's accuracies are
+                over all `num_classes` logits, also those beyond the classes, which `predict` and `evaluate` leave out.
             callbacks: callables `f(model, record)`, or objects with such an `on_epoch_end`, called after each
                 epoch with its record (see `History`), once the epoch is in the checkpoint; one that returns
                 True stops the training.
@@ -205,7 +213,7 @@ class CNNClassifier(nn.Sequential):
                 epochs; the best epoch's parameters are restored. Or an `EarlyStopping`.
             shuffle: a new order in each epoch, a function of (seed, epoch) alone.
             seed: drawn from torch's generator when left out; `history_.seed` tells it.
-            num_threads: torch's thread count during this call.
+            num_threads: torch's thread count during this call, at most 1024.
             progress: a bar on a terminal (with the package rich, part of fastnn[app]), elsewhere one printed
                 line per epoch. False sends that line to the logger "fastnn" instead.
             checkpoint: a file that is rewritten after every epoch with all that the next one depends on.
@@ -227,7 +235,7 @@ class CNNClassifier(nn.Sequential):
                     complete epoch, and the history is returned.
         """
         epochs = whole_number(epochs, "epochs", 1)
-        batch_size = whole_number(batch_size, "batch_size", 1)
+        batch_size = whole_number(batch_size, "batch_size", 1, MAX_BATCH_SIZE)
         images = self._images(x, "x")
         labels = _label_list(y, "y", len(images))
         classes = self._classes_for(labels)
@@ -248,7 +256,7 @@ class CNNClassifier(nn.Sequential):
         if wants_bf16(precision):
             settings["precision"] = precision
         history = History()
-        with thread_limit(None if num_threads is None else whole_number(num_threads, "num_threads", 1)):
+        with thread_limit(None if num_threads is None else whole_number(num_threads, "num_threads", 1, MAX_THREADS)):
             try:
                 return train(
                     self,
@@ -307,17 +315,29 @@ class CNNClassifier(nn.Sequential):
 
         `batch_size` as of `predict_proba`. The mean loss is over parts of 64 batches, weighted by their numbers of
         images: of a loss that weighs images differently, such as one with class weights, it depends on `batch_size`.
+        An answer is right where `predict` gives the image's label; the loss is of all logits, as in `fit`.
         """
-        batches = self._batches(x, y, self._class_list(), self._evaluation_batch(batch_size), "")
-        mean_loss, accuracy = evaluate(self, batches, make_loss(loss))
-        return {"loss": mean_loss, "accuracy": accuracy}
+        classes = self._class_list()
+        batches = self._batches(x, y, classes, self._evaluation_batch(batch_size), "")
+        loss_function = make_loss(loss)
+        correct = torch.zeros((), dtype=torch.int64, device=self._device)
+
+        def counting_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            # What training.evaluate counts is the best of all logits, also of those beyond the classes.
+            correct.add_((logits[:, : len(classes)].argmax(1) == targets).sum())
+            return loss_function(logits, targets)
+
+        mean_loss, _ = evaluate(self, batches, counting_loss)
+        return {"loss": mean_loss, "accuracy": correct.item() / len(batches)}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes parameters, constructor arguments and class list to a safetensors file.
 
         Labels must be strings, integers, floats or booleans. A file already at `path` is replaced only when
-        the new one is complete.
+        the new one is complete. Raises ValueError for a network that `load` could not make from the constructor's
+        arguments: with layers exchanged, added or changed, pruned, or of several dtypes.
         """
+        self._check_reloadable()
         classes = getattr(self, "classes_", self.classes)
         for label in classes or ():
             if type(label) not in (str, int, float, bool):
@@ -370,6 +390,19 @@ class CNNClassifier(nn.Sequential):
         names = ("input_shape", "num_classes", "conv_channels", "hidden", "kernel_size", "padding")
         values = ((name, getattr(self, name)) for name in names)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+
+    def _check_reloadable(self) -> None:
+        """Raises ValueError where the constructor, which `load` calls, makes other layers or tensors than these."""
+        with torch.device("meta"):
+            model = type(self)(**self._config())
+        expected, got = _contents(model.to(self._dtype)), _contents(self)
+        for name in expected | got:
+            made, found = (contents.get(name, "none") for contents in (expected, got))
+            if made != found:
+                raise ValueError(
+                    f"model: {name}: expected {made}, as the constructor makes it, got {found}; a model file holds no "
+                    "other network"
+                )
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -433,10 +466,10 @@ class CNNClassifier(nn.Sequential):
     def _evaluation_batch(self, batch_size: int | None) -> int:
         if batch_size is None:
             return EVALUATION_BATCH_ON_CPU if self._device.type == "cpu" else EVALUATION_BATCH_ELSEWHERE
-        return whole_number(batch_size, "batch_size", 1)
+        return whole_number(batch_size, "batch_size", 1, MAX_BATCH_SIZE)
 
     def _images(self, x: Any, name: str) -> torch.Tensor:
-        """`x` as a tensor (n, channels, height, width) of the type it came in, checked."""
+        """`x` as a tensor (n, channels, height, width), uint8 or of the model's dtype, checked."""
         images = _as_tensor(x, name)
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise TypeError(f"{name}: expected uint8 (0 to 255) or float images, got {images.dtype}")
@@ -459,11 +492,20 @@ class CNNClassifier(nn.Sequential):
             raise ValueError(f"{name}: expected images of shape {shapes}, got {got}{one}")
         if not len(images):
             raise ValueError(f"{name}: expected at least one image, got none (shape {got})")
-        images = images.contiguous()
-        if images.is_floating_point():
-            with without_spinning_threads():
-                _check_finite(images, self._dtype, name)
+        if not images.is_floating_point():
+            return images.contiguous()
+        with without_spinning_threads():
+            # Compiled steps gather images of the model's own dtype alone. One copy at most, of any strides.
+            images = images.to(self._dtype, memory_format=torch.contiguous_format).contiguous()
+            _check_finite(images, name)
         return images
+
+
+def _contents(model: CNNClassifier) -> dict[str, str]:
+    """What a model file has to give back: the layers as they print themselves, and the tensors' shapes and dtypes."""
+    layers = {f"layer {name}": repr(layer) for name, layer in model.named_children()}
+    state = model.state_dict().items()
+    return layers | {f"tensor {name}": f"{tuple(tensor.shape)} of {tensor.dtype}" for name, tensor in state}
 
 
 def _sizes(shape: Sequence[int]) -> str:
@@ -481,7 +523,11 @@ def _as_tensor(x: Any, name: str) -> torch.Tensor:
         if x.layout != torch.strided or x.is_quantized:
             raise TypeError(f"{name}: expected a dense tensor, got {x.layout} {x.dtype}")
         return x.detach().resolve_neg()
-    array = np.asarray(x)
+    try:
+        array = np.asarray(x)
+    except ValueError:
+        _check_same_shapes(x, name)
+        raise
     if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
         raise TypeError(f"{name}: expected uint8 (0 to 255) or float images, got an array of {array.dtype}")
     # torch takes neither foreign byte orders nor negative strides.
@@ -492,9 +538,19 @@ def _as_tensor(x: Any, name: str) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _check_finite(images: torch.Tensor, dtype: torch.dtype, name: str) -> None:
+def _check_same_shapes(pictures: Sequence[Any], name: str) -> None:
+    first = np.shape(pictures[0])
+    for index, picture in enumerate(pictures):
+        if np.shape(picture) != first:
+            raise ValueError(
+                f"{name}: expected images of one shape, got {tuple(first)} at index 0 and {tuple(np.shape(picture))} "
+                f"at index {index}"
+            )
+
+
+def _check_finite(images: torch.Tensor, name: str) -> None:
     for start in range(0, len(images), FINITE_CHECK_BATCH):
-        part = images[start : start + FINITE_CHECK_BATCH].to(dtype)
+        part = images[start : start + FINITE_CHECK_BATCH]
         # The sum costs a fraction of an elementwise test; where it overflows the test decides.
         if math.isfinite(part.sum().item()):
             continue
@@ -567,9 +623,12 @@ def _stored_classes(classes: Any, num_classes: int) -> list[Hashable]:
 
 
 def _class_array(classes: list[Hashable]) -> np.ndarray:
-    """The labels as an array: of their common type, else of objects."""
+    """The labels as an array: of their common type where it gives them back as they are, else of objects."""
     if len({type(label) for label in classes}) == 1 and type(classes[0]) in (str, int, float, bool):
-        return np.array(classes)
+        array = np.array(classes)
+        # numpy makes floats of negative integers beside those from 2**63, and cuts off a text's NULs at the end.
+        if repr(array.tolist()) == repr(classes):
+            return array
     array = np.empty(len(classes), dtype=object)
     array[:] = classes
     return array

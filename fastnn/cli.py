@@ -23,7 +23,7 @@ from fastnn import data
 from fastnn._extras import MissingLibraryError, require
 from fastnn._files import atomic_path
 from fastnn._ranks import joined_ranks
-from fastnn.classifier import CNNClassifier
+from fastnn.classifier import MAX_THREADS, CNNClassifier
 from fastnn.runtime import kernel_dtypes, thread_limit
 from fastnn.training import History, TrainingError
 
@@ -123,7 +123,9 @@ ValidationSplitOption = Annotated[
     float | None,
     typer.Option(help="Fraction of the images kept for testing, where the data has no test set of its own."),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, help="Threads of the processor; all when left out.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=MAX_THREADS, help="Threads of the processor; all when left out.")
+]
 DeviceOption = Annotated[
     str, typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU where there is one that fastnn was built for.")
 ]
@@ -132,7 +134,7 @@ ModelArgument = Annotated[Path, typer.Argument(help="A model file that `fastnn t
 
 def choose_device(name: str, rank: int = 0) -> torch.device:
     """The device of that name; the ranks of one machine share its GPUs."""
-    built, found = kernel_dtypes("cuda") is not None, torch.cuda.is_available()
+    built, found = kernel_dtypes(torch.device("cuda", 0)) is not None, torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if built and found else "cpu"
     try:
@@ -165,7 +167,7 @@ def parse_image_size(text: str | None) -> tuple[int, int] | None:
 def parse_widths(text: str, option: str) -> tuple[int, ...]:
     """``"32,64"``; an empty text is no layer at all."""
     widths = text.replace(" ", "").split(",") if text.strip() else []
-    if not all(width.isdecimal() for width in widths):
+    if not all(width.isdecimal() and len(width) <= 18 for width in widths):  # more digits overflow 64 bits
         raise ValueError(f"{option}: expected numbers such as 32,64, got {text!r}")
     return tuple(int(width) for width in widths)
 
@@ -190,7 +192,7 @@ def train(
     precision: Annotated[
         str, typer.Option(help="fp32, or bf16 for products in bfloat16 on processors with AVX512-BF16.")
     ] = "fp32",
-    seed: Annotated[int, typer.Option(min=0, help="Fixes first parameters and order of images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Fixes first parameters and order of images.")] = 0,
     threads: ThreadsOption = None,
     device: DeviceOption = "auto",
     out: Annotated[Path, typer.Option(help="The model file to write.")] = Path("model.safetensors"),
@@ -364,7 +366,7 @@ def plot_history(history: History, title: str) -> Figure:
     figure: Figure = require("matplotlib.figure", "the picture of the training curve").Figure(
         figsize=(9, 4), layout="constrained"
     )
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     epochs = [record["epoch"] for record in history.epochs]
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for key, label in ((quantity, "training"), (f"val_{quantity}", "test")):
@@ -401,6 +403,8 @@ def evaluate(
     """Print the accuracy on the test images and a table by class; write a picture of the confusion matrix."""
     metrics = require("sklearn.metrics", "evaluate")
     model = CNNClassifier.load(model_file).to(choose_device(device))
+    picture = picture or model_file.with_suffix(".confusion.png")
+    check_picture(picture)
     names = model_classes(model)
     channels, height, width = model.input_shape
     _, test_set = data.load(data_source, validation_split=validation_split, image_size=(height, width))
@@ -422,9 +426,16 @@ def evaluate(
     typer.echo(f"{test_set.name}: accuracy {accuracy:.2%} ({int((truth == predicted).sum())} of {len(truth)} images)")
     print_class_table(names, precision, recall, support)
     matrix = metrics.confusion_matrix(truth, predicted, labels=labels)
-    picture = picture or model_file.with_suffix(".confusion.png")
     save_picture(plot_confusion_matrix(matrix, names, f"{test_set.name}, accuracy {accuracy:.2%}"), picture)
     typer.echo(f"saved {picture}")
+
+
+def check_picture(path: Path) -> None:
+    """Refuse a name that tells no format, before the work that the picture is to show."""
+    figure = require("matplotlib.figure", "the picture of the confusion matrix").Figure()
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ValueError(f"--picture: expected a file name that ends in .{', .'.join(formats)}, got {str(path)!r}")
 
 
 def model_classes(model: CNNClassifier) -> list[str]:
@@ -452,11 +463,11 @@ def plot_confusion_matrix(matrix: np.ndarray, names: Sequence[str], title: str) 
     axes = figure.subplots()
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, rotation=90, parse_math=False)
+    axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     if len(names) <= MAX_MATRIX_NUMBERS:
         for (row, column), count in np.ndenumerate(matrix):
             if count:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -43,6 +43,10 @@ SIDE_BY_SIDE_BYTES = 256 << 20
 # then are captured one by one.
 STEPS_PER_REPLAY = {"cpu": (32, 8), "cuda": (8,)}
 
+# torch documents these schedulers to be stepped after every batch, all others after every epoch. They change learning
+# rate, betas and momentum alone.
+BATCH_SCHEDULERS = (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR)
+
 
 @dataclass
 class _Launch:
@@ -53,8 +57,11 @@ class _Launch:
 
 
 def _captured_in_graph(steps: Iterable[Callable[[], object]]) -> Callable[[], object]:
+    """On a stream of the current device. What other threads do meanwhile, as a DataLoader's that pins memory, is no
+    part of it and does not end it."""
     graph = torch.cuda.CUDAGraph()
-    with capture_kernels() as kernels, torch.cuda.graph(graph):
+    stream = torch.cuda.Stream()
+    with capture_kernels() as kernels, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for step in steps:
             step()
 
@@ -121,6 +128,11 @@ class _Recording(Memory):
 
         Each says whether kernels did all of it, as they must where a program is to hold it.
         """
+        device = self.images.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # it need not be the current one
+            self._launch(name, depends, steps)
+
+    def _launch(self, name: str, depends: tuple[Any, ...], steps: Sequence[Callable[[], bool]]) -> None:
         before = self.launches.get(name)
         on_gpu = self.images.is_cuda
         if before is None or not _same(before.depends, depends):
@@ -223,7 +235,7 @@ class _Compiled:
         if wants_bf16(precision) and self._dtype is not torch.float32:
             raise NotCompilable(f"precision: expected 'fp32' for {self._dtype} parameters, got 'bf16'")
         self._device = self._parameters[0].device
-        dtypes = kernel_dtypes(self._device.type)
+        dtypes = kernel_dtypes(self._device)
         if dtypes is None:
             raise NotCompilable(f"model: expected parameters on a device with kernels, got {self._device}")
         for parameter in self._parameters:
@@ -248,7 +260,10 @@ class _Compiled:
     def _gather(recording: _Recording, images: Tensor, index: Tensor, targets: Tensor | None = None) -> None:
         """The program's images become ``images[index]``, uint8 scaled to 0..1, and its targets ``targets[index]``."""
         divisor = 255.0 if images.dtype is torch.uint8 else 1.0
-        _C.gather_images(recording.images, images, index, divisor, recording.results.get("targets"), targets)
+        batch = recording.images
+        if images.dim() == 2:  # rows are images of one pixel
+            batch, images = batch[:, :, None, None], images[:, :, None, None]
+        _C.gather_images(batch, images, index, divisor, recording.results.get("targets"), targets)
 
     def _recording(self, shape: tuple[int, ...], copy: int = 0) -> _Recording:
         recording = self._recordings.get((copy, *shape))
@@ -258,9 +273,13 @@ class _Compiled:
 
     @torch.no_grad()
     def _record(self, shape: tuple[int, ...]) -> _Recording:
-        if len(shape) != 4 or shape[0] < 1:
-            raise ValueError(f"images: expected shape (n, channels, height, width) with n of at least 1, got {shape}")
-        images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=torch.channels_last)
+        if len(shape) not in (2, 4) or shape[0] < 1:
+            expected = "(n, channels, height, width) or (n, features) with n of at least 1"
+            raise NotCompilable(f"images: expected shape {expected}, got {shape}")
+        memory_format = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        images = torch.empty(shape, dtype=self._dtype, device=self._device, memory_format=memory_format)
+        if getattr(self._model, "input_shape", shape[1:]) != shape[1:]:
+            self._model(images)  # a CNNClassifier refuses them, whatever its layers take
         recording = _Recording(images, self._precision, self._grads, self._backward_follows)
         self._record_programs(recording)
         return recording
@@ -380,14 +399,15 @@ class _Rates:
         return any(isinstance(n, Tensor) for group in self._optimizer.param_groups for n in self._scheduled(group))
 
     def bring(self, steps: int, schedule: Callable[[], object]) -> None:
-        """Copies the groups' numbers to the device, for each of the steps, after each of which comes `schedule`."""
+        """Copies the groups' numbers to the device, for each of the steps. `schedule` comes between two."""
         rows: list[list[float]] = []
         tensors: dict[int, Tensor] = {}
-        for _ in range(steps):
+        for step in range(steps):
+            if step > 0:
+                schedule()
             row: list[Any] = [n for group in self._optimizer.param_groups for n in self._scheduled(group)]
             tensors = {i: n for i, n in enumerate(row) if isinstance(n, Tensor)}
             rows.append([0.0 if i in tensors else float(n) for i, n in enumerate(row)])
-            schedule()
         if len(rows[0]) != self._numbers.shape[1]:  # the optimizer has another group
             self._make_room()
         if rows != self._rows[:steps]:
@@ -397,6 +417,7 @@ class _Rates:
             self._rows[:steps] = rows
         for i, tensor in tensors.items():
             self._numbers[0, i].copy_(tensor)
+            self._rows[0] = None  # which has 0.0 for it
 
     def depends(self) -> tuple[Any, ...]:
         """What the update was made from besides."""
@@ -457,9 +478,10 @@ class CompiledStep(_Compiled):
         before_update: called with the loss and the number of right answers when the parameters have their ``grad``,
             and may change all of them in place.
 
-    Calling it with images ``(n, channels, height, width)`` and class numbers ``(n,)`` makes one step and returns
-    the mean loss and the number of right answers, 0-dimensional tensors that the next step overwrites. Each batch
-    size is recorded once. Parameters keep their storage; their ``grad`` is the step's own memory.
+    Calling it with images ``(n, channels, height, width)``, or rows ``(n, features)`` for Linear layers, and class
+    numbers ``(n,)`` makes one step and returns the mean loss and the number of right answers, 0-dimensional tensors
+    that the next step overwrites. Each batch size is recorded once. Parameters keep their storage; their ``grad`` is
+    the step's own memory. Images get no gradient.
 
     What is changed of the model or the loss between two steps - layers, arguments, ``requires_grad``, hooks - holds
     from the next one on: programs are recorded anew.
@@ -468,7 +490,7 @@ class CompiledStep(_Compiled):
         NotCompilable: where a program cannot express the model, loss or optimizer; says what stands in the way. A call
             raises it, too, once they were changed into such.
         ValueError: for a precision that is unknown or that this processor does not have; in a call, for shapes that
-            do not fit.
+            do not fit, and for images that require a gradient.
         TypeError: in a call, for images that are not of the parameters' dtype, and for targets that are not int64.
 
     Equivalent to (in ``"fp32"``)::
@@ -527,6 +549,10 @@ class CompiledStep(_Compiled):
         self.refresh()
         if images.dtype is not self._dtype:
             raise TypeError(f"images: expected {self._dtype}, as the parameters are, got {images.dtype}")
+        if images.requires_grad:
+            raise ValueError(
+                "images: expected ones that require no gradient, since they get none; pass images.detach()"
+            )
         if targets.dtype is not torch.int64:
             raise TypeError(f"targets: expected class numbers of torch.int64, got {targets.dtype}")
         if targets.shape != images.shape[:1]:
@@ -554,8 +580,8 @@ class CompiledStep(_Compiled):
     ) -> tuple[Tensor, Tensor]:
         """Steps on ``index.split(batch_size)``, as :meth:`on_rows` makes them, several in a replay.
 
-        `schedule` follows each step and may change learning rate, betas or momentum. Returns the loss of each step and
-        the number of right answers of all.
+        `schedule` follows each step and may change the optimizer's options; with others than torch's `BATCH_SCHEDULERS`
+        a replay is of one step. Returns the loss of each step and the number of right answers of all.
         """
         self.refresh()
         steps = math.ceil(len(index) / batch_size)
@@ -564,7 +590,7 @@ class CompiledStep(_Compiled):
         done = 0
         while done < steps:
             rest = index[done * batch_size :]
-            several = STEPS_PER_REPLAY[self._device.type] if self._replays_several() else ()
+            several = STEPS_PER_REPLAY[self._device.type] if self._replays_several(schedule) else ()
             count = next((n for n in several if len(rest) >= n * batch_size), 1)
             results = self._run_rows(images, targets, rest[: count * batch_size], count, schedule).results
             losses[done : done + count] = results["losses"][:count]
@@ -633,20 +659,23 @@ class CompiledStep(_Compiled):
                 if self._before_update is not None:
                     self._before_update(recording.results["losses"][0], recording.results["correct"][0])
                 self._update()
-                schedule()
             else:
                 torch.autograd.graph.increment_version(self._grads)  # a replay modifies them behind torch's back
+        schedule()
 
     def _replays_update(self) -> bool:
         """Whether the update is part of what is replayed."""
         return self._updates_itself() and self._before_update is None
 
-    def _replays_several(self) -> bool:
-        return self._rates is not None and self._replays_update() and not self._rates.hold_tensors()
+    def _replays_several(self, schedule: Callable[[], object]) -> bool:
+        """Whether nothing but what `_Rates` brings changes between steps."""
+        is_known = schedule is unscheduled or type(getattr(schedule, "__self__", None)) in BATCH_SCHEDULERS
+        return is_known and self._rates is not None and self._replays_update() and not self._rates.hold_tensors()
 
     def _updates_itself(self) -> bool:
-        """Whether the update is fastnn's own and nobody watches it."""
-        return self._has_own_update and not optim.is_hooked(self._optimizer)
+        """Whether the update is fastnn's own and nobody watches or replaced it."""
+        optimizer = self._optimizer
+        return self._has_own_update and optim.has_step_of_class(optimizer) and not optim.is_hooked(optimizer)
 
     def _update(self) -> bool:
         """Whether kernels alone did it."""

@@ -86,18 +86,20 @@ def convert(
     names and ``state_dict`` keys stay.
 
     Fusing follows the calls that ``forward`` makes as torch.fx traces them, in training and evaluation, with and
-    without optional arguments, all of which must agree. It needs layers that are modules: a ReLU called as a function
-    (``F.relu``, ``x.relu()``) stays in ``forward``, and ``torch.compile(model, backend="fastnn")`` fuses it. In a
-    module that torch.fx cannot trace, or whose code draws random numbers, as to skip a layer at random, a
-    ``Sequential`` or another module with a ``forward`` fuses inside if the code only ever calls it; layers that the
-    code calls itself do not fuse. Code that calls a fused layer other than through ``forward`` - another method, a loop
-    outside the model - sees what it computes now.
+    without gradients and optional arguments, all of which must agree. It needs layers that are modules: a ReLU called
+    as a function (``F.relu``, ``x.relu()``) stays in ``forward``, and ``torch.compile(model, backend="fastnn")`` fuses
+    it. A result that ``forward`` stores, as in an attribute, stays what it was. In a module that torch.fx cannot trace
+    a ``Sequential`` or another module with a ``forward`` fuses inside if the code only ever calls it; layers that the
+    code calls itself do not fuse. So it is where the code draws random numbers, as to skip a layer at random, or asks
+    whether something is a tensor (``isinstance``, ``torch.is_tensor``) or has an attribute that tensors have not. Code
+    that calls a fused layer other than through ``forward`` - another method, a loop outside the model - sees what it
+    computes now.
 
-    The calls are recorded once, here, and what else decides them is frozen as it stands: attributes other than
-    ``training``, global variables, random numbers from CUDA or from a generator of the model's own. Once the ReLU of
-    ``if self.use: x = self.relu(x)`` has fused, ``use = False`` does not take it away. Set such attributes before; to
-    change one later, :func:`revert`, set it and convert again; or let ``filter_fn`` leave that ReLU or pooling as it
-    is, which keeps it from fusing.
+    The calls are recorded once, here, with stand-ins for tensors, whose ``type()`` is another. What else decides them
+    is frozen as it stands: attributes other than ``training``, global variables, autocast and inference mode, random
+    numbers from CUDA or from a generator of the model's own. Once the ReLU of ``if self.use: x = self.relu(x)`` has
+    fused, ``use = False`` does not take it away. Set such attributes before; to change one later, :func:`revert`, set
+    it and convert again; or let ``filter_fn`` leave that ReLU or pooling as it is, which keeps it from fusing.
 
     Left as they are: subclasses, which may compute something else, so also parametrized layers; layers whose
     ``forward`` was replaced; what torch.jit compiled; with a reason in the report. Hooks that see a result between two

@@ -144,14 +144,14 @@ def _load_source(
     if isinstance(source, str) and source in DOWNLOADS:
         return _load_download(source, progress)
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(source):  # unlike Path(""), which is the current folder, "" is none
         if any(_find_idx(path, stem) for stem in IDX_STEMS.values()):
             return _load_idx_folder(path)
         return _load_picture_folders(path, size, progress)
     if path.suffix.lower() == ".npz" and path.exists():
         return _load_npz(path)
     known = ", ".join(["digits", *DOWNLOADS])
-    got = "a file of another kind" if path.exists() else "which does not exist"
+    got = "a file of another kind" if os.path.exists(source) else "which does not exist"
     raise DataError(f"expected {known}, a folder or an .npz file; got {str(source)!r}, {got}")
 
 

@@ -70,7 +70,7 @@ def plan_fusions(
     for name, count in _agreed_lengths(chains, calls).items():
         ends_here = [steps[:count] for steps in chains[name]]
         if any(len(steps) > count for steps in chains[name]):
-            reasons[name] = "what follows differs between its calls, or is called elsewhere, too"
+            reasons.setdefault(name, "what follows differs between its calls, or is called elsewhere, too")
         if count:
             absorbed = dict.fromkeys(calls.layer[node] for steps in ends_here for node, _ in steps)
             fusions[name] = Fusion(tuple(step for _, step in ends_here[0]), tuple(absorbed))

@@ -107,6 +107,12 @@ def _without_dynamo(name: str) -> Any:
     return method
 
 
+def has_step_of_class(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether calling the optimizer's step calls that of its class, at most through a scheduler's wrapper."""
+    step = vars(optimizer).get("step")
+    return step is None or getattr(step, "__wrapped__", None) is type(optimizer).step
+
+
 def is_hooked(optimizer: Any) -> bool:
     """Whether hooks see the optimizer's steps."""
     return bool(
@@ -460,12 +466,11 @@ def convert(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         return optimizer
     if before not in _OPTIMIZERS:
         raise TypeError(f"optimizer: expected a torch.optim.SGD, Adam or AdamW, got {before.__name__}")
-    replaced = vars(optimizer).get("step")
-    if replaced is not None and getattr(replaced, "__wrapped__", None) is not before.step:
+    if not has_step_of_class(optimizer):
         raise TypeError(f"optimizer: expected the step of {before.__name__}, got one that replaces it")
     optimizer.__class__ = _OPTIMIZERS[before]
     optimizer._patch_step_function()  # what a constructor does, since the class's step may not run hooks yet
-    if replaced is not None:
+    if "step" in vars(optimizer):
         _tell_schedulers(optimizer)
     return optimizer
 

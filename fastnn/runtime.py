@@ -43,14 +43,17 @@ if not _EMULATED and _C.build_facts()["cuda"]:
     _KERNEL_DTYPES["cuda"] = _KERNEL_DTYPES["meta"] = _CUDA_DTYPES
 
 
-def kernel_dtypes(device_type: str) -> frozenset[torch.dtype] | None:
-    """The dtypes that kernels serve on a type of device ("cpu", "cuda"); None where there are no kernels."""
-    return _KERNEL_DTYPES.get(device_type)
+def kernel_dtypes(device: torch.device) -> frozenset[torch.dtype] | None:
+    """The dtypes that kernels serve on a device; None where there are none, as on a GPU that the build has no code
+    for."""
+    if device.type == "cuda" and not (_EMULATED or _C.device_has_code(device.index or 0)):
+        return None
+    return _KERNEL_DTYPES.get(device.type)
 
 
 def kernel_dtypes_at(tensor: torch.Tensor) -> frozenset[torch.dtype] | None:
-    """``kernel_dtypes(tensor.device.type)``, without asking for the type's name, which takes four times as long."""
-    return _CPU_DTYPES if tensor.is_cpu else _KERNEL_DTYPES.get(tensor.device.type)
+    """``kernel_dtypes(tensor.device)``, without asking for the device on the CPU, which takes four times as long."""
+    return _CPU_DTYPES if tensor.is_cpu else kernel_dtypes(tensor.device)
 
 
 def runs_on_cuda(tensor: torch.Tensor) -> bool:

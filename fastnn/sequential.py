@@ -37,6 +37,7 @@ __all__ = ["PARTS", "call_in_order"]
 MOST_PLANS = 32
 
 _hooks_on_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
+_jit_tracing_state = torch._C._get_tracing_state
 # Where a Sequential has its parts, in its ``__dict__``.
 PARTS = "_parts_in_order"
 _Part = Callable[[Any], Any]
@@ -44,7 +45,8 @@ _Part = Callable[[Any], Any]
 
 def call_in_order(model: torch.nn.Sequential, input: Any) -> Any:
     """What the model's layers make of `input`, one after another."""
-    if isinstance(input, Proxy):  # whose tracer has stand-ins for parameters, too
+    # torch.fx has stand-ins for parameters, too; torch.jit would record what is looked up to make a chain.
+    if isinstance(input, Proxy) or _jit_tracing_state() is not None:
         return _through(model._modules.values(), input)
     return _through(_parts_of(model), input)
 

@@ -153,6 +153,8 @@ def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any
     window = (kernel_size, stride, padding, dilation)
 
     def stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
+        if input.dim() != 4:
+            raise NotCompilable(f"MaxPool2d: expected images, got shape {tuple(input.shape)}")
         height, width = pool_size(input.shape[2], input.shape[3], *window, ceil_mode)
         shape = (input.shape[0], input.shape[1], height, width)
         output = memory.new(shape, input.dtype, channels_last=True)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import pickle
 import random
+import sys
 import textwrap
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, Proxy
+from torch.fx.proxy import TraceError
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = ["Calls", "calls_of", "has_hooks", "runs_in_order"]
@@ -58,11 +62,12 @@ class Calls:
 
 
 def calls_of(model: torch.nn.Module) -> Calls:
-    """The calls that ``model.forward`` makes, in training and in evaluation, with and without optional arguments.
+    """The calls that ``model.forward`` makes, in training and in evaluation, with and without gradients and optional
+    arguments.
 
     Whatever else decides its path - attributes, global state - is taken as it stands; code that draws random numbers
-    counts as code that torch.fx cannot trace. Tracing sets training modes and runs `forward`, which may do anything to
-    its module: give it a copy.
+    or asks what a tensor is counts as code that torch.fx cannot trace. Tracing sets training modes and runs `forward`,
+    which may do anything to its module: give it a copy.
     """
     calls = Calls()
     names = {module: name for name, module in model.named_modules()}
@@ -138,6 +143,33 @@ def _same_random_numbers_after() -> Iterator[None]:
             np.random.set_state(numpy)
 
 
+class _Proxy(Proxy):
+    """Ends the trace where code asks it what a tensor would answer otherwise.
+
+    It cannot say that its class is Tensor: C++ would believe it, too, and read memory that a proxy has not.
+    """
+
+    @property  # type: ignore[misc]  # of object's, which can be set
+    def __class__(self) -> type:
+        _expect_no_question("isinstance", "is_tensor")
+        return _Proxy
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(torch.Tensor, name):
+            _expect_no_question("hasattr", "getattr")
+        return super().__getattr__(name)
+
+
+def _expect_no_question(*functions: str) -> None:
+    """Raises where code outside of torch, by one of these functions, may have called the method that calls this."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_name in ("__instancecheck__", "is_tensor"):
+        frame = frame.f_back
+    of_torch = str(frame.f_globals.get("__name__")).partition(".")[0] == "torch"
+    if not of_torch and not set(functions).isdisjoint(frame.f_code.co_names):
+        raise TraceError("it asks for the class or attributes of a tensor, which may decide what it calls")
+
+
 class _Tracer(torch.fx.Tracer):
     proxy_buffer_attributes = True  # in-place updates of a buffer are recorded and not made
 
@@ -146,6 +178,11 @@ class _Tracer(torch.fx.Tracer):
         self.opaque_types = opaque_types
         self.entered: list[torch.nn.Module] = []
         self.random_state = _random_state()
+        self.alive: weakref.WeakValueDictionary[Node, Proxy] = weakref.WeakValueDictionary()
+
+    def proxy(self, node: Node) -> Proxy:
+        self.alive[node] = proxy = _Proxy(node, self)
+        return proxy
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
@@ -178,16 +215,18 @@ def _trace(root: torch.nn.Module, opaque_types: set[type]) -> tuple[list[Graph],
         return [], "the call does not lead to it"
     parameters = inspect.signature(type(root).forward).parameters.values()
     optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-    variants = [(training, given) for training in (True, False) for given in ((optional, {}) if optional else ({},))]
+    variants = list(itertools.product((True, False), (True, False), (optional, {}) if optional else ({},)))
     while True:
         tracer = _Tracer(opaque_types)
         try:
             graphs = []
-            for training, given in variants:
+            for training, with_grad, given in variants:
                 for module in root.modules():
                     module.training = training
                 tracer = _Tracer(opaque_types)
-                graphs.append(tracer.trace(root, given or None))
+                with torch.set_grad_enabled(with_grad):
+                    graphs.append(tracer.trace(root, given or None))
+                graphs[-1].output(tuple(tracer.alive))  # what the code has stored somewhere is a result, too
                 tracer.expect_no_random_numbers()
             return graphs, ""
         except Exception as error:

@@ -11,6 +11,7 @@ import copy
 import json
 import math
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from fastnn._tensor_files import (
     unpack,
     write_tensor_file,
 )
-from fastnn.compiled import CompiledForward, CompiledStep, unscheduled, wants_closure
+from fastnn.compiled import BATCH_SCHEDULERS, CompiledForward, CompiledStep, unscheduled, wants_closure
 from fastnn.runtime import note_fallback, without_spinning_threads
 from fastnn.stages import NotCompilable
 
@@ -61,9 +62,6 @@ STEPS_PER_CHECK = 64
 
 # Batches of an evaluation whose outputs are in memory at a time.
 EVALUATED_TOGETHER = 64
-
-# torch documents these schedulers to be stepped after every batch, all others after every epoch.
-BATCH_SCHEDULERS = (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR)
 
 
 class TrainingError(RuntimeError):
@@ -200,8 +198,8 @@ class Step(Protocol):
     """Training steps, each of forward, loss, backward, update.
 
     Takes the rows of `batches` that are the steps' batches, one behind the other, all of `batches.batch_size` but the
-    last. After each step comes `schedule`, which may change learning rate, betas and momentum. Returns the mean loss of
-    each step and the number of right answers of all, on the model's device.
+    last. After each step comes `schedule`, which may change the optimizer's options. Returns the mean loss of each step
+    and the number of right answers of all, on the model's device.
     """
 
     def __call__(
@@ -412,12 +410,14 @@ class EarlyStopping:
     def update(self, record: Record, parameters: dict[str, torch.Tensor]) -> None:
         """Notes the epoch's result; `parameters` are kept, not copied."""
         value = record.get("val_loss", record["loss"])
-        if value < self.best - self.min_delta or self.best_parameters is None:
+        if value < self.best - self.min_delta:
             self.best = value
             self.waited = 0
             self.best_parameters = parameters
         else:
             self.waited += 1
+            if self.best_parameters is None:  # those of the first epoch, until the value falls below infinity
+                self.best_parameters = parameters
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited, "best_parameters": self.best_parameters}
@@ -498,11 +498,16 @@ def train(
     with the run that wrote the checkpoint. Within a process group of torch.distributed all ranks train one model
     together: each has to call this with the same images, starts from rank 0's parameters, and takes its share of
     every batch.
+
+    What a layer, loss, scheduler or callback raises comes out once parameters, optimizer and scheduler are as they were
+    after the last complete epoch, or before the training.
     """
     hooks = _hooks(callbacks)
     loss_function = make_loss(loss)
     early_stopping = _make_early_stopping(early_stopping)
     _check_trains(optimizer)
+    scheduler = _make_scheduler(scheduler, optimizer)
+    _check_schedule(scheduler, epochs, batches.steps, resume)
     ranks = Ranks()
     ranks.check_same(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -516,7 +521,7 @@ def train(
     history = History() if history is None else history
     if early_stopping is not None:
         early_stopping.reset()
-    run = _Run(model, optimizer, _make_scheduler(scheduler, optimizer), early_stopping, history)
+    run = _Run(model, optimizer, scheduler, early_stopping, history)
     file = None
     if checkpoint is not None:
         settings = {
@@ -525,9 +530,9 @@ def train(
             "shuffle": shuffle,
             "loss": loss if isinstance(loss, str) else _name(loss),
             "optimizer": type(optimizer).__name__,
-            "scheduler": type(run.scheduler).__name__,
+            "scheduler": type(scheduler).__name__,
             # A schedule laid out for so many epochs or steps cannot be gone on with for more.
-            "schedule_length": getattr(run.scheduler, "T_max", getattr(run.scheduler, "total_steps", None)),
+            "schedule_length": getattr(scheduler, "T_max", getattr(scheduler, "total_steps", None)),
             "early_stopping": early_stopping.patience if early_stopping else None,
             **(settings or {}),
         }
@@ -555,15 +560,15 @@ def train(
             bar.start_epoch(epoch, epochs, len(batches))
             model.train()
             order = batches.order(history.seed if shuffle else None, epoch)
-            batch_scheduler = run.scheduler if isinstance(run.scheduler, BATCH_SCHEDULERS) else None
+            batch_scheduler = scheduler if isinstance(scheduler, BATCH_SCHEDULERS) else None
             record = _train_epoch(step, order, batches, epoch, batch_scheduler, bar.advance)
             with without_spinning_threads():
                 parameters = _copy_parameters(model)
                 _check_parameters(parameters, epoch, batches.steps)
             if validation is not None:
                 record["val_loss"], record["val_accuracy"] = evaluate(model, validation, loss_function, ranks)
-            if run.scheduler is not None and batch_scheduler is None:
-                _step_scheduler(run.scheduler, record)
+            if scheduler is not None and batch_scheduler is None:
+                _step_scheduler(scheduler, record)
             if early_stopping is not None:
                 early_stopping.update(record, parameters)
                 stopped = early_stopping.stopped
@@ -587,6 +592,9 @@ def train(
             raise
         warnings.warn(f"training interrupted: keeping the state after epoch {complete.epoch}", stacklevel=3)
         return history
+    except Exception:
+        run.restore(complete)
+        raise
     finally:
         bar.close()
         model.train(was_training)
@@ -674,6 +682,18 @@ def _make_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> Schedul
     return scheduler
 
 
+def _check_schedule(scheduler: Scheduler | None, epochs: int, steps: int, resume: bool) -> None:
+    """Refuses a OneCycleLR with fewer steps than the training, which it would end in the middle of an epoch."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR):
+        done = 0 if resume else scheduler.last_epoch  # a checkpoint has its own, which is part of the epochs
+        if scheduler.total_steps < done + epochs * steps:
+            after = f" after {done} that are done" if done else ""
+            raise ValueError(
+                f"scheduler: expected total_steps of at least {done + epochs * steps} ({epochs} epochs of {steps} "
+                f"steps{after}), got {scheduler.total_steps}"
+            )
+
+
 def _make_early_stopping(early_stopping: Any) -> EarlyStopping | None:
     if early_stopping is None or isinstance(early_stopping, EarlyStopping):
         return early_stopping
@@ -740,6 +760,10 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.absolute().parent.is_dir():
             raise FileNotFoundError(f"checkpoint: the folder {self.path.absolute().parent} does not exist")
+        try:
+            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+        except OSError as error:
+            raise OSError(error.errno, f"checkpoint: cannot write here, {error.strerror}", str(self.path)) from error
         # Packed now, so that what cannot be stored is refused before the first epoch and not after it.
         self.settings = {key: pack(value, {}, key) for key, value in settings.items()}
 

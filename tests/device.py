@@ -13,7 +13,7 @@ from fastnn.runtime import kernel_dtypes
 
 DEVICE = torch.device(os.environ.get("FASTNN_TEST_DEVICE", "cpu"))
 ON_CUDA = DEVICE.type == "cuda" or _C.is_emulator()
-KERNEL_DTYPES = sorted(kernel_dtypes(DEVICE.type) or (), key=str)
+KERNEL_DTYPES = sorted(kernel_dtypes(DEVICE) or (), key=str)
 
 
 def expected_isa() -> str:

@@ -161,7 +161,7 @@ def main(arguments: Sequence[str]) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("tests/every_operator.py: expected a GPU that torch sees, got none", file=sys.stderr)
         return 2
-    dtypes = sorted(kernel_dtypes(device.type) or (), key=str)
+    dtypes = sorted(kernel_dtypes(device) or (), key=str)
     if not dtypes:
         print(f"tests/every_operator.py: expected a build with kernels for {device}, got none", file=sys.stderr)
         return 2

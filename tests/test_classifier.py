@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrizations, prune
 
+import fastnn
 from fastnn import nn, optim
 from fastnn.classifier import CNNClassifier, ModelFileError
 
@@ -249,6 +251,20 @@ def test_images_whose_shape_fits_both_ways_have_channels_first() -> None:
         model.predict(images[:, 0])
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_float_images_of_another_dtype_are_computed_as_compiled(dtype: type) -> None:
+    images, labels = small_data()
+    other = (images / 255).astype(dtype)
+    model, expected = small_model(), small_model()
+    with fastnn.explain_dispatch() as log:
+        fit(model, other, labels, epochs=1, validation_data=(other, labels))
+        model.predict(other)
+        model.evaluate(other, labels)
+    assert not [record for record in log if record.operator in ("training_step", "forward_pass")]
+    fit(expected, other.astype(np.float32), labels, epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
 def test_read_only_images_are_taken_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
     images, labels = small_data()
     images.flags.writeable = False
@@ -280,6 +296,8 @@ LABELS: dict[str, tuple[list[Any], list[Any], Any]] = {
     "floats": ([0.5, 2.5, 1.5], [0.5, 1.5, 2.5], np.float64),
     "tuples": ([("b", 1), ("a", 2), ("c", 0)], [("a", 2), ("b", 1), ("c", 0)], tuple),
     "unsortable": (["x", 3, None], ["x", 3, None], object),
+    "beyond int64 and uint64": ([2**63 + 1, -1, 5], [-1, 5, 2**63 + 1], int),
+    "NUL at the end": (["a\0", "a", "b"], ["a", "a\0", "b"], str),
 }
 
 
@@ -323,6 +341,16 @@ def test_fewer_classes_than_logits() -> None:
     fit(model, images, np.array(["a", "b", "c"])[labels])
     assert model.predict_proba(images).shape == (60, 3)
     np.testing.assert_allclose(model.predict_proba(images).sum(1), 1, rtol=1e-5)
+
+
+def test_logits_beyond_the_classes_are_no_answers() -> None:
+    images, labels = small_data()
+    names = np.array(["a", "b", "c"])[labels]
+    model = small_model(num_classes=5)
+    fit(model, images, names)
+    with torch.no_grad():
+        model[-1].bias[3:] = 100
+    assert model.evaluate(images, names)["accuracy"] == np.mean(model.predict(images) == names) > 0.9
 
 
 def test_given_classes_fix_the_order() -> None:
@@ -404,6 +432,42 @@ def test_other_label_types_are_refused_and_nothing_is_written(tmp_path: Path) ->
     with pytest.raises(TypeError, match=r"labels of type str, int, float or bool, got \('b', 1\) of type tuple"):
         small_model(classes=["a", ("b", 1), "c"]).save(tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+OTHER_NETWORKS: dict[str, tuple[Callable[[CNNClassifier], Any], str]] = {
+    "inserted": (lambda m: m.insert(4, torch.nn.Dropout()), r"layer 4: expected Linear\(.*, got Dropout\(p=0.5"),
+    "appended": (lambda m: m.append(torch.nn.Softmax(1)), r"layer 7: expected none, .* got Softmax\(dim=1\)"),
+    "exchanged": (lambda m: m.__setitem__(5, torch.nn.Tanh()), r"layer 5: expected Identity\(\), .* got Tanh\(\)"),
+    "with buffers": (lambda m: m.__setitem__(1, torch.nn.BatchNorm2d(8)), "layer 1: expected Identity.* got BatchNorm"),
+    "without bias": (lambda m: m.__setitem__(6, nn.Linear(8, 3, bias=False)), "layer 6: .* bias=True.* got .*bias=Fal"),
+    "without ReLU": (lambda m: setattr(m[0], "activation", None), "layer 0: expected Conv2d.*activation='relu'.* got"),
+    "weight norm": (lambda m: parametrizations.weight_norm(m[4]), "layer 4: expected Linear.* got ParametrizedLinear"),
+    "pruned": (
+        lambda m: prune.l1_unstructured(m[4], "weight", 0.5),
+        r"tensor 4.weight: expected \(8, 72\) .* got none",
+    ),
+    "two dtypes": (lambda m: m[4].double(), "tensor 4.weight: expected .*float32, .* got .*float64"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), OTHER_NETWORKS.values(), ids=OTHER_NETWORKS.keys())
+def test_a_network_that_would_not_come_back_is_not_saved(
+    change: Callable[[CNNClassifier], Any], words: str, tmp_path: Path
+) -> None:
+    model, path = small_model(), tmp_path / "model"
+    model.save(path)
+    before = path.read_bytes()
+    change(model)
+    with pytest.raises(ValueError, match=f"(?s)model: {words}"):
+        model.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_saving_leaves_torchs_random_numbers_alone(tmp_path: Path) -> None:
+    model = small_model()
+    before = torch.get_rng_state()
+    model.save(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -621,6 +685,11 @@ IMAGES: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "a number": (np.uint8(3), ValueError, r"got \(\)"),
     "none": (np.zeros((0, 8, 8), np.uint8), ValueError, r"x: expected at least one image, got none"),
+    "of different sizes": (
+        [*np.zeros((2, 8, 8), np.uint8), np.zeros((9, 8), np.uint8)],
+        ValueError,
+        r"x: expected images of one shape, got \(8, 8\) at index 0 and \(9, 8\) at index 2",
+    ),
     "complex": (
         np.zeros((60, 8, 8), complex),
         TypeError,
@@ -707,8 +776,9 @@ def test_unknown_labels_are_named() -> None:
 OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"epochs": 0}, ValueError, "epochs: expected a whole number of at least 1, got 0"),
     ({"epochs": 2.5}, TypeError, "epochs: expected a whole number of at least 1, got 2.5"),
-    ({"batch_size": 0}, ValueError, "batch_size: expected a whole number of at least 1, got 0"),
-    ({"batch_size": "32"}, TypeError, "batch_size: expected a whole number of at least 1, got '32'"),
+    ({"batch_size": 0}, ValueError, "batch_size: expected a whole number from 1 to 2147483647, got 0"),
+    ({"batch_size": 2**62}, ValueError, "batch_size: expected a whole number from 1 to 2147483647, got 4611686"),
+    ({"batch_size": "32"}, TypeError, "batch_size: expected a whole number from 1 to 2147483647, got '32'"),
     ({"lr": 0}, ValueError, "lr: expected a positive number, got 0"),
     ({"lr": float("nan")}, ValueError, "lr: expected a positive number, got nan"),
     ({"lr": "fast"}, TypeError, "lr: expected a positive number, got 'fast'"),
@@ -725,7 +795,8 @@ OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"seed": -1}, ValueError, "seed: expected a whole number from 0 to .* got -1"),
     ({"seed": 1.5}, TypeError, "seed: expected a whole number .* got 1.5"),
-    ({"num_threads": 0}, ValueError, "num_threads: expected a whole number of at least 1, got 0"),
+    ({"num_threads": 0}, ValueError, "num_threads: expected a whole number from 1 to 1024, got 0"),
+    ({"num_threads": 100_000}, ValueError, "num_threads: expected a whole number from 1 to 1024, got 100000"),
     ({"early_stopping": 0}, ValueError, "early_stopping: expected a whole number of at least 1, got 0"),
     (
         {"early_stopping": 1.5},

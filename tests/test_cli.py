@@ -19,13 +19,14 @@ import pytest
 import safetensors.torch
 import torch
 from dispatch_log import kernels_of, ran_kernels
+from matplotlib.text import Text
 from PIL import Image
 
 import fastnn
 import fastnn.bench
 from fastnn import _C, cli, data
 from fastnn.classifier import CNNClassifier
-from fastnn.training import TrainingError
+from fastnn.training import History, TrainingError
 
 INSTALLED = Path(fastnn.__file__).parents[1]  # interpreters that start there find the fastnn that is tested
 PICTURES_ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar10-images.tar.xz"
@@ -302,6 +303,19 @@ def test_train_evaluate_and_predict_on_real_photographs(tmp_path: Path) -> None:
     assert answer["class"] in taken
 
 
+def test_pictures_show_names_with_dollars_as_they_are(tmp_path: Path) -> None:
+    name = "a $x^$ b"  # as mathtext: an error
+    record = {"epoch": 1, "loss": 0.5, "accuracy": 0.5, "val_loss": 0.5, "val_accuracy": 0.5}
+    figures = [
+        cli.plot_history(History([record]), name),
+        cli.plot_confusion_matrix(np.eye(2, dtype=int), [name, "b"], name),
+    ]
+    for figure in figures:
+        cli.save_picture(figure, tmp_path / "m.png")
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        assert name in texts
+
+
 # --------------------------------------------------------------------------------------------- info and bench
 
 
@@ -420,8 +434,11 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "image size 0": (["--image-size", "0"], "expected one or two numbers from 1 to 4096"),
     "channels": (["--conv-channels", "32,x"], "--conv-channels: expected numbers such as 32,64"),
     "hidden": (["--hidden", "-5"], "--hidden: expected numbers such as 32,64"),
+    "no data": (["--data", ""], "a folder or an .npz file; got '', which does not exist"),
+    "batch size": (["--batch-size", str(2**63)], "batch_size: expected a whole number from 1 to 2147483647"),
     "no memory": (["--conv-channels", "2000000000,2000000000"], "cannot make a model with conv_channels="),
     "overflow": (["--hidden", "4000000000000,4000000000000"], "cannot make a model with conv_channels="),
+    "beyond 64 bits": (["--hidden", str(10**22)], f"--hidden: expected numbers such as 32,64, got '{10**22}'"),
     "too small": (["--image-size", "8", "--conv-channels", "8,8,8"], "too small"),
     "learning rate": (["--lr", "-1"], "lr: expected a positive number, got -1.0"),
     "optimizer": (["--optimizer", "magic"], "optimizer: expected one of"),
@@ -443,10 +460,11 @@ def test_train_refuses_a_place_it_cannot_write(tmp_path: Path) -> None:
     assert "is a folder" in error_of("train", "--out", tmp_path / "m.safetensors")
 
 
-def test_typer_refuses_numbers_with_the_same_exit_code() -> None:
-    result = run("train", "--epochs", "0")
+@pytest.mark.parametrize(("option", "value"), [("--epochs", 0), ("--threads", 100_000), ("--seed", 2**63)])
+def test_typer_refuses_numbers_with_the_same_exit_code(option: str, value: int) -> None:
+    result = run("train", option, value)
     assert result.code == 2
-    assert "--epochs" in result.err
+    assert f"Invalid value for '{option}'" in result.err
     assert "Traceback" not in result.err
 
 
@@ -478,6 +496,15 @@ def test_a_picture_that_cannot_be_written_is_named(trained: tuple[Path, str], tm
     error = error_of("evaluate", trained[0], "--picture", tmp_path / "gone" / "m.png")
     assert "gone" in error
     assert "no such folder" in error
+
+
+@pytest.mark.parametrize("name", ["confusion", "confusion.foo"])
+def test_a_picture_whose_name_tells_no_format_is_refused_before_the_work(
+    trained: tuple[Path, str], tmp_path: Path, name: str
+) -> None:
+    error = error_of("evaluate", trained[0], "--data", "nope", "--picture", tmp_path / name)
+    assert "--picture: expected a file name that ends in ." in error
+    assert error.endswith(f"got {str(tmp_path / name)!r}")
 
 
 BAD_MODELS = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 import fastnn
 from fastnn import _C, compiled, nn, optim
@@ -234,6 +235,99 @@ def test_a_call_before_the_update_sees_and_changes_what_the_step_found() -> None
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+class WithWeightDecay(lr_scheduler.OneCycleLR):
+    """The weight decay follows the learning rate."""
+
+    def step(self, epoch: int | None = None) -> None:
+        super().step(epoch)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = group["lr"]
+
+
+SCHEDULES: dict[str, tuple[Callable[[], Any], Callable[..., Any]]] = {
+    "of a tensor": (
+        lambda: torch.tensor(0.1),
+        partial(lr_scheduler.CyclicLR, base_lr=0.01, max_lr=0.2, step_size_up=5, cycle_momentum=False),
+    ),
+    "of a weight decay": (lambda: 0.1, partial(WithWeightDecay, max_lr=0.2, total_steps=50)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_takes_effect_after_its_step(name: str) -> None:
+    rate, schedule = SCHEDULES[name]
+    compiled, eager = both(odd_sizes, torch.float32)
+    optimizers = [optim.SGD(model.parameters(), lr=rate()) for model in (compiled, eager)]
+    schedulers = [schedule(optimizer) for optimizer in optimizers]
+    loss = nn.CrossEntropyLoss()
+    images, targets = data((2, 11, 13), 3, 6, torch.float32)
+    index = torch.arange(3 * 50) % 6
+    losses, _ = compile_step(compiled, loss, optimizers[0]).on_batches(images, targets, index, 3, schedulers[0].step)
+    for got, rows in zip(losses, index.split(3), strict=True):
+        assert torch.equal(got, autograd_step(eager, loss, optimizers[1], images[rows], targets[rows]))
+        schedulers[1].step()
+    assert all(torch.equal(a, b) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))
+
+
+def test_a_rate_of_zero_after_a_tensor_moves_nothing() -> None:
+    model, _ = both(odd_sizes, torch.float32)
+    optimizer = optim.SGD(model.parameters(), lr=torch.tensor(0.5))
+    step = compile_step(model, nn.CrossEntropyLoss(), optimizer)
+    images, targets = data((2, 11, 13), 3, 6, torch.float32)
+    for _ in range(2):
+        step(images, targets)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = [parameter.clone() for parameter in model.parameters()]
+    step(images, targets)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_step_that_replaces_the_optimizers_is_called() -> None:
+    compiled, eager = both(odd_sizes, torch.float32)
+    loss = nn.CrossEntropyLoss()
+    images, targets = data((2, 11, 13), 3, 6, torch.float32)
+    calls: list[Any] = []
+
+    def clipping(model: torch.nn.Module) -> torch.optim.Optimizer:
+        optimizer = optim.SGD(model.parameters(), lr=1.0)
+        inner = optimizer.step
+
+        def step(closure: Any = None) -> Any:
+            calls.append(model)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            return inner(closure)
+
+        optimizer.step = step  # type: ignore[method-assign]
+        return optimizer
+
+    step, optimizer = compile_step(compiled, loss, clipping(compiled)), clipping(eager)
+    for _ in range(3):
+        assert torch.equal(step(images, targets)[0], autograd_step(eager, loss, optimizer, images, targets))
+    assert calls == [compiled, eager] * 3
+    assert all(torch.equal(a, b) for a, b in zip(compiled.parameters(), eager.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+def test_linear_layers_take_rows(dtype: torch.dtype) -> None:
+    def build() -> torch.nn.Sequential:
+        return torch.nn.Sequential(nn.Linear(5, 7, activation="relu"), nn.Linear(7, 3))
+
+    compiled, eager = both(build, torch.float32)
+    loss = nn.CrossEntropyLoss()
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randint(256, (20, 5), generator=generator).to(dtype)
+    inputs = features / 255 if dtype is torch.uint8 else features
+    targets = torch.randint(3, (20,), generator=generator)
+    step = compile_step(compiled, loss, optim.SGD(compiled.parameters(), lr=0.1))
+    optimizer = optim.SGD(eager.parameters(), lr=0.1)
+    for rows in torch.arange(20).split(8):
+        got, _ = step.on_rows(features, targets, rows)
+        assert torch.equal(got, autograd_step(eager, loss, optimizer, inputs[rows], targets[rows]))
+        got, _ = step(inputs[rows], targets[rows])
+        assert torch.equal(got, autograd_step(eager, loss, optimizer, inputs[rows], targets[rows]))
+    assert torch.equal(CompiledForward(compiled).on_batches(features, torch.arange(8), 8), eager(inputs[:8]))
+
+
 class Doubling(torch.nn.Sequential):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) * 2
@@ -307,6 +401,15 @@ def test_images_of_a_wrong_shape_are_refused() -> None:
         step(torch.rand(2, 11, 13), torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match="weight: expected shape"):
         step(torch.rand(2, 2, 9, 9), torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_classifier_refuses_images_of_another_shape_than_its_own() -> None:
+    model = fastnn.CNNClassifier((1, 12, 12), 2, (4,), (8,))
+    step = compile_step(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters()))
+    images = torch.rand(4, 1, 13, 13)  # with as many features as 12x12
+    for call in (model, lambda images: step(images, torch.zeros(4, dtype=torch.int64))):
+        with pytest.raises(ValueError, match=r"input: expected shape \(n, 1, 12, 12\), got \(4, 1, 13, 13\)"):
+            call(images)
 
 
 # Changes between two steps: each takes a model and its loss, and both ways of a step must follow.
@@ -387,6 +490,12 @@ def test_hooks_on_the_loss_and_optimizers_with_closures_go_through_autograd() ->
     [
         (torch.rand(4, 2, 11, 13).double(), torch.zeros(4, dtype=torch.int64), TypeError, "images: expected torch.fl"),
         (torch.ones(4, 2, 11, 13).byte(), torch.zeros(4, dtype=torch.int64), TypeError, "got torch.uint8"),
+        (
+            torch.rand(4, 2, 11, 13, requires_grad=True),
+            torch.zeros(4, dtype=torch.int64),
+            ValueError,
+            r"images\.detach",
+        ),
         (torch.rand(4, 2, 11, 13), torch.rand(4), TypeError, "targets: expected class numbers of torch.int64"),
         (torch.rand(4, 2, 11, 13), torch.tensor([2]), ValueError, r"targets: expected shape \(4,\)"),
     ],

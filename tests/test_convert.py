@@ -6,7 +6,7 @@ import copy
 import pickle
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -372,6 +372,27 @@ class LooksInside(DependsOnData):
         return x
 
 
+def stores(m: Any, x: Tensor) -> Tensor:
+    m.before = m.conv(x)
+    return m.relu(m.before)
+
+
+def stores_deeper(m: Any, x: Tensor) -> Tensor:
+    m.kept["all"] = [m.conv(x)]
+    return m.relu(m.kept["all"][0])
+
+
+def in_nested_containers() -> nn.Module:
+    model = Block(stores_deeper)
+    model.kept = {}
+    return model
+
+
+def if_gradients_are_recorded(m: Any, x: Tensor) -> Tensor:
+    x = m.conv(x)
+    return m.relu(x) if torch.is_grad_enabled() else x
+
+
 def without_gradient(m: Any, x: Tensor) -> Tensor:
     x = m.conv(x)
     with torch.no_grad():
@@ -424,6 +445,9 @@ NOT_FUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "an optional argument": (OptionalReLU, "OptionalReLU.forward cannot be traced: symbolically traced variables"),
     "an optional tensor": (OptionalMask, DIFFERS),
     "in training alone": (TrainsWithout, DIFFERS),
+    "stored in an attribute": (lambda: Block(stores), "its result is used 2 times"),
+    "stored in containers": (in_nested_containers, "its result is used 2 times"),
+    "with gradients alone": (lambda: Block(if_gradients_are_recorded), DIFFERS),
     "grad mode between": (with_bias, "relu runs under another grad or autocast mode"),
     "ours, fused by hand": (
         lambda: stages(fastnn.nn.Conv2d(1, 4, 3, activation="relu"), nn.ReLU()),
@@ -452,6 +476,60 @@ def test_the_other_branch_of_forward_computes_what_it_did(training: bool) -> Non
     for model, arguments in ((OptionalReLU(), (False,)), (OptionalMask(), (torch.tensor(2.0),)), (TrainsWithout(), ())):
         model.train(training)
         assert_same_results(model, convert(model), images(), *arguments)
+
+
+QUESTIONS: dict[str, Callable[[Any], bool]] = {
+    "isinstance": lambda x: isinstance(x, Tensor),
+    "isinstance of a list": lambda x: not isinstance(x, (list, tuple)),
+    "isinstance of a sequence": lambda x: not isinstance(x, Sequence),
+    "is_tensor": lambda x: torch.is_tensor(x),
+    "hasattr": lambda x: not hasattr(x, "mask"),
+    "getattr": lambda x: getattr(x, "mask", None) is None,
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_what_the_class_of_the_input_decides_does_not_fuse(question: str) -> None:
+    class Asks(DependsOnData):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.body(x)
+            return self.conv(x) if QUESTIONS[question](x) else self.relu(self.conv(x))
+
+    model = Asks(stages(conv(1, 1), nn.ReLU()))
+    converted = convert(model)
+    report = conversion_report(converted)
+    assert report.fused == {"body.0": ("body.1",)}
+    assert report.not_fused["conv"] == (
+        "Asks.forward cannot be traced: it asks for the class or attributes of a tensor, which may decide what it calls"
+    )
+    assert_same_results(model, converted, images())
+
+
+def test_questions_to_others_are_no_question() -> None:
+    """As those of torch's functions, whose C++ asks what their arguments are, and of code that asks layers."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.relu(getattr(m, "conv")(x)) if isinstance(m.conv, nn.Conv2d) and hasattr(x, "shape") else x  # noqa: B009
+        return halved(x)
+
+    def halved(x: Tensor) -> Tensor:
+        return torch.where(x > 0, x / 2, 0.0)
+
+    assert conversion_report(convert(Block(forward))).fused == {"conv": ("relu",)}
+
+
+def test_what_a_model_has_stored_is_what_it_was() -> None:
+    model, converted = Block(stores), convert(Block(stores))
+    converted.load_state_dict(model.state_dict())
+    model(images()), converted(images())
+    torch.testing.assert_close(converted.before, model.before)
+
+
+def test_without_gradients_a_model_computes_what_it_did() -> None:
+    model = Block(if_gradients_are_recorded)
+    converted = convert(model)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(images()), model(images()))
 
 
 def test_an_untraceable_forward_fuses_what_it_calls_as_a_whole() -> None:

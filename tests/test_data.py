@@ -643,3 +643,28 @@ def test_atomic_path_refuses_impossible_places(tmp_path: Path) -> None:
         pass
     with pytest.raises(IsADirectoryError, match="got a folder"), atomic_path(tmp_path):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("name", ["pipe", "link"])
+def test_atomic_path_refuses_what_is_no_file(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with (
+        pytest.raises(OSError, match=f"expected the name of a file to write, got a pipe: .*{name}"),
+        atomic_path(tmp_path / name),
+    ):
+        pytest.fail("the block runs")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_atomic_path_keeps_the_permissions_of_a_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    target.chmod(0o600)
+    with atomic_path(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o600

@@ -29,6 +29,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastnn import CNNClassifier, data
+from fastnn._tensor_files import open_tensor_file, pack, unpack, write_tensor_file
 from fastnn.data import DataError
 from fastnn.training import ModelFileError
 
@@ -279,6 +280,17 @@ def test_damaged_models(kind: str, data: st.DataObject) -> None:
     content, read = MODEL_FILES[kind]
     # ValueError: settings that read as those of another run; ModelFileError is one too.
     read_damaged(data.draw(damaged(content)), "file.safetensors", read, ValueError)
+
+
+def test_checkpoints_hold_numbers_of_numpys(tmp_path: Path) -> None:
+    state = {"lr": np.float64(0.5), np.int64(2): (np.float32(1.5), np.bool_(True))}
+    path = tmp_path / "file.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    write_tensor_file(path, "checkpoint", {"state": pack(state, tensors, "state")}, tensors)
+    with open_tensor_file(path, "checkpoint") as file:
+        read = unpack(file.document["state"], file)
+    assert read == {"lr": 0.5, 2: (1.5, True)}
+    assert [type(value) for value in (read["lr"], *read[2])] == [float, float, bool]
 
 
 JSON = st.recursive(

@@ -576,6 +576,14 @@ def test_convert_takes_sequentials_and_revert_gives_them_back() -> None:
     assert type(fastnn.convert(Doubled(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))) is Doubled
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torch_jit_traces_a_model_that_has_not_been_called(name: str) -> None:
+    _, ours, x = both(name)
+    traced = torch.jit.trace(ours, x)  # traces again to check, and compares the graphs
+    torch.testing.assert_close(traced(x), ours(x))
+
+
 @needs_cpu
 def test_compilers_see_the_layers() -> None:
     _, model, x = both("digits")

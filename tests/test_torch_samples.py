@@ -20,12 +20,15 @@ from device import DEVICE, ON_CUDA
 from dispatch_log import ran_kernels
 from torch import Tensor
 from torch.testing._comparison import default_tolerances
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import module_db
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastnn import functional, nn, optim
+
+with pytest.MonkeyPatch.context() as patch:  # importing them would freeze torch's switches for the whole process
+    patch.setattr(torch.backends, "disable_global_flags", lambda: None)
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+    from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 
 pytestmark = pytest.mark.skipif(ON_CUDA, reason="the tables are asked for the dtypes that torch has on CPUs")
 

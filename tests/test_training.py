@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from fastnn import optim
+from fastnn import nn, optim
 from fastnn.classifier import CNNClassifier
 from fastnn.training import (
     STEPS_PER_CHECK,
@@ -193,6 +193,17 @@ def test_train_serves_any_model_that_gives_logits() -> None:
     assert not model.training
 
 
+@pytest.mark.parametrize("shape", [(16,), (4, 4)], ids=["rows", "channels of pixels"])
+def test_train_serves_other_inputs_than_images(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    targets = torch.arange(30) % CLASSES
+    batches = Batches(torch.rand(30, *shape) + targets.view(-1, *[1] * len(shape)), targets, 8)
+    model = torch.nn.Sequential(torch.nn.Flatten(), nn.Linear(16, CLASSES))
+    optimizer = optim.Adam(model.parameters(), lr=0.1)
+    history = train(model, batches, epochs=10, optimizer=optimizer, validation=batches, seed=0, progress=False)
+    assert history[-1]["val_loss"] < 0.5 * history[0]["val_loss"]
+
+
 def test_progress_prints_one_line_per_epoch_away_from_a_terminal(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -323,6 +334,37 @@ def test_interrupt_in_the_first_epoch_is_raised_with_the_parameters_as_before() 
     assert torch.equal(parameters(model), before)
 
 
+def raise_in_the_third_epoch(model: torch.nn.Module, record: dict[str, float]) -> None:
+    if record["epoch"] == 3:
+        with torch.no_grad():
+            model[0].weight.zero_()
+        raise OSError("the disk of the callback is full")
+
+
+class EndingRate(lr_scheduler.CyclicLR):
+    def step(self, epoch: int | None = None) -> None:
+        if self.last_epoch == 17:
+            raise OSError("the disk of the scheduler is full")
+        super().step(epoch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"callbacks": [raise_in_the_third_epoch]},
+        {"scheduler": partial(EndingRate, base_lr=0.01, max_lr=0.01, cycle_momentum=False)},
+    ],
+    ids=["callback", "scheduler"],
+)
+def test_what_others_raise_leaves_the_last_complete_epoch(options: dict[str, Any]) -> None:
+    expected, model = make_model(), make_model()
+    fit(expected, epochs=3)
+    with pytest.raises(OSError, match="is full"):
+        fit(model, **options)
+    assert torch.equal(parameters(model), parameters(expected))
+    assert len(model.history_) == 3
+
+
 # ---- stopping
 
 
@@ -362,6 +404,15 @@ def test_early_stopping_counts_nan_as_no_fall_and_watches_the_loss_without_valid
         assert not stopping.stopped
         stopping.update({"loss": loss}, {})
     assert stopping.stopped and stopping.best == 1.0
+
+
+def test_early_stopping_takes_any_number_for_better_than_nan() -> None:
+    stopping = EarlyStopping(2)
+    first, second = {"of": torch.ones(1)}, {"of": torch.zeros(1)}
+    stopping.update({"loss": math.nan}, first)
+    assert stopping.waited == 1 and stopping.best_parameters is first
+    stopping.update({"loss": 5.0}, second)
+    assert stopping.waited == 0 and stopping.best == 5.0 and stopping.best_parameters is second
 
 
 def test_a_callback_that_returns_true_stops() -> None:
@@ -406,6 +457,22 @@ def test_one_cycle_steps_with_every_batch() -> None:
             reference.step()
         expected.append(reference.get_last_lr()[0])
     assert rates == pytest.approx(expected)
+
+
+def test_one_cycle_has_to_last_for_all_epochs(tmp_path: Path) -> None:
+    model = make_model()
+    before = parameters(model)
+    optimizer = optim.SGD(model.parameters(), lr=1.0)
+    scheduler = lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=12)
+    options = {"optimizer": optimizer, "scheduler": scheduler, "checkpoint": tmp_path / "run.safetensors"}
+    with pytest.raises(ValueError, match=r"total_steps of at least 15 \(3 epochs of 5 steps\), got 12"):
+        fit(model, epochs=3, **options)
+    assert torch.equal(parameters(model), before)
+    fit(model, epochs=1, **options)
+    with pytest.raises(ValueError, match=r"at least 15 \(2 epochs of 5 steps after 5 that are done\), got 12"):
+        fit(model, epochs=2, **options)
+    fit(model, epochs=2, resume=True, **options)
+    assert scheduler.last_epoch == 10
 
 
 def test_plateau_scheduler_sees_the_loss() -> None:
@@ -524,6 +591,15 @@ def test_checkpoint_faults_come_before_the_training(tmp_path: Path) -> None:
     fit(model, epochs=1, checkpoint=damaged)
     with pytest.raises(ModelFileError, match="expected a fastnn model, got a fastnn 'checkpoint' file"):
         CNNClassifier.load(damaged)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which even root makes no files")
+def test_a_checkpoint_in_a_folder_that_takes_none_is_refused_before_the_training() -> None:
+    model = make_model()
+    before = parameters(model)
+    with pytest.raises(OSError, match=r"checkpoint: cannot write here, .*: '/proc/run\.safetensors'"):
+        fit(model, checkpoint="/proc/run.safetensors")
+    assert torch.equal(parameters(model), before)
 
 
 def rewrite(path: Path, change: Any) -> None:

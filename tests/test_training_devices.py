@@ -268,3 +268,13 @@ def test_a_second_device() -> None:
     with fastnn.explain_dispatch() as log:
         model(images).sum().backward()
     assert {record.device for record in log} == {"cuda:1"}
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda" or torch.cuda.device_count() < 2, reason="needs a second GPU")
+@pytest.mark.parametrize("first", [None, "cuda:0"], ids=["alone", "after_another"])
+def test_compiled_steps_train_on_a_device_that_is_not_current(first: str | None) -> None:
+    for device in filter(None, (first, "cuda:1")):
+        model, (images, labels) = network().to(device), (t.to(device) for t in data(4))
+        step = compile_step(model, fastnn.nn.CrossEntropyLoss(), fastnn.optim.SGD(model.parameters(), lr=0.1))
+        losses = [float(step(images, labels)) for _ in range(12)]
+        assert losses == sorted(losses, reverse=True) and len(set(losses)) == len(losses)

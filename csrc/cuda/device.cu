@@ -36,6 +36,7 @@ __global__ void probe_kernel() {}
 struct Facts {
   std::once_flag asked;
   int multiprocessors, capability = 0, shared_bytes;
+  bool has_code;
   char isa[8];
 };
 
@@ -53,6 +54,7 @@ const Facts& facts(int device) {
       f.capability = std::min(hardware, probe.ptxVersion);
     else
       cudaGetLastError();  // not the next launch's
+    f.has_code = f.capability > 0 || device >= device_count();
     f.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
     f.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   });
@@ -66,7 +68,7 @@ int device_count() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
-bool device_has_code(int device) { return device < 0 || device >= device_count() || facts(device).capability > 0; }
+bool device_has_code(int device) { return device < 0 || facts(device).has_code; }
 
 DeviceGuard::DeviceGuard(int device) : before_(device) {
   cudaGetDevice(&before_);

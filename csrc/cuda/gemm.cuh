@@ -121,15 +121,14 @@ struct PlainProducts {
   }
 };
 
-// Tensor cores: kStep values of K an instruction. A policy loads fragments - 16 of M or two times 8 of N, four words a
-// thread - and multiplies them.
+// Tensor cores: kStep values of K an instruction, kUnrolled steps at a time. A policy loads fragments - 16 of M or two
+// times 8 of N, four words a thread - and multiplies them.
 template <class Policy, class T>
 struct FragmentProducts {
   static constexpr bool kTensorCores = true;
   template <class TileA, class TileB, class Shape>
   static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulators<float, Shape>& c) {
-    // As many steps at a time as leave registers for three blocks of 64 x 64 on a multiprocessor.
-#pragma unroll(Shape::kFragmentsN == 2 ? Policy::kUnrolled : kDepth<T>)
+#pragma unroll(Policy::kUnrolled)
     for (int k = 0; k < kDepth<T>; k += Policy::kStep) {
       typename Policy::Fragment x[Shape::kFragmentsM];
 #pragma unroll
@@ -158,7 +157,8 @@ constexpr float kHalfUlp = 1 + 0x1.7p-12f;
 template <bool kExact>
 struct Tf32Products : FragmentProducts<Tf32Products<kExact>, float> {
   static constexpr const char* kName = kExact ? "tf32x3" : "tf32";
-  static constexpr int kStep = 8, kUnrolled = kExact ? 2 : 4;
+  // Several steps of three products at a time would need more registers than kGemmBlocks leaves.
+  static constexpr int kStep = 8, kUnrolled = kExact ? 1 : 4;
   // Word r: (g + 8 (r % 2), t + 4 (r / 2)).
   struct Fragment {
     uint32_t high[4], low[kExact ? 4 : 1];
@@ -210,7 +210,7 @@ struct Tf32Products : FragmentProducts<Tf32Products<kExact>, float> {
 template <class T>
 struct HalfProducts : FragmentProducts<HalfProducts<T>, T> {
   static constexpr const char* kName = "mma";
-  static constexpr int kStep = 16, kUnrolled = 4;
+  static constexpr int kStep = 16, kUnrolled = 4;  // all of a stage
   // Word r: (g + 8 (r % 2), 2 t and 2 t + 1 + 8 (r / 2)).
   struct Fragment {
     uint32_t words[4];

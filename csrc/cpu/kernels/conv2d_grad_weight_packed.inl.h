@@ -225,24 +225,28 @@ struct PackedPart {
   int64_t first_group, end_group, first_panel, end_panel, first_tile, end_tile;
 };
 
-// How far apart strips of the packed factors are, and elements of all of them.
-struct PackedStrips {
-  int64_t source, grad, source_elements, grad_elements;
+// Both factors, how far apart strips of their copies are, and elements of all strips.
+template <class T>
+struct PackedFactors {
+  const T *source, *grad;
+  bool pack, fetch;  // whether they are copied, and while one group is, the next one's numbers are fetched
+  int64_t source_strip, grad_strip, source_elements, grad_elements;
 };
 
-// sums = or += what a unit of one group adds to them. `fetch`: the next group's numbers follow.
+// sums = or += what a unit of one group adds to them; `packed` holds the copies.
 template <class T, int most_rows>
-void packed_unit_of_group(const Conv2dShape& s, const PackedPlan& plan, const PackedUnit& unit, const PackedPart& part,
-                          int64_t group, const T* source, const T* grad, bool pack, bool fetch,
-                          const PackedStrips& strips, T* packed, PackedRuns* runs, const FetchAhead<T>& next_source,
-                          const FetchAhead<T>& next_grad, bool first, T* sums) {
+void packed_unit_of_group(const Conv2dShape& s, const PackedPlan& plan, const PackedFactors<T>& factors,
+                          const PackedUnit& unit, const PackedPart& part, int64_t group, T* packed, PackedRuns* runs,
+                          const FetchAhead<T>& next_source, const FetchAhead<T>& next_grad, bool first, T* sums) {
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s), taps = kernel_taps(s);
   const int64_t first_input = part.first_panel * kTileColumns<T>, first_output = part.first_tile * most_rows;
   const int64_t end_input = part.end_panel * kTileColumns<T> < inputs ? part.end_panel * kTileColumns<T> : inputs;
   const int64_t end_output = part.end_tile * most_rows < outputs ? part.end_tile * most_rows : outputs;
   // The first panel and the first tile, and how far it is to the next ones.
-  const T* unit_source = source + unit.image * s.in_height * s.in_width * s.in_channels + group * inputs + first_input;
-  const T* unit_grad = grad + unit.image * s.out_height * s.out_width * s.out_channels + group * outputs + first_output;
+  const T* unit_source =
+      factors.source + unit.image * s.in_height * s.in_width * s.in_channels + group * inputs + first_input;
+  const T* unit_grad =
+      factors.grad + unit.image * s.out_height * s.out_width * s.out_channels + group * outputs + first_output;
   int64_t next_panel = kTileColumns<T>, next_tile = most_rows;
   PackedLayout source_layout{{0, 1, s.in_height},
                              {0, 1, s.in_width},
@@ -254,9 +258,9 @@ void packed_unit_of_group(const Conv2dShape& s, const PackedPlan& plan, const Pa
                            s.out_height * s.out_width * s.out_channels,
                            s.out_width * s.out_channels,
                            s.out_channels};
-  if (pack) {
+  if (factors.pack) {
     T* sources = packed;
-    T* grads = packed + strips.source_elements;
+    T* grads = packed + factors.source_elements;
     const PixelSpan rows = source_pixels(plan.vertical, unit.row, unit.rows);
     const PixelSpan columns = source_pixels(plan.horizontal, 0, s.out_width);
     const int64_t row_elements = columns.count * kTileColumns<T>;
@@ -264,13 +268,13 @@ void packed_unit_of_group(const Conv2dShape& s, const PackedPlan& plan, const Pa
       const int64_t row = i / rows.count * s.in_height + rows.first + i % rows.count * rows.step;
       pack_strips<T, kTileColumns<T>>(columns.count, unit_source + (row * s.in_width + columns.first) * s.in_channels,
                                       columns.step * s.in_channels, end_input - first_input, sources + i * row_elements,
-                                      strips.source, fetch ? inputs : 0);
+                                      factors.source_strip, factors.fetch ? inputs : 0);
     }
     pack_strips<T, most_rows>(unit.images * unit.rows * s.out_width,
                               unit_grad + unit.row * s.out_width * s.out_channels, s.out_channels,
-                              end_output - first_output, grads, strips.grad, fetch ? outputs : 0);
-    unit_source = sources, next_panel = strips.source;
-    unit_grad = grads, next_tile = strips.grad;
+                              end_output - first_output, grads, factors.grad_strip, factors.fetch ? outputs : 0);
+    unit_source = sources, next_panel = factors.source_strip;
+    unit_grad = grads, next_tile = factors.grad_strip;
     source_layout = {rows, columns, rows.count * row_elements, row_elements, kTileColumns<T>};
     grad_layout = {{unit.row, 1, unit.rows},
                    {0, 1, s.out_width},
@@ -310,17 +314,24 @@ void packed_grad_weight_of_rows(const Conv2dShape& s, const T* source, const T* 
   const int64_t inputs = group_inputs(s), outputs = group_outputs(s);
   const int64_t panels = panels_of<T>(inputs), tiles = (outputs + most_rows - 1) / most_rows;
   const int64_t elements = weight_elements(s);
-  const bool in_place = plan.chunks == 1 && is_ohwi(s), pack = packs_grad_weight<T>(s);
-  const bool fetch_group = s.groups > 1 && worth_fetching<T>(s.batch * s.in_height * s.in_width * s.in_channels);
+  const bool in_place = plan.chunks == 1 && is_ohwi(s);
 
   // Strips are two cache lines further apart than they are long, or all of them would meet in the same sets of L1.
   const int64_t source_pixels_most =
       most_source_pixels(plan.vertical, plan.rows) * most_source_pixels(plan.horizontal, s.out_width);
-  PackedStrips strips{plan.images * source_pixels_most * kTileColumns<T> + 2 * kLanes<T>,
-                      plan.images * plan.rows * s.out_width * most_rows + 2 * kLanes<T>, 0, 0};
-  strips.source_elements = (panels + plan.input_parts - 1) / plan.input_parts * strips.source;
-  strips.grad_elements = (tiles + plan.output_parts - 1) / plan.output_parts * strips.grad;
-  const ThreadScratch<T> packed(max_threads(), pack ? strips.source_elements + strips.grad_elements : 0);
+  PackedFactors<T> factors{
+      .source = source,
+      .grad = grad,
+      .pack = packs_grad_weight<T>(s),
+      .fetch = s.groups > 1 && worth_fetching<T>(s.batch * s.in_height * s.in_width * s.in_channels),
+      .source_strip = plan.images * source_pixels_most * kTileColumns<T> + 2 * kLanes<T>,
+      .grad_strip = plan.images * plan.rows * s.out_width * most_rows + 2 * kLanes<T>,
+      .source_elements = 0,
+      .grad_elements = 0,
+  };
+  factors.source_elements = (panels + plan.input_parts - 1) / plan.input_parts * factors.source_strip;
+  factors.grad_elements = (tiles + plan.output_parts - 1) / plan.output_parts * factors.grad_strip;
+  const ThreadScratch<T> packed(max_threads(), factors.pack ? factors.source_elements + factors.grad_elements : 0);
   const ThreadScratch<PackedRuns> tables(max_threads(), kernel_taps(s));
   const Scratch<T> partials(in_place ? 0 : plan.chunks * elements);
 
@@ -345,9 +356,8 @@ void packed_grad_weight_of_rows(const Conv2dShape& s, const T* source, const T* 
                      after.images * after.rows * s.out_width * s.out_channels};
       }
       for (int64_t group = part.first_group; group < part.end_group; ++group) {
-        packed_unit_of_group<T, most_rows>(s, plan, packed_unit(s, plan, index), part, group, source, grad, pack,
-                                           fetch_group, strips, packed[thread], tables[thread], next_source, next_grad,
-                                           index == first_unit, sums);
+        packed_unit_of_group<T, most_rows>(s, plan, factors, packed_unit(s, plan, index), part, group, packed[thread],
+                                           tables[thread], next_source, next_grad, index == first_unit, sums);
       }
     }
   });

@@ -319,16 +319,8 @@ class CNNClassifier(nn.Sequential):
         """
         classes = self._class_list()
         batches = self._batches(x, y, classes, self._evaluation_batch(batch_size), "")
-        loss_function = make_loss(loss)
-        correct = torch.zeros((), dtype=torch.int64, device=self._device)
-
-        def counting_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            # What training.evaluate counts is the best of all logits, also of those beyond the classes.
-            correct.add_((logits[:, : len(classes)].argmax(1) == targets).sum())
-            return loss_function(logits, targets)
-
-        mean_loss, _ = evaluate(self, batches, counting_loss)
-        return {"loss": mean_loss, "accuracy": correct.item() / len(batches)}
+        mean_loss, accuracy = evaluate(self, batches, make_loss(loss), classes=len(classes))
+        return {"loss": mean_loss, "accuracy": accuracy}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes parameters, constructor arguments and class list to a safetensors file.

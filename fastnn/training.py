@@ -360,8 +360,12 @@ def make_forward(model: torch.nn.Module, batches: Batches) -> Callable[[torch.Te
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss, ranks: Ranks | None = None) -> tuple[float, float]:
+def evaluate(
+    model: torch.nn.Module, batches: Batches, loss: Loss, ranks: Ranks | None = None, classes: int | None = None
+) -> tuple[float, float]:
     """Mean loss and accuracy in eval mode; the model's mode is restored. `ranks` divide the images among them.
+
+    Answers are the largest of the first `classes` logits, of all where it is left out; the loss is of all.
 
     The mean is over calls of `loss`, one for every 64 batches, each weighted by its number of images. Of a loss that
     weighs images differently (`weight=`, `ignore_index=`) it depends on the batch size.
@@ -378,7 +382,7 @@ def evaluate(model: torch.nn.Module, batches: Batches, loss: Loss, ranks: Ranks 
             logits = forward(rows)
             with without_spinning_threads():
                 loss_sum += loss(logits, targets) * len(targets)
-                correct += (logits.argmax(1) == targets).sum()
+                correct += (logits[:, :classes].argmax(1) == targets).sum()
     finally:
         model.train(was_training)
     if ranks is not None:

@@ -60,11 +60,22 @@ inline bool small_groups_side_by_side(const Conv2dShape& s) {
   return groups_side_by_side(s) && multiply_adds(s) / s.groups < kMultiplyAdds;
 }
 
-// body(group, thread) for every group.
+// body(group) for every group.
 template <class Body>
 inline void for_each_group(int64_t groups, bool side_by_side, const Body& body) {
-  if (side_by_side) return parallel_tasks(groups, body);
-  for (int64_t group = 0; group < groups; ++group) body(group, 0);
+  if (side_by_side) return parallel_for(groups, body);
+  for (int64_t group = 0; group < groups; ++group) body(group);
+}
+
+// The same; returns what body returns for the last group, the name of the kernel that is put on record.
+template <class Body>
+inline const char* kernel_of_groups(int64_t groups, bool side_by_side, const Body& body) {
+  const char* last = nullptr;
+  for_each_group(groups, side_by_side, [&](int64_t group) {
+    const char* name = body(group);
+    if (group == groups - 1) last = name;
+  });
+  return last;
 }
 
 // Convolves one group as chosen; returns the kernel's name. Where a weight is not finite, only `always`, else the name
@@ -136,12 +147,10 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const WinogradChoice choice = winograd_choice<T, Products>(all_groups);
   const bool side_by_side = small_groups_side_by_side(s);
   if (choice.tile > 0) {
-    const char* variant = nullptr;  // of the last group
-    for_each_group(s.groups, side_by_side, [&](int64_t group, int) {
+    const char* variant = kernel_of_groups(s.groups, side_by_side, [&](int64_t group) {
       const WinogradKernels<T> kernels{weight + group * outputs * taps * inputs, taps * inputs, 1,
                                        s.kernel_width * inputs, inputs};
-      const char* name = winograd<T, Products>(all_groups.of_group(group), kernels, choice, true);
-      if (group == s.groups - 1) variant = name;
+      return winograd<T, Products>(all_groups.of_group(group), kernels, choice, true);
     });
     return trace<T>("conv2d_forward", variant);
   }
@@ -155,14 +164,13 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   all_groups.panels = panels;
   if constexpr (sizeof(T) == 4) {
     if (row_serves) {
-      bool by_row = false;  // the last group
-      for_each_group(s.groups, side_by_side, [&](int64_t group, int) {
+      const char* variant = kernel_of_groups(s.groups, side_by_side, [&](int64_t group) {
         const GatherConv<T> conv = all_groups.of_group(group);
-        const bool served = winograd_row_conv(conv);
-        if (!served) gather_conv(conv);
-        if (group == s.groups - 1) by_row = served;
+        if (winograd_row_conv(conv)) return "winograd_1x4";
+        gather_conv(conv);
+        return "gather";
       });
-      return trace<T>("conv2d_forward", by_row ? "winograd_1x4" : "gather");
+      return trace<T>("conv2d_forward", variant);
     }
   }
   gather_conv(all_groups);
@@ -285,14 +293,14 @@ void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weig
         all_groups.panels = panels + of_phase;
         if (finite) gather_conv(all_groups);
       } else {
-        for_each_group(s.groups, side_by_side, [&](int64_t group, int) {
+        variant = kernel_of_groups(s.groups, side_by_side, [&](int64_t group) {
           // OHWI has a panel's columns side by side: nothing is packed.
           const WinogradKernels<T> kernels{weight + (group * outputs * taps + places[0]) * inputs, 1, taps * inputs,
                                            (places[choice.taps] - places[0]) * inputs,
                                            (places[1] - places[0]) * inputs};
           const char* name = winograd<T>(all_groups.of_group(group), kernels, choice, false);
           if (!name) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-          if (group == s.groups - 1) variant = name;
+          return name;
         });
       }
       if (!finite) return scatter();
@@ -312,7 +320,7 @@ void conv2d_grad_weight(const Conv2dShape& s, const T* grad, const T* input, T* 
   }
   const int64_t group_weights = group_outputs(s) * group_inputs(s) * kernel_taps(s);
   const auto each_group = [&](const auto& kernel) {
-    for_each_group(s.groups, groups_side_by_side(s), [&](int64_t group, int) {
+    for_each_group(s.groups, groups_side_by_side(s), [&](int64_t group) {
       kernel(s, input + group * group_inputs(s), grad + group * group_outputs(s), grad_weight + group * group_weights);
     });
   };

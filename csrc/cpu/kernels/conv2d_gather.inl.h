@@ -160,8 +160,9 @@ void gather_conv(const GatherConv<T>& conv) {
   const int64_t window_rows = (plan.block * pooling - 1) * conv.step_y + range.y_max - range.y_min + 1;
   const int64_t copied = in_place ? 0 : window_elements({0, 0, window_rows, window_width}, conv.depth);
   const bool from_memory = worth_fetching<T>(conv.batch * conv.source_image_stride);
-  // Products of several taps hide the time of the memory.
-  const bool fetch = from_memory && conv.groups == 1 && conv.taps.count == 1 && !conv.pool && plan.column_parts == 1;
+  // Products of several taps hide the time of the memory. Beside one group of several lie other groups' channels.
+  const bool fetch = from_memory && conv.depth == conv.source_pixel_stride && conv.taps.count == 1 && !conv.pool &&
+                     plan.column_parts == 1;
   const TaskOrder order{conv.batch * plan.blocks, conv.groups * plan.column_parts,
                         conv.panel_elements() > conv.batch * conv.source_image_stride};
   const int64_t ahead = from_memory && conv.groups > 1 && !order.by_columns ? conv.depth : 0;  // the next group

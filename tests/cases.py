@@ -383,6 +383,8 @@ POOL_CASES = (
 
 SOFTMAX_CASES = (
     SoftmaxCase("rows_4x10", (4, 10), 1),
+    SoftmaxCase("short_rows_37x32", (37, 32), 1),
+    SoftmaxCase("rows_5x33", (5, 33), 1),
     SoftmaxCase("columns_5x3", (5, 3), 0),
     SoftmaxCase("vector_17", (17,), 0),
     SoftmaxCase("one_class", (6, 1), -1),

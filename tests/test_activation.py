@@ -104,10 +104,24 @@ def test_softmax_layouts(case: SoftmaxCase, layout: str, isa: str, dtype: torch.
 
 
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
-def test_softmax_of_special_values_is_torchs(name: str, isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((4, 32), "transposed"), ((3, 32), "along"), ((4, 33), "along"), ((4, 32, 2), "abreast")],
+    ids=str,
+)
+def test_kernel_of_softmax(name: str, shape: tuple[int, ...], expected: str, isa: str, dtype: torch.dtype) -> None:
+    x = random(shape, dtype, generator("kernel", name, shape))
+    with ran_kernels(f"{name}_forward", dtype=dtype) as records:
+        getattr(functional, name)(x, 1)
+    assert [record.kernel for record in records] == [expected]
+
+
+@pytest.mark.parametrize("rows", [slice(3), slice(3, 6), slice(6)], ids=["first", "last", "all"])
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_softmax_of_special_values_is_torchs(name: str, rows: slice, isa: str, dtype: torch.dtype) -> None:
     inf, nan = float("inf"), float("nan")
-    rows = [[0, nan, 1], [-inf, 0, 1], [-inf, -inf, -inf], [inf, 0, 1], [1e30, -1e30, 0], [-inf, 5, -inf]]
-    x = torch.tensor(rows, dtype=dtype)
+    values = [[0, nan, 1], [-inf, 0, 1], [-inf, -inf, -inf], [inf, 0, 1], [1e30, -1e30, 0], [-inf, 5, -inf]]
+    x = torch.tensor(values[rows], dtype=dtype)
     actual, expected = getattr(functional, name)(x, 1), getattr(F, name)(x, 1)
     torch.testing.assert_close(actual, expected, equal_nan=True)
 

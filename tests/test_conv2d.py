@@ -405,6 +405,35 @@ def test_a_batch_that_exceeds_the_caches_has_the_bits_of_its_images(name: str, i
     assert_identical(grad, torch.cat([gradient for _, gradient in images]), "gradient")
 
 
+@pytest.mark.parametrize("lines", range(4))
+@pytest.mark.parametrize("stride", [1, 2])
+def test_streamed_depthwise_bits_at_any_distance_of_the_memories(stride: int, lines: int, isa: str) -> None:
+    """An output past the caches so many lines behind the source, modulo 4 KiB, decides the order of the channels."""
+    rng = generator("distance", stride)
+    shape = (21, 1024, 14, 14)
+    x = random(shape, torch.float32, rng).contiguous(memory_format=torch.channels_last)
+    w = random((1024, 1, 3, 3), torch.float32, rng).contiguous(memory_format=torch.channels_last)
+    options = {"stride": (stride, stride), "padding": (1, 1), "dilation": (1, 1), "groups": 1024}
+
+    def strided(source: Tensor, distance: int) -> Tensor:
+        """Memory like `x` with its first number so many lines behind that of `source`, modulo 4 KiB."""
+        memory = torch.empty(x.numel() + 1024)
+        offset = (source.data_ptr() + 64 * distance - memory.data_ptr()) % 4096
+        return memory[offset // 4 :].as_strided(x.shape, x.stride())
+
+    def run(distance: int) -> Tensor:
+        if stride == 1:
+            output = strided(x, distance)
+            _C.conv2d_forward(output, None, x, w, None, *options.values(), False, False)
+            return output
+        grad = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+        output = strided(grad, distance)
+        _C.conv2d_backward(output, None, None, grad, x, w, None, None, *options.values())
+        return output
+
+    assert_identical(run(lines), run(8), "output")
+
+
 @pytest.mark.parametrize("max_pool", [2, (2, 2, 0), ((2, 2), (2, 2), (0, 0)), [2, 2, 0]], ids=str)
 def test_forms_of_max_pool(max_pool: object) -> None:
     x, w = torch.arange(64.0).reshape(1, 1, 8, 8), torch.ones(1, 1, 3, 3)

@@ -209,7 +209,7 @@ double softmax_error(const SoftmaxShape& s) {
 
 template <class T>
 void test_softmax() {
-  for (const SoftmaxShape s : {SoftmaxShape{5, 10, 1}, {3, 257, 1}, {2, 7, 21}, {1, 1, 1}}) {
+  for (const SoftmaxShape s : {SoftmaxShape{5, 10, 1}, {37, 32, 1}, {3, 257, 1}, {2, 7, 21}, {1, 1, 1}}) {
     const int64_t count = s.outer * s.classes * s.inner;
     const double error = softmax_error<T>(s);
     const auto x = integers<T>(count, 1), grad = integers<T>(count, 2);
@@ -243,7 +243,7 @@ void test_softmax() {
 
 template <class T>
 void test_class_losses() {
-  for (const SoftmaxShape lines : {SoftmaxShape{6, 10, 1}, {2, 5, 13}}) {
+  for (const SoftmaxShape lines : {SoftmaxShape{6, 10, 1}, {4, 33, 1}, {2, 5, 13}}) {
     const int64_t samples = lines.outer * lines.inner, count = samples * lines.classes;
     const auto x = integers<T>(count, 1);
     const auto weight = fractions<T>(lines.classes, 0.5, 2, 2);
@@ -412,7 +412,7 @@ const char* const kExpectedVariants[] = {
     "conv2d_grad_input winograd_4x4", "conv2d_grad_weight depthwise", "conv2d_grad_weight lookup",
     "conv2d_grad_weight outer",       "conv2d_grad_weight packed",    "conv2d_grad_weight winograd_4x4",
     "conv2d_grad_weight sparse",      "linear_forward dot",           "linear_forward gemm",
-    "softmax_forward abreast",        "softmax_forward along"};
+    "softmax_forward abreast",        "softmax_forward along",        "softmax_forward transposed"};
 
 }  // namespace
 }  // namespace fastnn::tests

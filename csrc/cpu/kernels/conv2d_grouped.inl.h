@@ -19,6 +19,31 @@ bool grouped_streams(const Conv2dShape& s, const T* output, int64_t pixels) {
   return worth_streaming(output, s.batch * pixels * s.in_channels, s.in_channels);
 }
 
+// Lines from one address to another, of the kAliasLines after which a load may take a store for its own: by 4 KiB, and
+// pixels of a tile may lie a part of that apart. A load one or two lines on from what was just streamed waits until
+// that is in memory, four times as long as a tile takes. So weights lie half of this away from the output, and tiles go
+// backwards over the channels where the source lies one or two lines before it.
+constexpr int64_t kAliasLines = 16;
+inline int64_t alias_lines(const void* from, const void* to) {
+  return static_cast<int64_t>((reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(from)) / kLineBytes) %
+         kAliasLines;
+}
+inline bool goes_backwards(const void* source, const void* output) {
+  const int64_t lines = alias_lines(source, output);
+  return lines == 1 || lines == 2;
+}
+template <class T>
+T* away_from(const T* output, T* scratch) {
+  const int64_t lines = (alias_lines(scratch, output) + kAliasLines / 2) % kAliasLines;
+  return scratch + lines * kLineBytes / static_cast<int64_t>(sizeof(T));
+}
+
+// Weights, with room for away_from().
+template <class T>
+int64_t grouped_weight_elements(const Conv2dShape& s) {
+  return weight_elements(s) + kAliasLines * kLineBytes / static_cast<int64_t>(sizeof(T));
+}
+
 // As WeightSteps, of weights [channel][...] as they were given, whose channels come side by side.
 inline WeightSteps given_steps(const Conv2dShape& s) {
   const int64_t members = group_inputs(s), taps = kernel_taps(s);
@@ -62,12 +87,14 @@ void pack_grouped_gradient(const Conv2dShape& s, const T* ohwi, T* packed) {
 template <class T>
 void grouped_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
   if (s.out_width == 0) return;
-  const Scratch<T> weight(weight_elements(s));
+  const Scratch<T> scratch(grouped_weight_elements<T>(s));
+  T* const weight = away_from<T>(t.output, scratch);
   pack_grouped_forward<T>(s, t.weight, weight);
   const WeightSteps steps = times(given_steps(s), s.out_channels);
   const TapAxis vertical = forward_taps(vertical_axis(s));
   const TapAxis horizontal = forward_taps(horizontal_axis(s));
   const bool stream = grouped_streams(s, t.output, s.out_height * s.out_width);
+  const bool backwards = stream && goes_backwards(t.input, t.output);
   const bool fetch = worth_fetching<T>(s.batch * s.in_height * s.in_width * s.in_channels);
   const int64_t block = grouped_rows_per_task(s.batch, s.out_height), blocks = (s.out_height + block - 1) / block;
   parallel_tasks(s.batch * blocks, [&](int64_t task, int) {
@@ -82,7 +109,8 @@ void grouped_forward(const Conv2dShape& s, const Conv2dForward<T>& t) {
                       s.out_width,
                       s.in_channels,
                       group_inputs(s),
-                      stream};
+                      stream,
+                      backwards};
     const int64_t run = fetch ? 1 : end - first;
     for (int64_t y = first; y < end; y += run) {
       row.source_row = y * s.stride_height;
@@ -104,10 +132,12 @@ template <class T>
 void grouped_grad_input(const Conv2dShape& s, const T* grad, const T* ohwi, T* grad_input) {
   if (s.in_width == 0) return;
   const int64_t members = group_inputs(s);
-  const Scratch<T> weight(weight_elements(s));
+  const Scratch<T> scratch(grouped_weight_elements<T>(s));
+  T* const weight = away_from<T>(grad_input, scratch);
   pack_grouped_gradient<T>(s, ohwi, weight);
   const WeightSteps steps{members * s.in_channels, s.in_channels};
   const bool stream = grouped_streams(s, grad_input, s.in_height * s.in_width);
+  const bool backwards = stream && goes_backwards(grad, grad_input);
   const bool fetch = worth_fetching<T>(s.batch * s.out_height * s.out_width * s.in_channels);
   const int64_t block = grouped_rows_per_task(s.batch, s.in_height), blocks = (s.in_height + block - 1) / block;
   parallel_tasks(s.batch * blocks, [&](int64_t task, int) {
@@ -129,7 +159,8 @@ void grouped_grad_input(const Conv2dShape& s, const T* grad, const T* ohwi, T* g
                           (s.in_width - phase + s.stride_width - 1) / s.stride_width,
                           s.in_channels,
                           members,
-                          stream};
+                          stream,
+                          backwards};
         if (fetch && phase == 0 && y % s.stride_height == 0) row.next_source = next_rows(row, 1);
         for_each_part(row, [&](const GroupedRow<T>& part, int64_t pixel, int64_t pixel_step) {
           with_taps(part, [&](auto width, auto step, auto depthwise) {

@@ -53,7 +53,8 @@ struct GroupedRow {
   int64_t source_row, source_step;  // the source row of offset 0; source pixels from one output pixel to the next
   int64_t pixels;
   int64_t channels, members;
-  bool stream = false;  // stores of the output go past the caches
+  bool stream = false;     // stores of the output go past the caches
+  bool backwards = false;  // over the channels, the last tile first
   FetchAhead<T> next_source{}, next_grad{};
 };
 
@@ -229,7 +230,7 @@ void grouped_tiles(const GroupedRow<T>& row, int64_t rows, int64_t row_step, con
         const int64_t source_row = row.source_row + y * row_step;
         const TapSpan span = taps_inside(row.vertical, source_row, row.source.height);
         for (int64_t i = 0; i < parts; ++i) {
-          const int64_t c = vector_start<T>(i * vectors, row.channels);
+          const int64_t c = vector_start<T>((row.backwards ? parts - 1 - i : i) * vectors, row.channels);
           row.next_source.fetch(tile * parts + i, tiles * parts);
           Vec<T> acc[pixels][vectors];
           FASTNN_UNROLL

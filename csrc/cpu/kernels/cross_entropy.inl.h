@@ -28,12 +28,12 @@ struct Smoothing {
 };
 
 // q_c of a vector of classes, without the target's own part where targets are class numbers.
-template <class T, bool along>
-FASTNN_INLINE Vec<T> target_share(const Lines<T, along>&, const Smoothing<T>& smoothing, const T* weight,
+template <class T, Order order>
+FASTNN_INLINE Vec<T> target_share(const Lines<T, order>&, const Smoothing<T>& smoothing, const T* weight,
                                   const T* probabilities, int64_t at, int64_t lanes, int64_t c) {
   Vec<T> share = broadcast(smoothing.spread);
   if (probabilities) share += smoothing.keep * load_upto(probabilities + at, lanes);
-  return weight ? share * Lines<T, along>::of_class(weight, c, lanes) : share;
+  return weight ? share * Lines<T, order>::of_class(weight, c, lanes) : share;
 }
 
 // Returns the first sample whose target is no class, or -1.
@@ -42,22 +42,25 @@ int64_t cross_entropy_forward(const CrossEntropyShape& shape, const CrossEntropy
   trace<T>("cross_entropy_forward", t.probabilities ? "probabilities" : "indices");
   const Smoothing<T> smoothing(shape, t.classes.weight);
   const bool spreads = t.probabilities || shape.label_smoothing != 0;
+  const Order order = forward_order(shape.lines);
   LossSum total = sum_over_ranges(
-      bundle_count<T>(shape.lines), bundle_grain<T>(shape.lines), [&](int64_t begin, int64_t end, LossSum& task_sum) {
-        for_lines<T>(shape.lines, begin, end, [&](const auto& lines, int64_t first) {
-          const Vec<T> largest = line_maximum(lines, t.input);
+      bundle_count<T>(shape.lines, order), bundle_grain<T>(shape.lines, order),
+      [&](int64_t begin, int64_t end, LossSum& task_sum) {
+        for_lines<T>(shape.lines, order, begin, end, [&](const auto& lines, int64_t first) {
+          const auto input = lines.reading(t.input), probabilities = lines.reading(t.probabilities);
+          const Vec<T> largest = line_maximum<T>(lines, input);
           // dot = sum of q_c (x_c - largest), mass = sum of q_c: the loss is mass * log_sum - dot, both terms >= 0.
           Vec<T> dot{}, mass{}, sum;
           if (spreads) {
-            sum = line_exp_sum(lines, t.input, largest, [&](int64_t at, int64_t lanes, int64_t c, Vec<T> shifted) {
-              const Vec<T> share = target_share(lines, smoothing, t.classes.weight, t.probabilities, at, lanes, c);
+            sum = line_exp_sum<T>(lines, input, largest, [&](int64_t at, int64_t lanes, int64_t c, Vec<T> shifted) {
+              const Vec<T> share = target_share<T>(lines, smoothing, t.classes.weight, probabilities, at, lanes, c);
               dot += keep_first<T>(share * shifted, lanes);
               mass += keep_first<T>(share, lanes);
             });
             dot = lines.total(dot);
             mass = lines.total(mass);
           } else {
-            sum = line_exp_sum(lines, t.input, largest, [](int64_t, int64_t, int64_t, Vec<T>) {});
+            sum = line_exp_sum<T>(lines, input, largest, [](int64_t, int64_t, int64_t, Vec<T>) {});
           }
           const Vec<T> log_sum = logarithm<T>(sum);
           const Vec<T> spread_loss = spreads ? mass * log_sum - dot : Vec<T>{};
@@ -71,7 +74,7 @@ int64_t cross_entropy_forward(const CrossEntropyShape& shape, const CrossEntropy
             if (!t.probabilities) {
               const WeightedClass<T> target = class_of(t.classes, shape.lines.classes, first + l);
               if (target.index >= 0) {
-                const T shifted = t.input[lines.offset + l + target.index * lines.inner] - largest[l];
+                const T shifted = input[lines.offset + l + target.index * lines.inner] - largest[l];
                 loss += smoothing.keep * target.weight * (log_sum[l] - shifted);
               } else {
                 loss = 0;
@@ -95,8 +98,10 @@ void cross_entropy_backward(const CrossEntropyShape& shape, const CrossEntropyBa
   const Smoothing<T> smoothing(shape, t.classes.weight);
   const bool spreads = t.probabilities || shape.label_smoothing != 0;
   const CrossEntropyStatistics<T>& s = t.statistics;
-  parallel_ranges(bundle_count<T>(shape.lines), bundle_grain<T>(shape.lines), [&](int64_t begin, int64_t end) {
-    for_lines<T>(shape.lines, begin, end, [&](const auto& lines, int64_t first) {
+  const Order order = order_in_memory(shape.lines);
+  const int64_t bundles = bundle_count<T>(shape.lines, order), grain = bundle_grain<T>(shape.lines, order);
+  parallel_ranges(bundles, grain, [&](int64_t begin, int64_t end) {
+    for_lines<T>(shape.lines, order, begin, end, [&](const auto& lines, int64_t first) {
       // Of each line: g, g * sum of q_c, and what the target's class loses; all 0 for ignored samples.
       T grads[kLanes<T>] = {}, masses[kLanes<T>] = {}, hot[kLanes<T>] = {};
       int64_t targets[kLanes<T>] = {};

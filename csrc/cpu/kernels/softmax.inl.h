@@ -6,11 +6,15 @@
 //   along (inner == 1)                  abreast (inner > 1)
 //   x_0 x_1 x_2 x_3 | x_4 x_5 x_6 x_7   a_0 b_0 c_0 d_0      <- lines a, b, c, d
 //                                       a_1 b_1 c_1 d_1
+//
+// Forward passes reduce a line twice, which takes longer than the exponentials of few classes: they transpose short
+// lines, which then go abreast.
 #pragma once
 
 #include "cpu/parallel.h"
 #include "cpu/simd/map.h"
 #include "cpu/simd/math.h"
+#include "cpu/simd/transpose.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -20,13 +24,77 @@ constexpr int64_t kSoftmaxGrain = 1 << 13;
 // Lines abreast keep what they read twice on the stack, for so many classes (8 KiB with the widest vectors): where
 // classes lie an image of 32 x 32 floats apart they all fall into one set of the cache.
 constexpr int64_t kStagedClasses = 128;
+// Classes of a short line, and lines that repay a transposition.
+constexpr int64_t kShortLine = 32;
+constexpr int64_t kFewestTransposed = 4;
+
+enum class Order { along, abreast, transposed };
+
+inline Order order_in_memory(const SoftmaxShape& shape) { return shape.inner == 1 ? Order::along : Order::abreast; }
+
+inline Order forward_order(const SoftmaxShape& shape) {
+  const bool repays = shape.classes <= kShortLine && shape.outer >= kFewestTransposed;
+  return shape.inner == 1 && repays ? Order::transposed : order_in_memory(shape);
+}
+
+inline const char* order_name(Order order) {
+  static constexpr const char* names[] = {"along", "abreast", "transposed"};
+  return names[static_cast<int>(order)];
+}
+
+// Up to kLanes short lines of an array (null for none), copied so that they lie abreast.
+template <class T>
+class TransposedInput {
+ public:
+  TransposedInput(const T* lines, int64_t classes, int64_t count) : given_(lines != nullptr) {
+    if (given_) transpose_panel<T, true>(lines, classes, count, classes, copy_, kLanes<T>);
+  }
+  TransposedInput(const TransposedInput&) = delete;
+  operator const T*() const { return given_ ? copy_ : nullptr; }
+
+ private:
+  bool given_;
+  alignas(kVectorBytes) T copy_[kShortLine * kLanes<T>];
+};
+
+// A copy to be written, which becomes the lines of an array when it ends.
+template <class T>
+class TransposedOutput {
+ public:
+  TransposedOutput(T* lines, int64_t classes, int64_t count) : lines_(lines), classes_(classes), count_(count) {}
+  TransposedOutput(const TransposedOutput&) = delete;
+  ~TransposedOutput() { transpose_matrix<T>(copy_, kLanes<T>, classes_, count_, lines_, classes_); }
+  operator T*() { return copy_; }
+
+ private:
+  T* lines_;
+  int64_t classes_, count_;
+  alignas(kVectorBytes) T copy_[kShortLine * kLanes<T>];
+};
 
 // One line, or as many abreast as fit a vector.
-template <class T, bool along>
+template <class T, Order order>
 struct Lines {
-  int64_t offset;  // of the first element
+  static constexpr bool along = order == Order::along;
+
+  int64_t offset;  // of the first element in what reading() and writing() return
   int64_t classes, inner;
   int64_t count;  // lines
+  int64_t begin;  // of the first element in an array
+
+  // The array, or a copy of these lines.
+  FASTNN_INLINE auto reading(const T* array) const {
+    if constexpr (order == Order::transposed)
+      return TransposedInput<T>(array ? array + begin : nullptr, classes, count);
+    else
+      return array;
+  }
+  FASTNN_INLINE auto writing(T* array) const {
+    if constexpr (order == Order::transposed)
+      return TransposedOutput<T>(array + begin, classes, count);
+    else
+      return array;
+  }
 
   // step(offset, lanes, class) for each vector of a line.
   template <class Step>
@@ -38,7 +106,7 @@ struct Lines {
   template <class Value>
   FASTNN_INLINE void map(T* output, const Value& value) const {
     const int64_t classes_apart = along ? kLanes<T> : 1, apart = along ? kLanes<T> : inner;
-    const int64_t lanes = along ? kLanes<T> : count;
+    const int64_t lanes = along ? kLanes<T> : width();
     int64_t c = 0;
     for (; c + kMapVectors * classes_apart <= classes; c += kMapVectors * classes_apart) {
       const int64_t at = offset + (along ? c : c * inner);
@@ -56,7 +124,7 @@ struct Lines {
   // Brings the memory at p of the bundles to come near: the processor does not foresee steps of a page and more. A
   // quarter to a half of the backward passes' time at 32 x 32.
   static FASTNN_INLINE void fetch_ahead(const T* p) {
-    if constexpr (!along) __builtin_prefetch(p + 4 * kLanes<T>, 0, 2);
+    if constexpr (order == Order::abreast) __builtin_prefetch(p + 4 * kLanes<T>, 0, 2);
   }
 
   FASTNN_INLINE Vec<T> largest(Vec<T> v) const { return along ? maximum_of_lanes<T>(v) : v; }
@@ -75,37 +143,49 @@ struct Lines {
       for (; c + kLanes<T> <= classes; c += kLanes<T>) step(offset + c, kLanes<T>, c);
       if (c < classes) step(offset + c, classes - c, c);
     } else {
-      for (; c < classes; ++c) step(offset + c * inner, count, c);
+      for (; c < classes; ++c) step(offset + c * inner, width(), c);
     }
   }
+
+ private:
+  // Lanes of a vector of lines abreast. A copy has zeros in those beyond the lines.
+  FASTNN_INLINE int64_t width() const { return order == Order::transposed ? kLanes<T> : count; }
 };
 
 // body(lines, index) for the bundles [begin, end) of the array, `index` being the first line's number.
 template <class T, class Body>
-void for_lines(const SoftmaxShape& shape, int64_t begin, int64_t end, const Body& body) {
-  if (shape.inner == 1) {
-    for (int64_t line = begin; line < end; ++line)
-      body(Lines<T, true>{line * shape.classes, shape.classes, 1, 1}, line);
-    return;
-  }
-  const int64_t bundles = (shape.inner + kLanes<T> - 1) / kLanes<T>;
+void for_lines(const SoftmaxShape& shape, Order order, int64_t begin, int64_t end, const Body& body) {
+  const int64_t classes = shape.classes, inner = shape.inner;
+  const int64_t bundles = (inner + kLanes<T> - 1) / kLanes<T>;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t outer = i / bundles, first = i % bundles * kLanes<T>;
-    const int64_t left = shape.inner - first;
-    body(Lines<T, false>{outer * shape.classes * shape.inner + first, shape.classes, shape.inner,
-                         left < kLanes<T> ? left : kLanes<T>},
-         outer * shape.inner + first);
+    if (order == Order::along) {
+      body(Lines<T, Order::along>{i * classes, classes, 1, 1, i * classes}, i);
+    } else if (order == Order::transposed) {
+      const int64_t first = i * kLanes<T>, left = shape.outer - first;
+      body(Lines<T, Order::transposed>{0, classes, kLanes<T>, left < kLanes<T> ? left : kLanes<T>, first * classes},
+           first);
+    } else {
+      const int64_t outer = i / bundles, first = i % bundles * kLanes<T>, left = inner - first;
+      const int64_t at = outer * classes * inner + first;
+      body(Lines<T, Order::abreast>{at, classes, inner, left < kLanes<T> ? left : kLanes<T>, at},
+           outer * inner + first);
+    }
   }
 }
 
 template <class T>
-int64_t bundle_count(const SoftmaxShape& shape) {
-  return shape.inner == 1 ? shape.outer : shape.outer * ((shape.inner + kLanes<T> - 1) / kLanes<T>);
+int64_t bundle_count(const SoftmaxShape& shape, Order order) {
+  const auto vectors = [](int64_t lines) { return (lines + kLanes<T> - 1) / kLanes<T>; };
+  switch (order) {
+    case Order::along: return shape.outer;
+    case Order::transposed: return vectors(shape.outer);
+    default: return shape.outer * vectors(shape.inner);
+  }
 }
 
 template <class T>
-int64_t bundle_grain(const SoftmaxShape& shape) {
-  return kSoftmaxGrain / (shape.classes * (shape.inner == 1 ? 1 : kLanes<T>)) + 1;
+int64_t bundle_grain(const SoftmaxShape& shape, Order order) {
+  return kSoftmaxGrain / (shape.classes * (order == Order::along ? 1 : kLanes<T>)) + 1;
 }
 
 // As load_upto, with another value in the lanes beyond.
@@ -122,8 +202,8 @@ FASTNN_INLINE Vec<T> keep_first(Vec<T> v, int64_t lanes) {
   return lane_numbers<T>() < static_cast<LaneType<T>>(lanes) ? v : Vec<T>{};
 }
 
-template <class T, bool along>
-FASTNN_INLINE Vec<T> line_maximum(const Lines<T, along>& lines, const T* x) {
+template <class T, Order order>
+FASTNN_INLINE Vec<T> line_maximum(const Lines<T, order>& lines, const T* x) {
   Vec<T> largest = broadcast(minus_infinity<T>);
   lines.walk([&](int64_t at, int64_t lanes, int64_t) {
     lines.fetch_ahead(x + at);
@@ -133,8 +213,8 @@ FASTNN_INLINE Vec<T> line_maximum(const Lines<T, along>& lines, const T* x) {
 }
 
 // The sum of exp(x - largest), each difference handed to visit(at, lanes, class, x - largest) on the way.
-template <class T, bool along, class Visit>
-FASTNN_INLINE Vec<T> line_exp_sum(const Lines<T, along>& lines, const T* x, Vec<T> largest, const Visit& visit) {
+template <class T, Order order, class Visit>
+FASTNN_INLINE Vec<T> line_exp_sum(const Lines<T, order>& lines, const T* x, Vec<T> largest, const Visit& visit) {
   Vec<T> sum{};
   lines.walk([&](int64_t at, int64_t lanes, int64_t c) {
     const Vec<T> shifted = load_filled(x + at, lanes, minus_infinity<T>) - largest;
@@ -146,9 +226,9 @@ FASTNN_INLINE Vec<T> line_exp_sum(const Lines<T, along>& lines, const T* x, Vec<
 
 // body(lines) for every bundle, in parallel.
 template <class T, class Body>
-void parallel_lines(const SoftmaxShape& shape, const Body& body) {
-  parallel_ranges(bundle_count<T>(shape), bundle_grain<T>(shape), [&](int64_t begin, int64_t end) {
-    for_lines<T>(shape, begin, end, [&](const auto& lines, int64_t) { body(lines); });
+void parallel_lines(const SoftmaxShape& shape, Order order, const Body& body) {
+  parallel_ranges(bundle_count<T>(shape, order), bundle_grain<T>(shape, order), [&](int64_t begin, int64_t end) {
+    for_lines<T>(shape, order, begin, end, [&](const auto& lines, int64_t) { body(lines); });
   });
 }
 
@@ -170,39 +250,43 @@ void logarithms(int64_t count, const T* input, T* output) {
 
 template <class T>
 void softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) {
-  trace<T>("softmax_forward", shape.inner == 1 ? "along" : "abreast");
-  parallel_lines<T>(shape, [&](const auto& lines) {
-    const Vec<T> largest = line_maximum(lines, t.input);
+  const Order order = forward_order(shape);
+  trace<T>("softmax_forward", order_name(order));
+  parallel_lines<T>(shape, order, [&](const auto& lines) {
+    const auto input = lines.reading(t.input);
+    auto output = lines.writing(t.output);
+    const Vec<T> largest = line_maximum<T>(lines, input);
     const auto power = [&](int64_t at, int64_t lanes) {
-      return exponential<T>(load_filled(t.input + at, lanes, minus_infinity<T>) - largest);
+      return exponential<T>(load_filled(input + at, lanes, minus_infinity<T>) - largest);
     };
     Vec<T> sum{};
     if (shape.inner > 1 && shape.classes <= kStagedClasses) {
       alignas(kVectorBytes) T powers[kStagedClasses * kLanes<T>];
       lines.walk([&](int64_t at, int64_t lanes, int64_t c) {
-        lines.fetch_ahead(t.output + at);
+        lines.fetch_ahead(output + at);
         const Vec<T> value = power(at, lanes);
         sum += value;
         store(powers + c * kLanes<T>, value);
       });
       const Vec<T> scale = T(1) / sum;
-      lines.map(t.output, [&](int64_t, int64_t, int64_t c) { return load(powers + c * kLanes<T>) * scale; });
+      lines.map(output, [&](int64_t, int64_t, int64_t c) { return load(powers + c * kLanes<T>) * scale; });
       return;
     }
-    lines.map(t.output, [&](int64_t at, int64_t lanes, int64_t) {
+    lines.map(output, [&](int64_t at, int64_t lanes, int64_t) {
       const Vec<T> value = power(at, lanes);
       sum += value;
       return value;
     });
     const Vec<T> scale = T(1) / lines.total(sum);
-    lines.map(t.output, [&](int64_t at, int64_t lanes, int64_t) { return load_upto(t.output + at, lanes) * scale; });
+    lines.map(output, [&](int64_t at, int64_t lanes, int64_t) { return load_upto(output + at, lanes) * scale; });
   });
 }
 
 template <class T>
 void softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
-  trace<T>("softmax_backward", shape.inner == 1 ? "along" : "abreast");
-  parallel_lines<T>(shape, [&](const auto& lines) {
+  const Order order = order_in_memory(shape);
+  trace<T>("softmax_backward", order_name(order));
+  parallel_lines<T>(shape, order, [&](const auto& lines) {
     Vec<T> dot{};
     if (shape.inner > 1 && shape.classes <= kStagedClasses) {
       alignas(kVectorBytes) T grads[kStagedClasses * kLanes<T>], powers[kStagedClasses * kLanes<T>];
@@ -232,20 +316,24 @@ void softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
 
 template <class T>
 void log_softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) {
-  trace<T>("log_softmax_forward", shape.inner == 1 ? "along" : "abreast");
-  parallel_lines<T>(shape, [&](const auto& lines) {
-    const Vec<T> largest = line_maximum(lines, t.input);
+  const Order order = forward_order(shape);
+  trace<T>("log_softmax_forward", order_name(order));
+  parallel_lines<T>(shape, order, [&](const auto& lines) {
+    const auto input = lines.reading(t.input);
+    auto output = lines.writing(t.output);
+    const Vec<T> largest = line_maximum<T>(lines, input);
     const Vec<T> log_sum =
-        logarithm<T>(line_exp_sum(lines, t.input, largest, [](int64_t, int64_t, int64_t, Vec<T>) {}));
-    lines.map(t.output,
-              [&](int64_t at, int64_t lanes, int64_t) { return (load_upto(t.input + at, lanes) - largest) - log_sum; });
+        logarithm<T>(line_exp_sum<T>(lines, input, largest, [](int64_t, int64_t, int64_t, Vec<T>) {}));
+    lines.map(output,
+              [&](int64_t at, int64_t lanes, int64_t) { return (load_upto(input + at, lanes) - largest) - log_sum; });
   });
 }
 
 template <class T>
 void log_softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
-  trace<T>("log_softmax_backward", shape.inner == 1 ? "along" : "abreast");
-  parallel_lines<T>(shape, [&](const auto& lines) {
+  const Order order = order_in_memory(shape);
+  trace<T>("log_softmax_backward", order_name(order));
+  parallel_lines<T>(shape, order, [&](const auto& lines) {
     Vec<T> sum{};
     lines.walk([&](int64_t at, int64_t lanes, int64_t) {
       lines.fetch_ahead(t.grad_output + at);

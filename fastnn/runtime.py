@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,10 +94,16 @@ def thread_limit(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def without_spinning_threads() -> AbstractContextManager[None]:
+@contextmanager
+def without_spinning_threads() -> Iterator[None]:
     """For what torch would share among OpenMP's threads between compiled steps: they spin for milliseconds afterwards,
-    on cores that the steps need."""
-    return thread_limit(1)
+    on cores that the steps need. Only the calling thread's loops are alone: torch.set_num_threads(1) would also be what
+    threads keep that torch meets meanwhile."""
+    before = _C.set_openmp_threads(1)
+    try:
+        yield
+    finally:
+        _C.set_openmp_threads(before)
 
 
 def build_info() -> dict[str, Any]:

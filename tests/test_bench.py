@@ -467,7 +467,15 @@ def test_values_are_written_for_people(value: float, unit: str, text: str) -> No
     assert training.format_value(value, unit) == text
 
 
-def test_rows_say_whether_the_target_was_reached_and_why_one_is_missing() -> None:
+def test_targets_are_those_of_processors_with_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastnn, "available_isas", lambda: ["baseline", "avx2"])
+    plan = training.Plan(None, None, None, 2, 7, None, False)
+    plan.add("epochs", nets.REFERENCE, "fit", "PyTorch", {OURS: [1.0] * 7, "torch": [8.0] * 7}, target=9.0)
+    assert training.describe(plan.results[0]).endswith("ratio 8.00x (8.00-8.00)")
+
+
+def test_rows_say_whether_the_target_was_reached_and_why_one_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastnn, "available_isas", lambda: ["baseline", "avx2", "avx512"])
     plan = training.Plan(None, None, None, 2, 7, None, False)
     seconds = {OURS: [1.0] * 7, "torch": [8.0] * 7}
     plan.add("epochs", nets.REFERENCE, "fit", "PyTorch", seconds, target=7.0, images=800, batch=32)

@@ -386,6 +386,16 @@ def test_new_python_threads_honour_set_num_threads() -> None:
     assert result.stdout.split() == ["1", "1"], result.stdout + result.stderr
 
 
+def test_threads_that_start_meanwhile_do_not_keep_a_limit_of_another_one() -> None:
+    before, counts = torch.get_num_threads(), []
+    with runtime.without_spinning_threads():
+        assert torch.get_num_threads() == fastnn.build_info()["threads"] == 1
+        thread = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+    assert counts == [before] == [torch.get_num_threads()]
+
+
 def test_one_openmp_runtime_is_loaded() -> None:
     maps = Path("/proc/self/maps")
     if not maps.exists():

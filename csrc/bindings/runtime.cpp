@@ -105,6 +105,13 @@ void bind_runtime(py::module_& module) {
     adopt_torch_threads();
     return cpu::max_threads();
   });
+  module.def(
+      "set_openmp_threads",
+      [](int threads) {
+        adopt_torch_threads();
+        return cpu::set_openmp_threads(threads);
+      },
+      py::arg("threads"));
   module.def("set_own_threads", &cpu::set_own_threads, py::arg("own"));
   module.def("trace_start", &trace_start);
   module.def("trace_stop", &take_trace);

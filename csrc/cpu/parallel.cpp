@@ -170,6 +170,12 @@ Crew& crew() {
 
 int max_threads() { return forked_child || in_task || alone || omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
+int set_openmp_threads(int threads) {
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(threads);
+  return before;
+}
+
 const char* openmp_library() {
   Dl_info info;
   return dladdr(reinterpret_cast<void*>(&omp_get_max_threads), &info) ? info.dli_fname : "unknown";

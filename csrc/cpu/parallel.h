@@ -12,6 +12,10 @@ namespace fastnn::cpu {
 // its own, and inside a task.
 int max_threads();
 
+// Threads that OpenMP's loops have from here on where the calling thread starts them, torch's among them; returns how
+// many they had before.
+int set_openmp_threads(int threads);
+
 // Path of the OpenMP runtime that this module is bound to.
 const char* openmp_library();
 

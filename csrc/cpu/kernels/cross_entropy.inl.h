@@ -28,7 +28,7 @@ struct Smoothing {
 };
 
 // q_c of a vector of classes, without the target's own part where targets are class numbers.
-template <class T, Order order>
+template <class T, LineOrder order>
 FASTNN_INLINE Vec<T> target_share(const Lines<T, order>&, const Smoothing<T>& smoothing, const T* weight,
                                   const T* probabilities, int64_t at, int64_t lanes, int64_t c) {
   Vec<T> share = broadcast(smoothing.spread);
@@ -42,7 +42,7 @@ int64_t cross_entropy_forward(const CrossEntropyShape& shape, const CrossEntropy
   trace<T>("cross_entropy_forward", t.probabilities ? "probabilities" : "indices");
   const Smoothing<T> smoothing(shape, t.classes.weight);
   const bool spreads = t.probabilities || shape.label_smoothing != 0;
-  const Order order = forward_order(shape.lines);
+  const LineOrder order = forward_order(shape.lines);
   LossSum total = sum_over_ranges(
       bundle_count<T>(shape.lines, order), bundle_grain<T>(shape.lines, order),
       [&](int64_t begin, int64_t end, LossSum& task_sum) {
@@ -98,7 +98,7 @@ void cross_entropy_backward(const CrossEntropyShape& shape, const CrossEntropyBa
   const Smoothing<T> smoothing(shape, t.classes.weight);
   const bool spreads = t.probabilities || shape.label_smoothing != 0;
   const CrossEntropyStatistics<T>& s = t.statistics;
-  const Order order = order_in_memory(shape.lines);
+  const LineOrder order = order_in_memory(shape.lines);
   const int64_t bundles = bundle_count<T>(shape.lines, order), grain = bundle_grain<T>(shape.lines, order);
   parallel_ranges(bundles, grain, [&](int64_t begin, int64_t end) {
     for_lines<T>(shape.lines, order, begin, end, [&](const auto& lines, int64_t first) {

@@ -6,6 +6,7 @@
 #include "cpu/kernels/gemm.inl.h"
 #include "cpu/kernels/relu.inl.h"
 #include "cpu/kernels/sums.inl.h"
+#include "cpu/simd/streaming.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -114,17 +115,25 @@ FASTNN_INLINE void broadcast_grads(const LinearShape& s, const T* grad, int64_t 
   }
 }
 
-// grad_input for columns [begin, end): the sums stay in L1 while rows of the weight pass, several at a time.
+// grad_input for columns [begin, end): the sums stay in L1 while rows of the weight pass, several at a time. Of weights
+// that come from memory the next rows are fetched meanwhile: a run of a row is too short for the prefetcher.
 template <class T, int batch>
 void stream_grad_input(const LinearShape& s, const T* grad, const T* weight, T* grad_input, int64_t begin,
                        int64_t end) {
   constexpr int kSteps = 8 / batch;
+  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
+  const bool from_memory = worth_fetching<T>(s.in_features * s.out_features);
   const auto add_rows = [&](int64_t o, auto constant) {
     constexpr int steps = decltype(constant)::value;
+    const bool fetch = from_memory && o + 2 * steps <= s.out_features;
     Vec<T> g[batch][steps];
     broadcast_grads(s, grad, o, g);
     for (int64_t j = begin; j < end; j += kLanes<T>) {
       const int64_t lanes = end - j < kLanes<T> ? end - j : kLanes<T>;
+      if (fetch && (j - begin) % kLine == 0) {
+        FASTNN_UNROLL
+        for (int i = 0; i < steps; ++i) __builtin_prefetch(weight + (o + steps + i) * s.in_features + j, 0, 2);
+      }
       Vec<T> sums[batch];
       FASTNN_UNROLL
       for (int b = 0; b < batch; ++b) sums[b] = o > 0 ? load_upto(grad_input + b * s.in_features + j, lanes) : Vec<T>{};

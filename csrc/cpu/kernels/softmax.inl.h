@@ -28,16 +28,18 @@ constexpr int64_t kStagedClasses = 128;
 constexpr int64_t kShortLine = 32;
 constexpr int64_t kFewestTransposed = 4;
 
-enum class Order { along, abreast, transposed };
+enum class LineOrder { along, abreast, transposed };
 
-inline Order order_in_memory(const SoftmaxShape& shape) { return shape.inner == 1 ? Order::along : Order::abreast; }
-
-inline Order forward_order(const SoftmaxShape& shape) {
-  const bool repays = shape.classes <= kShortLine && shape.outer >= kFewestTransposed;
-  return shape.inner == 1 && repays ? Order::transposed : order_in_memory(shape);
+inline LineOrder order_in_memory(const SoftmaxShape& shape) {
+  return shape.inner == 1 ? LineOrder::along : LineOrder::abreast;
 }
 
-inline const char* order_name(Order order) {
+inline LineOrder forward_order(const SoftmaxShape& shape) {
+  const bool repays = shape.classes <= kShortLine && shape.outer >= kFewestTransposed;
+  return shape.inner == 1 && repays ? LineOrder::transposed : order_in_memory(shape);
+}
+
+inline const char* order_name(LineOrder order) {
   static constexpr const char* names[] = {"along", "abreast", "transposed"};
   return names[static_cast<int>(order)];
 }
@@ -73,9 +75,9 @@ class TransposedOutput {
 };
 
 // One line, or as many abreast as fit a vector.
-template <class T, Order order>
+template <class T, LineOrder order>
 struct Lines {
-  static constexpr bool along = order == Order::along;
+  static constexpr bool along = order == LineOrder::along;
 
   int64_t offset;  // of the first element in what reading() and writing() return
   int64_t classes, inner;
@@ -84,13 +86,13 @@ struct Lines {
 
   // The array, or a copy of these lines.
   FASTNN_INLINE auto reading(const T* array) const {
-    if constexpr (order == Order::transposed)
+    if constexpr (order == LineOrder::transposed)
       return TransposedInput<T>(array ? array + begin : nullptr, classes, count);
     else
       return array;
   }
   FASTNN_INLINE auto writing(T* array) const {
-    if constexpr (order == Order::transposed)
+    if constexpr (order == LineOrder::transposed)
       return TransposedOutput<T>(array + begin, classes, count);
     else
       return array;
@@ -124,7 +126,7 @@ struct Lines {
   // Brings the memory at p of the bundles to come near: the processor does not foresee steps of a page and more. A
   // quarter to a half of the backward passes' time at 32 x 32.
   static FASTNN_INLINE void fetch_ahead(const T* p) {
-    if constexpr (order == Order::abreast) __builtin_prefetch(p + 4 * kLanes<T>, 0, 2);
+    if constexpr (order == LineOrder::abreast) __builtin_prefetch(p + 4 * kLanes<T>, 0, 2);
   }
 
   FASTNN_INLINE Vec<T> largest(Vec<T> v) const { return along ? maximum_of_lanes<T>(v) : v; }
@@ -149,43 +151,43 @@ struct Lines {
 
  private:
   // Lanes of a vector of lines abreast. A copy has zeros in those beyond the lines.
-  FASTNN_INLINE int64_t width() const { return order == Order::transposed ? kLanes<T> : count; }
+  FASTNN_INLINE int64_t width() const { return order == LineOrder::transposed ? kLanes<T> : count; }
 };
 
 // body(lines, index) for the bundles [begin, end) of the array, `index` being the first line's number.
 template <class T, class Body>
-void for_lines(const SoftmaxShape& shape, Order order, int64_t begin, int64_t end, const Body& body) {
+void for_lines(const SoftmaxShape& shape, LineOrder order, int64_t begin, int64_t end, const Body& body) {
   const int64_t classes = shape.classes, inner = shape.inner;
   const int64_t bundles = (inner + kLanes<T> - 1) / kLanes<T>;
   for (int64_t i = begin; i < end; ++i) {
-    if (order == Order::along) {
-      body(Lines<T, Order::along>{i * classes, classes, 1, 1, i * classes}, i);
-    } else if (order == Order::transposed) {
+    if (order == LineOrder::along) {
+      body(Lines<T, LineOrder::along>{i * classes, classes, 1, 1, i * classes}, i);
+    } else if (order == LineOrder::transposed) {
       const int64_t first = i * kLanes<T>, left = shape.outer - first;
-      body(Lines<T, Order::transposed>{0, classes, kLanes<T>, left < kLanes<T> ? left : kLanes<T>, first * classes},
+      body(Lines<T, LineOrder::transposed>{0, classes, kLanes<T>, left < kLanes<T> ? left : kLanes<T>, first * classes},
            first);
     } else {
       const int64_t outer = i / bundles, first = i % bundles * kLanes<T>, left = inner - first;
       const int64_t at = outer * classes * inner + first;
-      body(Lines<T, Order::abreast>{at, classes, inner, left < kLanes<T> ? left : kLanes<T>, at},
+      body(Lines<T, LineOrder::abreast>{at, classes, inner, left < kLanes<T> ? left : kLanes<T>, at},
            outer * inner + first);
     }
   }
 }
 
 template <class T>
-int64_t bundle_count(const SoftmaxShape& shape, Order order) {
+int64_t bundle_count(const SoftmaxShape& shape, LineOrder order) {
   const auto vectors = [](int64_t lines) { return (lines + kLanes<T> - 1) / kLanes<T>; };
   switch (order) {
-    case Order::along: return shape.outer;
-    case Order::transposed: return vectors(shape.outer);
+    case LineOrder::along: return shape.outer;
+    case LineOrder::transposed: return vectors(shape.outer);
     default: return shape.outer * vectors(shape.inner);
   }
 }
 
 template <class T>
-int64_t bundle_grain(const SoftmaxShape& shape, Order order) {
-  return kSoftmaxGrain / (shape.classes * (order == Order::along ? 1 : kLanes<T>)) + 1;
+int64_t bundle_grain(const SoftmaxShape& shape, LineOrder order) {
+  return kSoftmaxGrain / (shape.classes * (order == LineOrder::along ? 1 : kLanes<T>)) + 1;
 }
 
 // As load_upto, with another value in the lanes beyond.
@@ -202,7 +204,7 @@ FASTNN_INLINE Vec<T> keep_first(Vec<T> v, int64_t lanes) {
   return lane_numbers<T>() < static_cast<LaneType<T>>(lanes) ? v : Vec<T>{};
 }
 
-template <class T, Order order>
+template <class T, LineOrder order>
 FASTNN_INLINE Vec<T> line_maximum(const Lines<T, order>& lines, const T* x) {
   Vec<T> largest = broadcast(minus_infinity<T>);
   lines.walk([&](int64_t at, int64_t lanes, int64_t) {
@@ -213,7 +215,7 @@ FASTNN_INLINE Vec<T> line_maximum(const Lines<T, order>& lines, const T* x) {
 }
 
 // The sum of exp(x - largest), each difference handed to visit(at, lanes, class, x - largest) on the way.
-template <class T, Order order, class Visit>
+template <class T, LineOrder order, class Visit>
 FASTNN_INLINE Vec<T> line_exp_sum(const Lines<T, order>& lines, const T* x, Vec<T> largest, const Visit& visit) {
   Vec<T> sum{};
   lines.walk([&](int64_t at, int64_t lanes, int64_t c) {
@@ -226,7 +228,7 @@ FASTNN_INLINE Vec<T> line_exp_sum(const Lines<T, order>& lines, const T* x, Vec<
 
 // body(lines) for every bundle, in parallel.
 template <class T, class Body>
-void parallel_lines(const SoftmaxShape& shape, Order order, const Body& body) {
+void parallel_lines(const SoftmaxShape& shape, LineOrder order, const Body& body) {
   parallel_ranges(bundle_count<T>(shape, order), bundle_grain<T>(shape, order), [&](int64_t begin, int64_t end) {
     for_lines<T>(shape, order, begin, end, [&](const auto& lines, int64_t) { body(lines); });
   });
@@ -250,7 +252,7 @@ void logarithms(int64_t count, const T* input, T* output) {
 
 template <class T>
 void softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) {
-  const Order order = forward_order(shape);
+  const LineOrder order = forward_order(shape);
   trace<T>("softmax_forward", order_name(order));
   parallel_lines<T>(shape, order, [&](const auto& lines) {
     const auto input = lines.reading(t.input);
@@ -284,7 +286,7 @@ void softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) {
 
 template <class T>
 void softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
-  const Order order = order_in_memory(shape);
+  const LineOrder order = order_in_memory(shape);
   trace<T>("softmax_backward", order_name(order));
   parallel_lines<T>(shape, order, [&](const auto& lines) {
     Vec<T> dot{};
@@ -316,7 +318,7 @@ void softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
 
 template <class T>
 void log_softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) {
-  const Order order = forward_order(shape);
+  const LineOrder order = forward_order(shape);
   trace<T>("log_softmax_forward", order_name(order));
   parallel_lines<T>(shape, order, [&](const auto& lines) {
     const auto input = lines.reading(t.input);
@@ -331,7 +333,7 @@ void log_softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) 
 
 template <class T>
 void log_softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
-  const Order order = order_in_memory(shape);
+  const LineOrder order = order_in_memory(shape);
   trace<T>("log_softmax_backward", order_name(order));
   parallel_lines<T>(shape, order, [&](const auto& lines) {
     Vec<T> sum{};

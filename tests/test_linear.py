@@ -38,11 +38,12 @@ def test_matches_reference(case: LinearCase, fill: str, isa: str, dtype: torch.d
 
 @pytest.mark.skipif(ON_CUDA, reason="the CPU's kernels")
 @pytest.mark.parametrize("fill", FILLS)
-@pytest.mark.parametrize("sizes", [(300, 37), (2081, 3), (5, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(300, 37), (2081, 3), (5, 1), (3001, 91), (40_001, 7)], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
 def test_gradients_of_the_smallest_batches_walk_along_rows(
     rows: int, sizes: tuple[int, int], fill: str, isa: str, dtype: torch.dtype
 ) -> None:
+    """From 2^18 weights and 8 outputs on, blocks of rows have sums of their own."""
     case = LinearCase("rows", (rows, sizes[0]), (sizes[1], sizes[0]), kwargs={"activation": "relu"})
     assert check_linear(case, fill, dtype) == ["streamed" if rows <= 4 else "gemm"]
 
@@ -96,10 +97,10 @@ def test_unknown_activation() -> None:
         functional.linear(torch.zeros(2, 3), torch.zeros(4, 3), activation="gelu")
 
 
-@pytest.mark.parametrize("rows", [3, 301])
-def test_same_bits_for_every_thread_count(rows: int, isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "inputs"), [(3, 257), (3, 2081), (301, 257)])
+def test_same_bits_for_every_thread_count(rows: int, inputs: int, isa: str, dtype: torch.dtype) -> None:
     rng = generator("threads")
-    x, w = random((rows, 257), dtype, rng).requires_grad_(), random((129, 257), dtype, rng).requires_grad_()
+    x, w = random((rows, inputs), dtype, rng).requires_grad_(), random((129, inputs), dtype, rng).requires_grad_()
     grad = random((rows, 129), dtype, rng)
     threads, results = torch.get_num_threads(), []
     try:

@@ -6,7 +6,6 @@
 #include "cpu/kernels/gemm.inl.h"
 #include "cpu/kernels/relu.inl.h"
 #include "cpu/kernels/sums.inl.h"
-#include "cpu/simd/streaming.h"
 
 namespace fastnn::cpu {
 namespace {
@@ -115,41 +114,69 @@ FASTNN_INLINE void broadcast_grads(const LinearShape& s, const T* grad, int64_t 
   }
 }
 
-// grad_input for columns [begin, end): the sums stay in L1 while rows of the weight pass, several at a time. Of weights
-// that come from memory the next rows are fetched meanwhile: a run of a row is too short for the prefetcher.
+// Elements [begin, end) of an axis.
+struct AxisRange {
+  int64_t begin, end;
+};
+
+// sums = what these rows of the weight give the columns of grad_input. They stay in the caches while the rows pass,
+// several at a time.
 template <class T, int batch>
-void stream_grad_input(const LinearShape& s, const T* grad, const T* weight, T* grad_input, int64_t begin,
-                       int64_t end) {
+void stream_grad_input(const LinearShape& s, const T* grad, const T* weight, AxisRange rows, AxisRange columns,
+                       T* sums) {
   constexpr int kSteps = 8 / batch;
-  constexpr int64_t kLine = kLineBytes / static_cast<int64_t>(sizeof(T));
-  const bool from_memory = worth_fetching<T>(s.in_features * s.out_features);
   const auto add_rows = [&](int64_t o, auto constant) {
     constexpr int steps = decltype(constant)::value;
-    const bool fetch = from_memory && o + 2 * steps <= s.out_features;
     Vec<T> g[batch][steps];
     broadcast_grads(s, grad, o, g);
-    for (int64_t j = begin; j < end; j += kLanes<T>) {
-      const int64_t lanes = end - j < kLanes<T> ? end - j : kLanes<T>;
-      if (fetch && (j - begin) % kLine == 0) {
-        FASTNN_UNROLL
-        for (int i = 0; i < steps; ++i) __builtin_prefetch(weight + (o + steps + i) * s.in_features + j, 0, 2);
-      }
-      Vec<T> sums[batch];
+    for (int64_t j = columns.begin; j < columns.end; j += kLanes<T>) {
+      const int64_t lanes = columns.end - j < kLanes<T> ? columns.end - j : kLanes<T>;
+      Vec<T> sum[batch];
       FASTNN_UNROLL
-      for (int b = 0; b < batch; ++b) sums[b] = o > 0 ? load_upto(grad_input + b * s.in_features + j, lanes) : Vec<T>{};
+      for (int b = 0; b < batch; ++b)
+        sum[b] = o > rows.begin ? load_upto(sums + b * s.in_features + j, lanes) : Vec<T>{};
       FASTNN_UNROLL
       for (int i = 0; i < steps; ++i) {
         const Vec<T> w = load_upto(weight + (o + i) * s.in_features + j, lanes);
         FASTNN_UNROLL
-        for (int b = 0; b < batch; ++b) sums[b] += g[b][i] * w;
+        for (int b = 0; b < batch; ++b) sum[b] += g[b][i] * w;
       }
       FASTNN_UNROLL
-      for (int b = 0; b < batch; ++b) store_upto(grad_input + b * s.in_features + j, sums[b], lanes);
+      for (int b = 0; b < batch; ++b) store_upto(sums + b * s.in_features + j, sum[b], lanes);
     }
   };
-  int64_t o = 0;
-  for (; o + kSteps <= s.out_features; o += kSteps) add_rows(o, Constant<kSteps>{});
-  for (; o < s.out_features; ++o) add_rows(o, Constant<1>{});
+  int64_t o = rows.begin;
+  for (; o + kSteps <= rows.end; o += kSteps) add_rows(o, Constant<kSteps>{});
+  for (; o < rows.end; ++o) add_rows(o, Constant<1>{});
+}
+
+// A large weight is read from front to back, by blocks of rows with sums of their own, as the prefetcher likes it. Of a
+// small one each task has a part of the columns, whose sums are final.
+template <class T, int batch>
+void streamed_grad_input(const LinearShape& s, const T* grad, const T* weight, T* grad_input) {
+  constexpr int64_t kLarge = 1 << 18, kBlocks = 8;
+  if (s.in_features * s.out_features < kLarge || s.out_features < kBlocks) {
+    // An eighth of a row, but no runs too short for the prefetcher, nor sums that leave L1.
+    const int64_t eighth = (s.in_features / 8 + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    const int64_t columns = eighth < 256 ? 256 : eighth > 2048 ? 2048 : eighth;
+    parallel_ranges(s.in_features, columns, [&](int64_t begin, int64_t end) {
+      stream_grad_input<T, batch>(s, grad, weight, {0, s.out_features}, {begin, end}, grad_input);
+    });
+    return;
+  }
+  const int64_t numbers = batch * s.in_features;
+  const Scratch<T> parts(kBlocks * numbers);
+  parallel_for(kBlocks, [&](int64_t block) {
+    const AxisRange rows{s.out_features * block / kBlocks, s.out_features * (block + 1) / kBlocks};
+    stream_grad_input<T, batch>(s, grad, weight, rows, {0, s.in_features}, parts + block * numbers);
+  });
+  parallel_ranges(numbers, 2048, [&](int64_t begin, int64_t end) {
+    store_range(grad_input, begin, end, [&](int64_t i, int64_t lanes) {
+      Vec<T> sum{};
+      for (int64_t block = 0; block < kBlocks; ++block) sum += load_upto(parts + block * numbers + i, lanes);
+      return sum;
+    });
+  });
 }
 
 // grad_weight for rows [begin, end): each is written once, from front to back.
@@ -180,14 +207,7 @@ void stream_grad_weight(const LinearShape& s, const T* grad, const T* input, T* 
 
 template <class T, int batch>
 void linear_backward_streamed(const LinearShape& s, const LinearBackward<T>& t, const T* grad) {
-  if (t.grad_input) {
-    // An eighth of a row, but no runs too short for the prefetcher, nor sums that leave L1.
-    const int64_t eighth = (s.in_features / 8 + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-    const int64_t columns = eighth < 256 ? 256 : eighth > 2048 ? 2048 : eighth;
-    parallel_ranges(s.in_features, columns, [&](int64_t begin, int64_t end) {
-      stream_grad_input<T, batch>(s, grad, t.weight, t.grad_input, begin, end);
-    });
-  }
+  if (t.grad_input) streamed_grad_input<T, batch>(s, grad, t.weight, t.grad_input);
   if (t.grad_weight)  // at least 8192 numbers a task
     parallel_ranges(s.out_features, 8192 / (s.in_features + 1) + 2, [&](int64_t begin, int64_t end) {
       stream_grad_weight<T, batch>(s, grad, t.input, t.grad_weight, begin, end);

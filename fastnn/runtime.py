@@ -97,8 +97,8 @@ def thread_limit(threads: int | None) -> Iterator[None]:
 @contextmanager
 def without_spinning_threads() -> Iterator[None]:
     """For what torch would share among OpenMP's threads between compiled steps: they spin for milliseconds afterwards,
-    on cores that the steps need. Only the calling thread's loops are alone: torch.set_num_threads(1) would also be what
-    threads keep that torch meets meanwhile."""
+    on cores that the steps need. Only the calling thread is limited: torch.set_num_threads(1) would stay in force in
+    threads that first use torch meanwhile."""
     before = _C.set_openmp_threads(1)
     try:
         yield

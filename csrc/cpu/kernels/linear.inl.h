@@ -122,8 +122,8 @@ struct AxisRange {
 // sums = what these rows of the weight give the columns of grad_input. They stay in the caches while the rows pass,
 // several at a time.
 template <class T, int batch>
-void stream_grad_input(const LinearShape& s, const T* grad, const T* weight, AxisRange rows, AxisRange columns,
-                       T* sums) {
+void stream_part_of_grad_input(const LinearShape& s, const T* grad, const T* weight, AxisRange rows, AxisRange columns,
+                               T* sums) {
   constexpr int kSteps = 8 / batch;
   const auto add_rows = [&](int64_t o, auto constant) {
     constexpr int steps = decltype(constant)::value;
@@ -153,14 +153,14 @@ void stream_grad_input(const LinearShape& s, const T* grad, const T* weight, Axi
 // A large weight is read from front to back, by blocks of rows with sums of their own, as the prefetcher likes it. Of a
 // small one each task has a part of the columns, whose sums are final.
 template <class T, int batch>
-void streamed_grad_input(const LinearShape& s, const T* grad, const T* weight, T* grad_input) {
+void stream_grad_input(const LinearShape& s, const T* grad, const T* weight, T* grad_input) {
   constexpr int64_t kLarge = 1 << 18, kBlocks = 8;
   if (s.in_features * s.out_features < kLarge || s.out_features < kBlocks) {
     // An eighth of a row, but no runs too short for the prefetcher, nor sums that leave L1.
     const int64_t eighth = (s.in_features / 8 + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
     const int64_t columns = eighth < 256 ? 256 : eighth > 2048 ? 2048 : eighth;
     parallel_ranges(s.in_features, columns, [&](int64_t begin, int64_t end) {
-      stream_grad_input<T, batch>(s, grad, weight, {0, s.out_features}, {begin, end}, grad_input);
+      stream_part_of_grad_input<T, batch>(s, grad, weight, {0, s.out_features}, {begin, end}, grad_input);
     });
     return;
   }
@@ -168,7 +168,7 @@ void streamed_grad_input(const LinearShape& s, const T* grad, const T* weight, T
   const Scratch<T> parts(kBlocks * numbers);
   parallel_for(kBlocks, [&](int64_t block) {
     const AxisRange rows{s.out_features * block / kBlocks, s.out_features * (block + 1) / kBlocks};
-    stream_grad_input<T, batch>(s, grad, weight, rows, {0, s.in_features}, parts + block * numbers);
+    stream_part_of_grad_input<T, batch>(s, grad, weight, rows, {0, s.in_features}, parts + block * numbers);
   });
   parallel_ranges(numbers, 2048, [&](int64_t begin, int64_t end) {
     store_range(grad_input, begin, end, [&](int64_t i, int64_t lanes) {
@@ -207,7 +207,7 @@ void stream_grad_weight(const LinearShape& s, const T* grad, const T* input, T* 
 
 template <class T, int batch>
 void linear_backward_streamed(const LinearShape& s, const LinearBackward<T>& t, const T* grad) {
-  if (t.grad_input) streamed_grad_input<T, batch>(s, grad, t.weight, t.grad_input);
+  if (t.grad_input) stream_grad_input<T, batch>(s, grad, t.weight, t.grad_input);
   if (t.grad_weight)  // at least 8192 numbers a task
     parallel_ranges(s.out_features, 8192 / (s.in_features + 1) + 2, [&](int64_t begin, int64_t end) {
       stream_grad_weight<T, batch>(s, grad, t.input, t.grad_weight, begin, end);

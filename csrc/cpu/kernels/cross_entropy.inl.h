@@ -42,11 +42,10 @@ int64_t cross_entropy_forward(const CrossEntropyShape& shape, const CrossEntropy
   trace<T>("cross_entropy_forward", t.probabilities ? "probabilities" : "indices");
   const Smoothing<T> smoothing(shape, t.classes.weight);
   const bool spreads = t.probabilities || shape.label_smoothing != 0;
-  const LineOrder order = forward_order(shape.lines);
   LossSum total = sum_over_ranges(
-      bundle_count<T>(shape.lines, order), bundle_grain<T>(shape.lines, order),
+      bundle_count<T, Pass::forward>(shape.lines), bundle_grain<T, Pass::forward>(shape.lines),
       [&](int64_t begin, int64_t end, LossSum& task_sum) {
-        for_lines<T>(shape.lines, order, begin, end, [&](const auto& lines, int64_t first) {
+        for_lines<T, Pass::forward>(shape.lines, begin, end, [&](const auto& lines, int64_t first) {
           const auto input = lines.reading(t.input), probabilities = lines.reading(t.probabilities);
           const Vec<T> largest = line_maximum<T>(lines, input);
           // dot = sum of q_c (x_c - largest), mass = sum of q_c: the loss is mass * log_sum - dot, both terms >= 0.
@@ -74,7 +73,7 @@ int64_t cross_entropy_forward(const CrossEntropyShape& shape, const CrossEntropy
             if (!t.probabilities) {
               const WeightedClass<T> target = class_of(t.classes, shape.lines.classes, first + l);
               if (target.index >= 0) {
-                const T shifted = input[lines.offset + l + target.index * lines.inner] - largest[l];
+                const T shifted = input[lines.offset() + l + target.index * lines.inner] - largest[l];
                 loss += smoothing.keep * target.weight * (log_sum[l] - shifted);
               } else {
                 loss = 0;
@@ -98,10 +97,9 @@ void cross_entropy_backward(const CrossEntropyShape& shape, const CrossEntropyBa
   const Smoothing<T> smoothing(shape, t.classes.weight);
   const bool spreads = t.probabilities || shape.label_smoothing != 0;
   const CrossEntropyStatistics<T>& s = t.statistics;
-  const LineOrder order = order_in_memory(shape.lines);
-  const int64_t bundles = bundle_count<T>(shape.lines, order), grain = bundle_grain<T>(shape.lines, order);
-  parallel_ranges(bundles, grain, [&](int64_t begin, int64_t end) {
-    for_lines<T>(shape.lines, order, begin, end, [&](const auto& lines, int64_t first) {
+  const int64_t bundles = bundle_count<T, Pass::backward>(shape.lines);
+  parallel_ranges(bundles, bundle_grain<T, Pass::backward>(shape.lines), [&](int64_t begin, int64_t end) {
+    for_lines<T, Pass::backward>(shape.lines, begin, end, [&](const auto& lines, int64_t first) {
       // Of each line: g, g * sum of q_c, and what the target's class loses; all 0 for ignored samples.
       T grads[kLanes<T>] = {}, masses[kLanes<T>] = {}, hot[kLanes<T>] = {};
       int64_t targets[kLanes<T>] = {};
@@ -137,7 +135,7 @@ void cross_entropy_backward(const CrossEntropyShape& shape, const CrossEntropyBa
       }
       if (t.grad_input && !t.probabilities)
         for (int64_t l = 0; l < lines.count; ++l)
-          if (targets[l] >= 0) t.grad_input[lines.offset + l + targets[l] * lines.inner] -= hot[l];
+          if (targets[l] >= 0) t.grad_input[lines.offset() + l + targets[l] * lines.inner] -= hot[l];
       if (t.grad_target) {
         const Vec<T> log_sum = -logarithm<T>(inverse_sum);
         lines.map(t.grad_target, [&](int64_t at, int64_t lanes, int64_t c) {

@@ -165,18 +165,12 @@ void stream_grad_input(const LinearShape& s, const T* grad, const T* weight, T* 
     return;
   }
   const int64_t numbers = batch * s.in_features;
-  const Scratch<T> parts(kBlocks * numbers);
+  const Scratch<T> partials(kBlocks * numbers);
   parallel_for(kBlocks, [&](int64_t block) {
     const AxisRange rows{s.out_features * block / kBlocks, s.out_features * (block + 1) / kBlocks};
-    stream_part_of_grad_input<T, batch>(s, grad, weight, rows, {0, s.in_features}, parts + block * numbers);
+    stream_part_of_grad_input<T, batch>(s, grad, weight, rows, {0, s.in_features}, partials + block * numbers);
   });
-  parallel_ranges(numbers, 2048, [&](int64_t begin, int64_t end) {
-    store_range(grad_input, begin, end, [&](int64_t i, int64_t lanes) {
-      Vec<T> sum{};
-      for (int64_t block = 0; block < kBlocks; ++block) sum += load_upto(parts + block * numbers + i, lanes);
-      return sum;
-    });
-  });
+  add_partials<T>(kBlocks, numbers, numbers, partials, grad_input);
 }
 
 // grad_weight for rows [begin, end): each is written once, from front to back.

@@ -30,13 +30,13 @@ constexpr int64_t kFewestTransposed = 4;
 
 enum class LineOrder { along, abreast, transposed };
 
-inline LineOrder order_in_memory(const SoftmaxShape& shape) {
-  return shape.inner == 1 ? LineOrder::along : LineOrder::abreast;
-}
+enum class Pass { forward, backward };
 
-inline LineOrder forward_order(const SoftmaxShape& shape) {
+template <Pass pass>
+LineOrder line_order(const SoftmaxShape& shape) {
+  if (shape.inner > 1) return LineOrder::abreast;
   const bool repays = shape.classes <= kShortLine && shape.outer >= kFewestTransposed;
-  return shape.inner == 1 && repays ? LineOrder::transposed : order_in_memory(shape);
+  return pass == Pass::forward && repays ? LineOrder::transposed : LineOrder::along;
 }
 
 inline const char* order_name(LineOrder order) {
@@ -79,10 +79,12 @@ template <class T, LineOrder order>
 struct Lines {
   static constexpr bool along = order == LineOrder::along;
 
-  int64_t offset;  // of the first element in what reading() and writing() return
+  int64_t begin;  // of the first element in an array
   int64_t classes, inner;
   int64_t count;  // lines
-  int64_t begin;  // of the first element in an array
+
+  // Of the first element in what reading() and writing() return.
+  FASTNN_INLINE int64_t offset() const { return order == LineOrder::transposed ? 0 : begin; }
 
   // The array, or a copy of these lines.
   FASTNN_INLINE auto reading(const T* array) const {
@@ -111,7 +113,7 @@ struct Lines {
     const int64_t lanes = along ? kLanes<T> : width();
     int64_t c = 0;
     for (; c + kMapVectors * classes_apart <= classes; c += kMapVectors * classes_apart) {
-      const int64_t at = offset + (along ? c : c * inner);
+      const int64_t at = offset() + (along ? c : c * inner);
       Vec<T> values[kMapVectors];
       FASTNN_UNROLL
       for (int v = 0; v < kMapVectors; ++v) values[v] = value(at + v * apart, lanes, c + v * classes_apart);
@@ -142,10 +144,10 @@ struct Lines {
   template <class Step>
   FASTNN_INLINE void walk_from(int64_t c, const Step& step) const {
     if constexpr (along) {
-      for (; c + kLanes<T> <= classes; c += kLanes<T>) step(offset + c, kLanes<T>, c);
-      if (c < classes) step(offset + c, classes - c, c);
+      for (; c + kLanes<T> <= classes; c += kLanes<T>) step(offset() + c, kLanes<T>, c);
+      if (c < classes) step(offset() + c, classes - c, c);
     } else {
-      for (; c < classes; ++c) step(offset + c * inner, width(), c);
+      for (; c < classes; ++c) step(offset() + c * inner, width(), c);
     }
   }
 
@@ -155,39 +157,41 @@ struct Lines {
 };
 
 // body(lines, index) for the bundles [begin, end) of the array, `index` being the first line's number.
-template <class T, class Body>
-void for_lines(const SoftmaxShape& shape, LineOrder order, int64_t begin, int64_t end, const Body& body) {
+template <class T, Pass pass, class Body>
+void for_lines(const SoftmaxShape& shape, int64_t begin, int64_t end, const Body& body) {
   const int64_t classes = shape.classes, inner = shape.inner;
+  const LineOrder order = line_order<pass>(shape);
   const int64_t bundles = (inner + kLanes<T> - 1) / kLanes<T>;
   for (int64_t i = begin; i < end; ++i) {
     if (order == LineOrder::along) {
-      body(Lines<T, LineOrder::along>{i * classes, classes, 1, 1, i * classes}, i);
-    } else if (order == LineOrder::transposed) {
-      const int64_t first = i * kLanes<T>, left = shape.outer - first;
-      body(Lines<T, LineOrder::transposed>{0, classes, kLanes<T>, left < kLanes<T> ? left : kLanes<T>, first * classes},
-           first);
-    } else {
+      body(Lines<T, LineOrder::along>{i * classes, classes, 1, 1}, i);
+    } else if (order == LineOrder::abreast) {
       const int64_t outer = i / bundles, first = i % bundles * kLanes<T>, left = inner - first;
-      const int64_t at = outer * classes * inner + first;
-      body(Lines<T, LineOrder::abreast>{at, classes, inner, left < kLanes<T> ? left : kLanes<T>, at},
+      body(Lines<T, LineOrder::abreast>{outer * classes * inner + first, classes, inner,
+                                        left < kLanes<T> ? left : kLanes<T>},
            outer * inner + first);
+    } else if constexpr (pass == Pass::forward) {
+      const int64_t first = i * kLanes<T>, left = shape.outer - first;
+      body(Lines<T, LineOrder::transposed>{first * classes, classes, kLanes<T>, left < kLanes<T> ? left : kLanes<T>},
+           first);
     }
   }
 }
 
-template <class T>
-int64_t bundle_count(const SoftmaxShape& shape, LineOrder order) {
+template <class T, Pass pass>
+int64_t bundle_count(const SoftmaxShape& shape) {
   const auto vectors = [](int64_t lines) { return (lines + kLanes<T> - 1) / kLanes<T>; };
-  switch (order) {
+  switch (line_order<pass>(shape)) {
     case LineOrder::along: return shape.outer;
     case LineOrder::transposed: return vectors(shape.outer);
     default: return shape.outer * vectors(shape.inner);
   }
 }
 
-template <class T>
-int64_t bundle_grain(const SoftmaxShape& shape, LineOrder order) {
-  return kSoftmaxGrain / (shape.classes * (order == LineOrder::along ? 1 : kLanes<T>)) + 1;
+template <class T, Pass pass>
+int64_t bundle_grain(const SoftmaxShape& shape) {
+  const bool along = line_order<pass>(shape) == LineOrder::along;
+  return kSoftmaxGrain / (shape.classes * (along ? 1 : kLanes<T>)) + 1;
 }
 
 // As load_upto, with another value in the lanes beyond.
@@ -226,11 +230,12 @@ FASTNN_INLINE Vec<T> line_exp_sum(const Lines<T, order>& lines, const T* x, Vec<
   return lines.total(sum);
 }
 
-// body(lines) for every bundle, in parallel.
-template <class T, class Body>
-void parallel_lines(const SoftmaxShape& shape, LineOrder order, const Body& body) {
-  parallel_ranges(bundle_count<T>(shape, order), bundle_grain<T>(shape, order), [&](int64_t begin, int64_t end) {
-    for_lines<T>(shape, order, begin, end, [&](const auto& lines, int64_t) { body(lines); });
+// body(lines) for every bundle, in parallel; puts `operation` on record.
+template <class T, Pass pass, class Body>
+void parallel_lines(const char* operation, const SoftmaxShape& shape, const Body& body) {
+  trace<T>(operation, order_name(line_order<pass>(shape)));
+  parallel_ranges(bundle_count<T, pass>(shape), bundle_grain<T, pass>(shape), [&](int64_t begin, int64_t end) {
+    for_lines<T, pass>(shape, begin, end, [&](const auto& lines, int64_t) { body(lines); });
   });
 }
 
@@ -252,9 +257,7 @@ void logarithms(int64_t count, const T* input, T* output) {
 
 template <class T>
 void softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) {
-  const LineOrder order = forward_order(shape);
-  trace<T>("softmax_forward", order_name(order));
-  parallel_lines<T>(shape, order, [&](const auto& lines) {
+  parallel_lines<T, Pass::forward>("softmax_forward", shape, [&](const auto& lines) {
     const auto input = lines.reading(t.input);
     auto output = lines.writing(t.output);
     const Vec<T> largest = line_maximum<T>(lines, input);
@@ -286,9 +289,7 @@ void softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) {
 
 template <class T>
 void softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
-  const LineOrder order = order_in_memory(shape);
-  trace<T>("softmax_backward", order_name(order));
-  parallel_lines<T>(shape, order, [&](const auto& lines) {
+  parallel_lines<T, Pass::backward>("softmax_backward", shape, [&](const auto& lines) {
     Vec<T> dot{};
     if (shape.inner > 1 && shape.classes <= kStagedClasses) {
       alignas(kVectorBytes) T grads[kStagedClasses * kLanes<T>], powers[kStagedClasses * kLanes<T>];
@@ -318,9 +319,7 @@ void softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
 
 template <class T>
 void log_softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) {
-  const LineOrder order = forward_order(shape);
-  trace<T>("log_softmax_forward", order_name(order));
-  parallel_lines<T>(shape, order, [&](const auto& lines) {
+  parallel_lines<T, Pass::forward>("log_softmax_forward", shape, [&](const auto& lines) {
     const auto input = lines.reading(t.input);
     auto output = lines.writing(t.output);
     const Vec<T> largest = line_maximum<T>(lines, input);
@@ -333,9 +332,7 @@ void log_softmax_forward(const SoftmaxShape& shape, const SoftmaxForward<T>& t) 
 
 template <class T>
 void log_softmax_backward(const SoftmaxShape& shape, const SoftmaxBackward<T>& t) {
-  const LineOrder order = order_in_memory(shape);
-  trace<T>("log_softmax_backward", order_name(order));
-  parallel_lines<T>(shape, order, [&](const auto& lines) {
+  parallel_lines<T, Pass::backward>("log_softmax_backward", shape, [&](const auto& lines) {
     Vec<T> sum{};
     lines.walk([&](int64_t at, int64_t lanes, int64_t) {
       lines.fetch_ahead(t.grad_output + at);

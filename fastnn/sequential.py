@@ -1,8 +1,9 @@
-"""Layers of a Sequential that follow each other as one node of autograd.
+"""Layers of a Sequential that follow each other as one call, and one node of autograd.
 
 To call layers as modules, with a node and tensors for each, takes a small network as long as half of its kernels. A
 chain of layers records the calls of its stages (:mod:`fastnn.stages`) once for each shape of input, in one program for
 the forward and one for the backward pass, and gives these the tensors of each call: no memory is kept between calls.
+Where autograd records nothing, the program is one that keeps nothing for a backward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastnn.autograd.common import (
     wanted_in_this_pass,
 )
 from fastnn.autograd.conv2d import channels_last, layout_of, lies_as_kernels_read, result_format
-from fastnn.stages import ARGUMENTS, PARAMETERS, WEIGHTED, Backward, Memory, Stage, stages_of, state_of
+from fastnn.stages import PARAMETERS, WEIGHTED, Backward, Memory, Stage, arguments_of, stages_of, state_of
 
 __all__ = ["PARTS", "call_in_order"]
 
@@ -64,9 +65,9 @@ class _StandIns(Memory):
     """Memory for stages that are recorded: each tensor has an address of its own, and nothing is there."""
 
     precision = "fp32"
-    backward_follows = True
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], backward_follows: bool) -> None:
+        self.backward_follows = backward_follows
         self.made: list[Tensor] = []
         self.parameters = {parameter: _stand_in(parameter) for parameter in parameters}
 
@@ -91,6 +92,19 @@ def _room(tensor: Tensor) -> int:
     return -(tensor.numel() * tensor.element_size() // -256) * 256
 
 
+def _side_by_side(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """Where each of these begins in memory for all of them, and its bytes."""
+    *offsets, total = itertools.accumulate(map(_room, tensors), initial=0)
+    return offsets, total
+
+
+def _by_turns(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
+    """The same for what stages hand on: a stage makes at most one tensor, and when it makes it, the one before the last
+    has been read."""
+    room = max(map(_room, tensors), default=0)
+    return [i % 2 * room for i in range(len(tensors))], 2 * room
+
+
 class _Plan:
     """The passes of a chain as programs, for one shape of input.
 
@@ -98,7 +112,8 @@ class _Plan:
         stages: of the chain.
         source: an input as the first stage reads it.
         parameters: of the chain, with the number of the stage that each belongs to.
-        saves_output: whether the backward pass reads the output.
+        backward_follows: whether there is a backward pass.
+        saves_output: whether it reads the output.
     """
 
     def __init__(
@@ -106,10 +121,11 @@ class _Plan:
         stages: Sequence[Stage],
         source: Tensor,
         parameters: Sequence[tuple[int, Tensor]],
+        backward_follows: bool,
         saves_output: bool,
     ) -> None:
         self._parameters = parameters
-        self._memory = memory = _StandIns([p for _, p in parameters])
+        self._memory = memory = _StandIns([p for _, p in parameters], backward_follows)
         self._given = [_stand_in(source), *memory.parameters.values()]
         self._stages_back: list[Backward] = []
         self._backwards: dict[tuple[bool, ...], tuple[_C.Program, int]] = {}
@@ -129,7 +145,8 @@ class _Plan:
         self._saved_output = [output] if saves_output else []
         self._output_layout = tuple(output.shape), output.stride()
         self._activations = [tensor for tensor in memory.made if tensor is not output]
-        *self._offsets, self._activation_bytes = itertools.accumulate(map(_room, self._activations), initial=0)
+        layout = _side_by_side if backward_follows else _by_turns
+        self._offsets, self._activation_bytes = layout(self._activations)
         slots = [*self._given, output]
         self._forward.place(slots, self._activations_in(len(slots)))
 
@@ -155,15 +172,14 @@ class _Plan:
 
         program = _C.Program()
         program.record(backward_pass)
-        # A stage makes at most one tensor. When it makes it, the one before the last has been read.
         between = [tensor for tensor in memory.made if tensor is not grad]
-        between_bytes = 2 * max(map(_room, between), default=0)
+        offsets, between_bytes = _by_turns(between)
         grad_input = [grad] if needs_input and grad is not None else []
         slots = [*self._given, grad_output, *memory.grads.values(), *self._saved_output, *grad_input]
         program.place(
             slots,
             self._activations_in(len(slots))
-            + [(t, len(slots) + 1, i % 2 * between_bytes // 2) for i, t in enumerate(between)],
+            + [(t, len(slots) + 1, i) for t, i in zip(between, offsets, strict=True)],
         )
         return program, between_bytes
 
@@ -223,51 +239,60 @@ class _Chain:
                 self._places += [(number, i, layer, name) for name in present]
             number += len(stages)
         self._plans: dict[Any, _Plan] = {}
-        self._tails: dict[int, list[_Part]] = {}
+        self._halves: dict[int, list[_Part]] = {}
 
     def __call__(self, input: Any) -> Any:
         parameters: list[Any] = [layer._parameters[name] for _, _, layer, name in self._places]
-        if self._is_recorded(input, parameters):
-            needed = tuple([tensor.requires_grad for tensor in (input, *parameters)])
+        way = self._way(input, parameters)
+        if way == "record":
+            needed = [tensor.requires_grad for tensor in (input, *parameters)]
             first = needed.index(True)
             begin = 0 if first == 0 else self._places[first - 1][1]
             if begin > 0:  # autograd sees nothing of the layers before it
-                return self._call_from(begin, input)
-            results = self._compute(input, parameters)
-            if results is not None:
-                return _ChainFunction.run(input, (self, *results), *parameters)
-        return _through((layer for layer, _ in self._layers), input)
+                return _through(self._halves_at(begin), input)
+        results = None if way is None else self._compute(input, parameters, way == "record")
+        if results is None:
+            return _through((layer for layer, _ in self._layers), input)
+        if way == "record":
+            return _ChainFunction.run(input, (self, *results), *parameters)
+        _, output, _ = results
+        return _as_layers_return(output, input, parameters)
 
-    def _is_recorded(self, input: Any, parameters: list[Tensor]) -> bool:
-        """Whether kernels serve the call, autograd records it, and a plan can express it."""
-        return (
+    def _way(self, input: Any, parameters: list[Tensor]) -> str | None:
+        """``"kernel"``, or ``"record"`` where autograd records the call; None where kernels do not serve it, or no plan
+        can express it."""
+        if (
             forward_ad._current_level < 0
             and _hooks_on_saved_tensors(True) is None
-            and _C.quick_way(input, *parameters) == "record"
+            and (way := _C.quick_way(input, *parameters)) is not None
             and input.dim() == self._input_dims
             and input.numel() > 0
-            and len(set(parameters)) == len(parameters)
-            and all(map(lies_as_kernels_read, parameters))
-        )
+            and not any(map(Tensor.is_neg, parameters))
+        ):
+            return way
+        return None
 
-    def _call_from(self, begin: int, input: Any) -> Any:
-        """As a call, with the layers before `begin` one by one."""
-        if begin not in self._tails:
-            self._tails[begin] = _parts_from(self._layers[begin:])
-        before = (layer for layer, _ in self._layers[:begin])
-        return _through(self._tails[begin], _through(before, input))
+    def _halves_at(self, begin: int) -> list[_Part]:
+        """What the layers before `begin` are, and those from there on."""
+        if begin not in self._halves:
+            self._halves[begin] = [*_parts_from(self._layers[:begin]), *_parts_from(self._layers[begin:])]
+        return self._halves[begin]
 
-    def _compute(self, input: Tensor, parameters: list[Tensor]) -> tuple[_Plan, Tensor, Tensor] | None:
+    def _compute(
+        self, input: Tensor, parameters: list[Tensor], backward_follows: bool
+    ) -> tuple[_Plan, Tensor, Tensor] | None:
         """The plan for this call, the output, and memory with what the backward pass needs; None where the layers have
         to say what does not fit."""
         source = _as_read(input)
-        key = source.shape, allows_tf32(source, "conv"), allows_tf32(source, "matmul")
+        key = backward_follows, source.shape, allows_tf32(source, "conv"), allows_tf32(source, "matmul")
         plan = self._plans.get(key)
         results = None if plan is None else plan.forward(source, parameters)
         if plan is None or results is None:
+            if len(set(parameters)) < len(parameters) or not all(map(lies_as_kernels_read, parameters)):
+                return None
             numbered = [(number, p) for (number, *_), p in zip(self._places, parameters, strict=True)]
             try:
-                plan = _Plan(self._stages, source, numbered, self.saves_output)
+                plan = _Plan(self._stages, source, numbered, backward_follows, self.saves_output)
             except (ValueError, IndexError, RuntimeError):
                 return None
             results = plan.forward(source, parameters)
@@ -292,10 +317,7 @@ class _ChainFunction(KernelFunction):
         chain, plan, output, activations = done
         ctx.chain, ctx.plan = chain, plan
         ctx.save_for_backward(input, *parameters, activations, output if chain.saves_output else None)
-        if output.dim() == 2:
-            return output
-        images = (tensor for tensor in (input, *parameters) if tensor.dim() == 4)
-        return output.contiguous(memory_format=result_format(*map(layout_of, images)))
+        return _as_layers_return(output, input, parameters)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -321,6 +343,14 @@ class _ChainFunction(KernelFunction):
 def _as_read(tensor: Tensor) -> Tensor:
     """Images in channels_last, rows in row-major order."""
     return channels_last(tensor) if tensor.dim() == 4 else dense(tensor)
+
+
+def _as_layers_return(output: Tensor, input: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """A chain's output in the layout that its layers give it."""
+    if output.dim() == 2:
+        return output
+    images = (tensor for tensor in (input, *parameters) if tensor.dim() == 4)
+    return output.contiguous(memory_format=result_format(*map(layout_of, images)))
 
 
 # --------------------------------------------------------------------------------------------- a Sequential's chains
@@ -365,7 +395,7 @@ def _split(layers: Iterable[Any]) -> Iterator[_Part]:
             stages = stages_of(layer)
         except ValueError:
             stages = None
-        if any(isinstance(value, list) for value in map(vars(layer).get, ARGUMENTS)):  # it may change in place
+        if any(isinstance(value, list) for value in arguments_of(layer)):  # it may change in place
             stages = None
         if stages is None or (takes is not None and takes != dims):
             yield from _parts_from(chain)

@@ -8,6 +8,7 @@ given: :mod:`fastnn.compiled` keeps real ones for its programs, :mod:`fastnn.seq
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,15 +22,14 @@ from fastnn.autograd.max_pool2d import pool_size, winners_dtype
 from fastnn.tracing import has_hooks
 
 __all__ = [
-    "ARGUMENTS",
     "PARAMETERS",
     "WEIGHTED",
     "Backward",
     "Memory",
     "NotCompilable",
     "Stage",
+    "arguments_of",
     "everything_is_watched",
-    "may_have_stages",
     "stages_of",
     "state_of",
     "watched",
@@ -158,7 +158,8 @@ def _max_pool2d_stage(kernel_size: Any, stride: Any, padding: Any, dilation: Any
         height, width = pool_size(input.shape[2], input.shape[3], *window, ceil_mode)
         shape = (input.shape[0], input.shape[1], height, width)
         output = memory.new(shape, input.dtype, channels_last=True)
-        winners = memory.new(shape, winners_dtype(kernel_size, return_indices=False), channels_last=True)
+        dtype = winners_dtype(kernel_size, return_indices=False)
+        winners = memory.new(shape, dtype, channels_last=True) if memory.backward_follows else None
         _C.max_pool2d_forward(output, winners, input, *window)
         return output, _backward_to_input(_C.max_pool2d_backward, memory, input, winners, *window)
 
@@ -231,9 +232,23 @@ def stages_of(layer: torch.nn.Module) -> list[Stage]:
     raise NotCompilable(f"{layer}: expected a layer of fastnn.nn, Flatten or Identity")
 
 
-def may_have_stages(kind: type) -> bool:
-    """Whether layers of exactly this class are stages, if nothing about them stands against it."""
-    return "_stages" in vars(kind) or kind in (torch.nn.Flatten, torch.nn.Identity)
+# What the stages of a layer are made from, by its kind.
+_ARGUMENTS = {
+    conv2d_stages: ("activation", "max_pool", "stride", "padding", "padding_mode", "dilation", "groups"),
+    linear_stages: ("activation",),
+    max_pool2d_stages: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
+    relu_stages: (),
+}
+
+
+@lru_cache(maxsize=256)
+def _arguments_of(kind: type) -> tuple[str, ...] | None:
+    """What the stages of layers of exactly this class are made from; None where there are no stages."""
+    if kind is torch.nn.Flatten:
+        return "start_dim", "end_dim"
+    if kind is torch.nn.Identity:
+        return ()
+    return _ARGUMENTS.get(vars(kind).get("_stages"))
 
 
 def everything_is_watched() -> bool:
@@ -246,11 +261,10 @@ def watched(module: torch.nn.Module) -> bool:
     return has_hooks(module) or everything_is_watched()
 
 
-# What stages are made from, of all layers.
-ARGUMENTS = (
-    *("activation", "max_pool", "kernel_size", "stride", "padding", "padding_mode", "dilation", "groups"),
-    *("out_channels", "ceil_mode", "return_indices", "start_dim", "end_dim"),
-)
+def arguments_of(layer: torch.nn.Module) -> list[Any]:
+    """What a layer's stages are made from, besides its parameters."""
+    names = _arguments_of(type(layer)) or ()
+    return [*map(vars(layer).get, names)]
 
 
 def state_of(model: torch.nn.Module) -> list[tuple[Any, ...]]:
@@ -260,9 +274,10 @@ def state_of(model: torch.nn.Module) -> list[tuple[Any, ...]]:
 
 def _state_of_layer(layer: Any) -> tuple[Any, ...]:
     kind, attributes = type(layer), vars(layer)
-    if not may_have_stages(kind):
+    arguments = _arguments_of(kind)
+    if arguments is None:
         return layer, kind
     parameters = layer._parameters
     present = "weight" in parameters, parameters.get("bias") is None, len(parameters)
     replaced = "forward" in attributes, layer._compiled_call_impl
-    return layer, kind, has_hooks(layer), replaced, present, *map(attributes.get, ARGUMENTS)
+    return layer, kind, has_hooks(layer), replaced, present, *map(attributes.get, arguments)

@@ -6,8 +6,9 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -73,6 +74,21 @@ def is_chained(output: torch.Tensor) -> bool:
     return any(node is not None and node.name().startswith("_ChainFunction") for node in nodes)
 
 
+@contextmanager
+def called_layers() -> Iterator[list[torch.nn.Module]]:
+    """The modules that are called meanwhile, as modules."""
+    seen: list[torch.nn.Module] = []
+    call = torch.nn.Module.__call__
+
+    def note(module: torch.nn.Module, *args: object) -> object:
+        seen.append(module)
+        return call(module, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "__call__", note)
+        yield seen
+
+
 def results(model: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, wants_input: bool) -> list[torch.Tensor]:
     """Output, gradients of the parameters that have one, and of the input."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_(wants_input)
@@ -113,6 +129,45 @@ def test_bits_and_strides_are_those_of_the_layers_one_by_one(
     assert is_chained(model(x))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels_last"])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_without_autograd_chains_keep_nothing_and_give_the_same_bits(
+    name: str, dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    plain, model, x = both(name, dtype)
+    plain.to(memory_format=memory_format)  # type: ignore[call-overload]
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=memory_format)
+    flattened = isinstance(plain[-1], torch.nn.Flatten)
+    for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        with mode():
+            with ran_kernels(dtype=dtype) as layers:
+                expected = plain(x)
+            with ran_kernels(dtype=dtype) as log, called_layers() as called:
+                assert_same([model(x)], [expected])
+        assert called == ([model, model[-1]] if flattened or name == "images out" else [model])
+        copies = ("transpose",)
+        assert [r.operator for r in log if r.operator not in copies] == [r.operator for r in layers]
+    trained = results(model, x, True)
+    assert_same(trained, results(plain, x, True))
+    assert_same([model(x).detach()], trained[:1])
+
+
+def test_without_autograd_a_chain_takes_the_memory_of_two_layers() -> None:
+    layers = [nn.Conv2d(4, 4, 3, padding=1, activation="relu") for _ in range(9)]
+    model, x = nn.Sequential(*layers, nn.MaxPool2d(2)).to(DEVICE), torch.randn(2, 4, 32, 32).to(DEVICE)
+    model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    taken: dict[bool, int] = {}
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), torch.profiler.profile(profile_memory=True) as profile:
+            output = model(x)
+        sizes = [event.self_cpu_memory_usage + event.self_device_memory_usage for event in profile.events()]
+        taken[grad] = sum(size for size in sizes if size > 0) - output.nbytes
+    assert taken[False] == 2 * x.nbytes
+    assert taken[True] >= 9 * x.nbytes
+
+
 def test_parameters_that_are_not_trained_get_no_gradient() -> None:
     for frozen in ([0], [1], [0, 1, 3], [4], [1, 3, 4]):
         plain, model, x = both("digits")
@@ -120,10 +175,16 @@ def test_parameters_that_are_not_trained_get_no_gradient() -> None:
             plain[number].requires_grad_(False)
         assert_same(results(model, x, False), results(plain, x, False))
         assert_same(results(model, x, True), results(plain, x, True))
-        assert is_chained(model(x)) == (frozen != [0, 1, 3])  # one layer alone is no chain
+        with called_layers() as called:
+            output = model(x)
+        assert is_chained(output) == (frozen != [0, 1, 3])  # one layer alone is no chain
+        alone = {(0,): [0], (0, 1, 3): [4]}.get(tuple(frozen), [])  # before or behind it is a chain
+        assert called == [model, *(model[number] for number in alone)]
     plain.requires_grad_(False)
     assert_same(results(model, x, True), results(plain, x, True))
-    assert not model(x).requires_grad
+    with called_layers() as called:
+        assert not model(x).requires_grad
+    assert called == [model]
 
 
 def test_a_pass_for_the_input_alone_makes_no_gradients_of_parameters() -> None:

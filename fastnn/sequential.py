@@ -178,8 +178,7 @@ class _Plan:
         slots = [*self._given, grad_output, *memory.grads.values(), *self._saved_output, *grad_input]
         program.place(
             slots,
-            self._activations_in(len(slots))
-            + [(t, len(slots) + 1, i) for t, i in zip(between, offsets, strict=True)],
+            self._activations_in(len(slots)) + [(t, len(slots) + 1, i) for t, i in zip(between, offsets, strict=True)],
         )
         return program, between_bytes
 

@@ -8,7 +8,6 @@ given: :mod:`fastnn.compiled` keeps real ones for its programs, :mod:`fastnn.seq
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -233,7 +232,7 @@ def stages_of(layer: torch.nn.Module) -> list[Stage]:
 
 
 # What the stages of a layer are made from, by its kind.
-_ARGUMENTS = {
+_ARGUMENTS: dict[Any, tuple[str, ...]] = {
     conv2d_stages: ("activation", "max_pool", "stride", "padding", "padding_mode", "dilation", "groups"),
     linear_stages: ("activation",),
     max_pool2d_stages: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
@@ -241,7 +240,6 @@ _ARGUMENTS = {
 }
 
 
-@lru_cache(maxsize=256)
 def _arguments_of(kind: type) -> tuple[str, ...] | None:
     """What the stages of layers of exactly this class are made from; None where there are no stages."""
     if kind is torch.nn.Flatten:
@@ -249,6 +247,12 @@ def _arguments_of(kind: type) -> tuple[str, ...] | None:
     if kind is torch.nn.Identity:
         return ()
     return _ARGUMENTS.get(vars(kind).get("_stages"))
+
+
+def arguments_of(layer: torch.nn.Module) -> list[Any]:
+    """What a layer's stages are made from, besides its parameters."""
+    names = _arguments_of(type(layer)) or ()
+    return [*map(vars(layer).get, names)]
 
 
 def everything_is_watched() -> bool:
@@ -259,12 +263,6 @@ def everything_is_watched() -> bool:
 def watched(module: torch.nn.Module) -> bool:
     """Whether hooks see the module's calls, its own or everybody's."""
     return has_hooks(module) or everything_is_watched()
-
-
-def arguments_of(layer: torch.nn.Module) -> list[Any]:
-    """What a layer's stages are made from, besides its parameters."""
-    names = _arguments_of(type(layer)) or ()
-    return [*map(vars(layer).get, names)]
 
 
 def state_of(model: torch.nn.Module) -> list[tuple[Any, ...]]:

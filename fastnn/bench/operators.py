@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastnn import functional, optim
+from fastnn import convert, functional, optim
 from fastnn.bench.timing import OURS, Call
 
 BATCHES = (1, 8, 32)
@@ -463,6 +463,70 @@ def mse_loss(quick: bool) -> Iterator[Case]:
     return _function_cases("mse_loss", _logit_rows(quick, ()))
 
 
+# ------------------------------------------------------------------------------------------------- sequential
+
+
+def _perceptron(*widths: int) -> list[torch.nn.Module]:
+    """Linear layers with ReLUs between them."""
+    layers: list[torch.nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
+    return layers[:-1]
+
+
+def _conv_blocks(*shapes: ConvShape) -> list[torch.nn.Module]:
+    """Convolution, ReLU and 2x2 max-pooling, and a Flatten behind them."""
+    layers: list[torch.nn.Module] = []
+    for shape in shapes:
+        convolution = torch.nn.Conv2d(shape.in_channels, shape.out_channels, shape.kernel, padding=shape.pad)
+        layers += [convolution, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    return [*layers, torch.nn.Flatten()]
+
+
+# Network, shape of its input without the batch, layers.
+SEQUENTIALS: tuple[tuple[str, tuple[int, ...], Callable[[], list[torch.nn.Module]]], ...] = (
+    ("policy 8-64-64-4", (8,), lambda: _perceptron(8, 64, 64, 4)),
+    ("perceptron 784-256-128-10", (784,), lambda: _perceptron(784, 256, 128, 10)),
+    ("LeNet-5", (1, 28, 28), lambda: _conv_blocks(*NETWORKS["LeNet-5"][:2]) + _perceptron(400, 120, 84, 10)),
+    ("reference model", (1, 28, 28), lambda: _conv_blocks(*BLOCKS["reference model"]) + _perceptron(1600, 64, 10)),
+    ("CIFAR-sized", (3, 32, 32), lambda: _conv_blocks(*BLOCKS["CIFAR-sized"]) + _perceptron(2048, 256, 10)),
+)
+QUICK_SEQUENTIALS = SEQUENTIALS[:3:2]
+
+
+def sequential(quick: bool) -> Iterator[Case]:
+    """Whole networks as :func:`fastnn.convert` makes them of torch's Sequential, called from Python."""
+    for network, shape, layers in QUICK_SEQUENTIALS if quick else SEQUENTIALS:
+        for batch in QUICK_BATCHES if quick else (*BATCHES, 128):
+            for stage in ("forward", "forward+backward"):
+                text = "x".join(map(str, (batch, *shape)))
+                yield Case(
+                    "sequential", network, text, stage, None, partial(_sequential_sides, layers, batch, shape, stage)
+                )
+
+
+def _sequential_sides(
+    layers: Callable[[], list[torch.nn.Module]], batch: int, shape: tuple[int, ...], stage: str
+) -> Sides:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        theirs = torch.nn.Sequential(*layers()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ours = convert(theirs)  # around the same parameters
+    input = _normal(batch, *shape)
+
+    def side(model: torch.nn.Module) -> Call:
+        if stage == "forward+backward":
+            return _forward_and_gradients(lambda: model(input), list(model.parameters()))
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return model(input)
+
+        return forward
+
+    return Sides({OURS: side(ours), "torch": side(theirs)}, WINNER_TOLERANCE, "rms")
+
+
 # ------------------------------------------------------------------------------------------------- optimizers
 
 TENSORS = (1, 50, 500)
@@ -585,6 +649,7 @@ OPERATORS: dict[str, Callable[[bool], Iterator[Case]]] = {
         log_softmax,
         cross_entropy,
         mse_loss,
+        sequential,
         adam,
         sgd,
         overhead,

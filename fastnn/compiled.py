@@ -222,7 +222,7 @@ class _Compiled:
         model, precision = self._model, self._precision
         if not runs_in_order(model) or watched(model):
             raise NotCompilable(f"model: expected a Sequential without hooks, got {type(model).__name__}")
-        layers = [layer for layer in model._modules.values() if layer is not None]  # one may stand there twice
+        layers: list[Any] = [*model._modules.values()]  # one may stand there twice
         self._stages = [
             (stage, any(parameter.requires_grad for parameter in layer.parameters()))
             for layer in layers

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fastnn import nn
-from fastnn.fusion import Step, window_argument
-from fastnn.layer_fusion import plan_fusions
+from fastnn.fusion import window_argument
+from fastnn.layer_fusion import Fusion, plan_fusions
 from fastnn.sequential import PARTS
 from fastnn.tracing import Calls, calls_of
 
@@ -91,15 +91,16 @@ def convert(
     it. A result that ``forward`` stores, as in an attribute, stays what it was. In a module that torch.fx cannot trace
     a ``Sequential`` or another module with a ``forward`` fuses inside if the code only ever calls it; layers that the
     code calls itself do not fuse. So it is where the code draws random numbers, as to skip a layer at random, or asks
-    whether something is a tensor (``isinstance``, ``torch.is_tensor``) or has an attribute that tensors have not. Code
-    that calls a fused layer other than through ``forward`` - another method, a loop outside the model - sees what it
-    computes now.
+    whether something is a tensor (``isinstance``, ``torch.is_tensor``) or has an attribute that tensors have not.
+    Nothing fuses in a model whose ``forward`` decides by the classes of its layers. Code that calls a fused layer other
+    than through ``forward`` - another method, a loop outside the model - sees what it computes now.
 
-    The calls are recorded once, here, with stand-ins for tensors, whose ``type()`` is another. What else decides them
-    is frozen as it stands: attributes other than ``training``, global variables, autocast and inference mode, random
-    numbers from CUDA or from a generator of the model's own. Once the ReLU of ``if self.use: x = self.relu(x)`` has
-    fused, ``use = False`` does not take it away. Set such attributes before; to change one later, :func:`revert`, set
-    it and convert again; or let ``filter_fn`` leave that ReLU or pooling as it is, which keeps it from fusing.
+    The calls are recorded once, here, with stand-ins for arguments, whose ``type()`` is another, and which are no True,
+    False or member of an Enum unless such a value is the argument's default. What else decides the calls is frozen as
+    it stands: attributes other than ``training``, global variables, autocast and inference mode, random numbers from
+    CUDA or from a generator of the model's own. Once the ReLU of ``if self.use: x = self.relu(x)`` has fused,
+    ``use = False`` does not take it away. Set such attributes before; to change one later, :func:`revert`, set it and
+    convert again; or let ``filter_fn`` leave that ReLU or pooling as it is, which keeps it from fusing.
 
     Left as they are: subclasses, which may compute something else, so also parametrized layers; layers whose
     ``forward`` was replaced; what torch.jit compiled; with a reason in the report. Hooks that see a result between two
@@ -149,9 +150,13 @@ def convert(
             _remember(module)
             module.__class__ = nn.Sequential
     kept = {name: reason for name, reason in report.kept.items() if reason != _NO_BATCH_NORM}
-    fusions, report.not_fused = plan_fusions(modules, _calls(model), kept, fold_batch_norm)
+    calls = _calls(model)
+    fusions, report.not_fused = plan_fusions(modules, calls, kept, fold_batch_norm)
+    if fusions and not _makes_the_same_calls(model, fusions, calls):
+        report.not_fused |= dict.fromkeys(fusions, "forward asks what its layers are, which fusing would change")
+        fusions = {}
     for name, fusion in fusions.items():
-        _fuse(modules[name], fusion.steps, [modules[other] for other in fusion.absorbed])
+        _fuse(modules, name, fusion)
         report.fused[name] = fusion.absorbed
         for other in fusion.absorbed:
             report.replaced.pop(other, None)
@@ -184,17 +189,29 @@ def revert(model: torch.nn.Module, *, inplace: bool = False) -> torch.nn.Module:
 
     Raises:
         TypeError: where ``model`` is no module.
+        ValueError: where a layer was parametrized after a batch norm had been folded into it.
     """
     _require_module("revert", model)
+    for name, module in model.named_modules():
+        before = vars(module).get("_before_convert")
+        if before is not None and before.tensors is not None and type(module) not in _CONVERTED:
+            raise ValueError(
+                f"model: expected {name} to be as convert left it, since a batch norm was folded into it, "
+                f"got a {type(module).__name__}"
+            )
     if not inplace:
         model = _copy(model)
     for module in model.modules():
         before = vars(module).pop("_before_convert", None)
         if before is None:
             continue
-        module.__class__ = before.layer
-        for name in (*_ARGUMENTS, PARTS):
-            vars(module).pop(name, None)
+        vars(module).pop(PARTS, None)
+        if type(module) in _CONVERTED:
+            module.__class__ = before.layer
+            for name in _ARGUMENTS:
+                vars(module).pop(name, None)
+        else:  # a class that was made of ours since, as a parametrization does
+            vars(module).update({name: None for name in _ARGUMENTS if name in vars(module)})
         vars(module).update(before.arguments)
         if before.tensors is not None:
             module._parameters, module._buffers = before.tensors
@@ -227,6 +244,15 @@ def _calls(model: torch.nn.Module) -> Calls:
     return calls_of(copied)
 
 
+def _makes_the_same_calls(model: torch.nn.Module, fusions: Mapping[str, Fusion], calls: Calls) -> bool:
+    """Whether ``forward`` calls what it did where these are fused."""
+    copied = _copy(model)
+    modules = dict(copied.named_modules())
+    for name, fusion in fusions.items():
+        _fuse(modules, name, fusion)
+    return calls_of(copied).graphs == calls.graphs
+
+
 def _require_module(function: str, model: Any) -> None:
     if isinstance(model, torch.optim.Optimizer):
         raise TypeError(f"model: expected a torch.nn.Module (fastnn.optim.{function} takes optimizers), got {model!r}")
@@ -257,6 +283,8 @@ def _reason_to_keep(
     return ""
 
 
+# What a module is after it was converted.
+_CONVERTED = (*_OURS, nn.Sequential, torch.nn.Identity)
 # Its reason to stay unless it is folded.
 _NO_BATCH_NORM = "fastnn has no BatchNorm2d"
 _NO_LAYERS = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.Identity)
@@ -269,10 +297,11 @@ def _remember(module: torch.nn.Module) -> _Before:
     return before
 
 
-def _fuse(layer: Any, steps: Sequence[Step], absorbed: Sequence[torch.nn.Module]) -> None:
+def _fuse(modules: Mapping[str, Any], name: str, fusion: Fusion) -> None:
     """Makes the layer compute the steps, and the modules that did so until now pass their input on."""
+    layer, absorbed = modules[name], [modules[other] for other in fusion.absorbed]
     _remember(layer)
-    for step in steps:
+    for step in fusion.steps:
         if step.kind == "batch_norm":
             _fold(layer, absorbed[0])
         elif step.kind == "relu":

@@ -128,7 +128,10 @@ class _Planner:
             return "a batch norm follows (fold_batch_norm=True folds it)"
         if batch_norm.training or batch_norm.running_mean is None:
             return "the batch norm that follows takes the batch's own statistics"
-        convolution: Any = self._modules.get(self._calls.layer.get(node.all_input_nodes[0], ""))
+        of_input = self._calls.layer.get(node.all_input_nodes[0], "")
+        if not {of_input, self._calls.layer[node]}.isdisjoint(self._calls.tensors_read):
+            return "forward reads the tensors that a batch norm would be folded into, or its own"
+        convolution: Any = self._modules.get(of_input)
         if convolution is not None and (convolution._forward_pre_hooks or "weight" not in convolution._parameters):
             return "its weight, into which a batch norm would be folded, is computed anew for each call"
         return ""

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastnn import functional
 from fastnn.arguments import pool_arguments, wants_relu
 from fastnn.sequential import call_in_order
-from fastnn.stages import conv2d_stages, linear_stages, max_pool2d_stages, relu_stages
+from fastnn.stages import conv2d_stages, has_stages, linear_stages, max_pool2d_stages, relu_stages
 
 __all__ = [
     "Conv2d",
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 
+@has_stages(linear_stages, "activation")
 class Linear(torch.nn.Linear):
     """``torch.nn.Linear`` with an optional fused activation.
 
@@ -66,12 +67,11 @@ class Linear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight, self.bias, activation=self.activation)
 
-    _stages = linear_stages
-
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation!r}")
 
 
+@has_stages(conv2d_stages, "activation", "max_pool", "stride", "padding", "padding_mode", "dilation", "groups")
 class Conv2d(torch.nn.Conv2d):
     """``torch.nn.Conv2d`` with an optional fused activation and max-pooling.
 
@@ -144,8 +144,6 @@ class Conv2d(torch.nn.Conv2d):
             max_pool=self.max_pool,
         )
 
-    _stages = conv2d_stages
-
     def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.activation is not None:
@@ -153,6 +151,7 @@ class Conv2d(torch.nn.Conv2d):
         return text if self.max_pool is None else text + f", max_pool={self.max_pool!r}"
 
 
+@has_stages(max_pool2d_stages, "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 class MaxPool2d(torch.nn.MaxPool2d):
     """``torch.nn.MaxPool2d``; see :func:`fastnn.functional.max_pool2d`.
 
@@ -178,9 +177,8 @@ class MaxPool2d(torch.nn.MaxPool2d):
             self.return_indices,
         )
 
-    _stages = max_pool2d_stages
 
-
+@has_stages(relu_stages)
 class ReLU(torch.nn.ReLU):
     """``torch.nn.ReLU``; see :func:`fastnn.functional.relu`.
 
@@ -198,8 +196,6 @@ class ReLU(torch.nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         return functional.relu(input, self.inplace)
 
-    _stages = relu_stages
-
 
 class Sequential(torch.nn.Sequential):
     """``torch.nn.Sequential`` that runs layers of this module which follow each other as one operator.
@@ -213,8 +209,8 @@ class Sequential(torch.nn.Sequential):
     something may look between them: hooks on a layer or on saved tensors, subclasses, autocast, torch.func, compilers.
 
     A chain has one node in the graph; where autograd records nothing (before the first layer that is trained, too) it
-    has none, and takes the memory of two layers. ``torch.autograd.grad`` for some of its parameters computes the gradients of all
-    of them, and what lies between layers is freed when the whole backward pass is over.
+    has none, and takes the memory of two layers. ``torch.autograd.grad`` for some of its parameters computes the
+    gradients of all of them, and what lies between layers is freed when the whole backward pass is over.
 
     Args:
         layers: as in :class:`torch.nn.Sequential`, modules or one OrderedDict of them.

@@ -31,14 +31,16 @@ _GRAD_TYPES = frozenset((Tensor,))
 _is_neg = Tensor.is_neg
 
 
-def _is_covered(param: Tensor, grad: Tensor) -> bool:
-    """Whether a kernel serves this parameter: its device and dtype have kernels, and its gradient is strided."""
+def _is_covered(param: Tensor, grad: Tensor, state: dict[str, Any]) -> bool:
+    """Whether a kernel serves this parameter: its device and dtype have kernels, its gradient is strided, and its state
+    of the same dtype."""
     return (
         _are_plain([param], [grad])
         and _has_kernel(param)
         and grad.dtype is param.dtype
         and grad.device == param.device
         and grad.layout is torch.strided
+        and all(t.dtype is param.dtype for name, t in state.items() if name != "step" and isinstance(t, Tensor))
     )
 
 
@@ -223,7 +225,7 @@ class _KernelUpdate(torch.optim.Optimizer):
         for param in params:
             grad = param.grad
             assert grad is not None
-            if not reason and _is_covered(param, grad):
+            if not reason and _is_covered(param, grad, self.state.get(param, {})):
                 covered.setdefault((param.device, param.dtype), []).append(param)
             else:
                 rest.append(param)
@@ -231,7 +233,7 @@ class _KernelUpdate(torch.optim.Optimizer):
             if not torch.compiler.is_compiling():
                 reason = reason or f"{rest[0].dtype} {rest[0].layout} on {rest[0].device}"
                 note_fallback(type(self).__name__.lower(), reason)
-            with torch.set_grad_enabled(group["differentiable"]):
+            with torch.set_grad_enabled(self.defaults["differentiable"]):  # as torch's step
                 self._update_with_torch(group, rest)
         for served in covered.values():
             grads = [param.grad for param in served]

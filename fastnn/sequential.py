@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,18 @@ from fastnn.autograd.common import (
     goes_through_torch,
     wanted_in_this_pass,
 )
-from fastnn.autograd.conv2d import channels_last, layout_of, lies_as_kernels_read, result_format
-from fastnn.stages import PARAMETERS, WEIGHTED, Backward, Memory, Stage, arguments_of, stages_of, state_of
+from fastnn.autograd.conv2d import (
+    channels_last,
+    channels_last_strides,
+    layout_of,
+    lies_as_kernels_read,
+    result_format,
+)
+from fastnn.stages import PARAMETERS, WEIGHTED, Backward, Memory, stages_of, state_of
 
 __all__ = ["PARTS", "call_in_order"]
 
-# That a chain keeps: one for each shape of input. With another it starts anew.
+# That a chain keeps with a backward pass, and without. With another it starts anew.
 MOST_PLANS = 32
 
 _hooks_on_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
@@ -66,10 +72,11 @@ class _StandIns(Memory):
 
     precision = "fp32"
 
-    def __init__(self, parameters: Sequence[Tensor], backward_follows: bool) -> None:
+    def __init__(self, parameters: Mapping[Tensor, Tensor], device: torch.device, backward_follows: bool) -> None:
+        self.parameters = parameters  # what stands for each
         self.backward_follows = backward_follows
         self.made: list[Tensor] = []
-        self.parameters = {parameter: _stand_in(parameter) for parameter in parameters}
+        self._device = device
 
     def at(self, parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else self.parameters[parameter]
@@ -78,8 +85,7 @@ class _StandIns(Memory):
         # The layout that a tensor without memory has; the address comes from a tensor of no elements on the device.
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         strides = torch.empty(shape, device="meta", memory_format=memory_format).stride()
-        device = next(iter(self.parameters.values())).device
-        self.made.append(_C.stand_in(torch.empty(0, dtype=dtype, device=device), shape, strides))
+        self.made.append(_C.stand_in(torch.empty(0, dtype=dtype, device=self._device), shape, strides))
         return self.made[-1]
 
 
@@ -99,76 +105,118 @@ def _side_by_side(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
 
 
 def _by_turns(tensors: Sequence[Tensor]) -> tuple[list[int], int]:
-    """The same for what stages hand on: a stage makes at most one tensor, and when it makes it, the one before the last
-    has been read."""
+    """The same for tensors of which each is made from the one before alone, as without winners for a backward pass, and
+    in the backward pass."""
     room = max(map(_room, tensors), default=0)
     return [i % 2 * room for i in range(len(tensors))], 2 * room
 
 
 class _Plan:
-    """The passes of a chain as programs, for one shape of input.
+    """The forward pass of a chain as a program, for one shape of input and one layout of the parameters.
+
+    It holds no parameter: these may be replaced.
 
     Args:
-        stages: of the chain.
+        layers: of the chain.
         source: an input as the first stage reads it.
-        parameters: of the chain, with the number of the stage that each belongs to.
+        parameters: of the chain, and the number of the layer that each belongs to.
         backward_follows: whether there is a backward pass.
         saves_output: whether it reads the output.
     """
 
     def __init__(
         self,
-        stages: Sequence[Stage],
+        layers: Sequence[torch.nn.Module],
         source: Tensor,
         parameters: Sequence[tuple[int, Tensor]],
         backward_follows: bool,
         saves_output: bool,
     ) -> None:
-        self._parameters = parameters
-        self._memory = memory = _StandIns([p for _, p in parameters], backward_follows)
-        self._given = [_stand_in(source), *memory.parameters.values()]
-        self._stages_back: list[Backward] = []
-        self._backwards: dict[tuple[bool, ...], tuple[_C.Program, int]] = {}
-        self._recording = threading.Lock()
-
-        output = self._given[0]
+        of_layers = [stages_of(layer) for layer in layers]
+        given = {parameter: _stand_in(parameter) for _, parameter in parameters}
+        memory = _StandIns(given, source.device, backward_follows)
+        stands_for_source = output = _stand_in(source)
+        backwards: list[Backward] = []
 
         def forward() -> None:
             nonlocal output
-            for stage in stages:
+            for stage in itertools.chain.from_iterable(of_layers):
                 output, backward = stage(memory, output)
-                self._stages_back.append(backward)
+                backwards.append(backward)
 
-        self._forward = _C.Program()
-        self._forward.record(forward)
+        self._program = _C.Program()
+        self._program.record(forward)
+        memory.parameters = {}
         self._output = output
-        self._saved_output = [output] if saves_output else []
-        self._output_layout = tuple(output.shape), output.stride()
-        self._activations = [tensor for tensor in memory.made if tensor is not output]
+        self._shape = tuple(output.shape)
+        activations = [tensor for tensor in memory.made if tensor is not output]
         layout = _side_by_side if backward_follows else _by_turns
-        self._offsets, self._activation_bytes = layout(self._activations)
-        slots = [*self._given, output]
-        self._forward.place(slots, self._activations_in(len(slots)))
+        offsets, self._activation_bytes = layout(activations)
+        slots = [stands_for_source, *given.values()]
+        places = [*zip(activations, offsets, strict=True)]
+        self._program.place([*slots, output], [(t, len(slots) + 1, offset) for t, offset in places])
+        self.backward_pass: _BackwardPlan | None = None
+        if backward_follows:
+            first_stages = [*itertools.accumulate(map(len, of_layers), initial=0)]
+            trained = [(first_stages[number], given[parameter]) for number, parameter in parameters]
+            self.backward_pass = _BackwardPlan(memory, backwards, slots, trained, output, saves_output, places)
 
-    def _activations_in(self, slot: int) -> list[tuple[Tensor, int, int]]:
-        return [(t, slot, i) for t, i in zip(self._activations, self._offsets, strict=True)]
+    def forward(
+        self, source: Tensor, parameters: Sequence[Tensor], named: torch.memory_format
+    ) -> tuple[Tensor, Tensor] | None:
+        """The output, and the memory of what lies before it; None where a tensor is laid out in another way.
 
-    def _record_backward(self, needed: tuple[bool, ...]) -> tuple[_C.Program, int]:
-        """The backward pass to these of the input and the parameters, and the bytes that its stages hand on."""
+        `named` is the format that strides of images of one channel or pixel are named by.
+        """
+        strides = self._output.stride() if len(self._shape) == 2 else channels_last_strides(self._shape, named)
+        output = source.new_empty_strided(self._shape, strides)
+        activations = source.new_empty(self._activation_bytes, dtype=torch.uint8)
+        return (output, activations) if self._program.run_on([source, *parameters, output, activations]) else None
+
+
+class _BackwardPlan:
+    """The backward pass of a plan as programs, one for each choice of gradients.
+
+    Args:
+        memory: of the forward pass.
+        stages: of the backward pass, in the order of the forward pass.
+        given: what stands for the input and the parameters.
+        parameters: what stands for them, and the number of the stage that each belongs to.
+        output: what stands for the output.
+        saves_output: whether the stages read it.
+        activations: what stands for them, and where each begins in their memory.
+    """
+
+    def __init__(
+        self,
+        memory: _StandIns,
+        stages: Sequence[Backward],
+        given: Sequence[Tensor],
+        parameters: Sequence[tuple[int, Tensor]],
+        output: Tensor,
+        saves_output: bool,
+        activations: Sequence[tuple[Tensor, int]],
+    ) -> None:
+        self._memory, self._stages, self._given, self._parameters = memory, stages, given, parameters
+        self._output, self._saved_output, self._activations = output, [output] if saves_output else [], activations
+        self._programs: dict[tuple[bool, ...], tuple[_C.Program, int]] = {}
+        self._recording = threading.Lock()
+
+    def _record(self, needed: tuple[bool, ...]) -> tuple[_C.Program, int]:
+        """The pass to these of the input and the parameters, and the bytes that its stages hand on."""
         needs_input, *needs = needed
         trained = [pair for pair, need in zip(self._parameters, needs, strict=True) if need]
         memory = self._memory
-        # Laid out as the parameters were when the forward pass was recorded.
-        memory.made, memory.grads = [], {p: _stand_in(memory.parameters[p]) for _, p in trained}
+        memory.made, memory.grads = [], {parameter: _stand_in(parameter) for _, parameter in trained}
         grad_output = _stand_in(self._output)
         grad: Tensor | None = grad_output
         first = -1 if needs_input else min(number for number, _ in trained)
 
         def backward_pass() -> None:
             nonlocal grad
-            for number in reversed(range(max(first, 0), len(self._stages_back))):
+            for number in reversed(range(max(first, 0), len(self._stages))):
                 assert grad is not None
-                grad = self._stages_back[number](grad, number > first)
+                grad = self._stages[number](grad, number > first)
 
         program = _C.Program()
         program.record(backward_pass)
@@ -176,19 +224,12 @@ class _Plan:
         offsets, between_bytes = _by_turns(between)
         grad_input = [grad] if needs_input and grad is not None else []
         slots = [*self._given, grad_output, *memory.grads.values(), *self._saved_output, *grad_input]
-        program.place(
-            slots,
-            self._activations_in(len(slots)) + [(t, len(slots) + 1, i) for t, i in zip(between, offsets, strict=True)],
-        )
+        pieces = [(tensor, len(slots), offset) for tensor, offset in self._activations]
+        pieces += [(tensor, len(slots) + 1, offset) for tensor, offset in zip(between, offsets, strict=True)]
+        program.place(slots, pieces)
         return program, between_bytes
 
-    def forward(self, source: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
-        """The output, and the memory of what lies before it; None where a tensor is laid out in another way."""
-        output = source.new_empty_strided(*self._output_layout)
-        activations = source.new_empty(self._activation_bytes, dtype=torch.uint8)
-        return (output, activations) if self._forward.run_on([source, *parameters, output, activations]) else None
-
-    def backward(
+    def run(
         self,
         needed: tuple[bool, ...],
         grad_output: Tensor,
@@ -200,128 +241,161 @@ class _Plan:
         """The gradients of the input and of the parameters, None for those that are not needed; or None where a tensor
         is laid out in another way."""
         with self._recording:  # threads that run one model
-            if needed not in self._backwards:
-                self._backwards[needed] = self._record_backward(needed)
-            program, between_bytes = self._backwards[needed]
+            if needed not in self._programs:
+                self._programs[needed] = self._record(needed)
+            program, between_bytes = self._programs[needed]
         grad_input, *grads = (
             torch.empty_like(t) if need else None for t, need in zip((source, *parameters), needed, strict=True)
         )
         between = source.new_empty(between_bytes, dtype=torch.uint8)
-        tensors = (source, *parameters, grad_output, *grads, output, grad_input, activations, between)
-        done = program.run_on([tensor for tensor in tensors if tensor is not None])
+        made = [tensor for tensor in (*grads, output, grad_input) if tensor is not None]
+        done = program.run_on([source, *parameters, grad_output, *made, activations, between])
         return (grad_input, *grads) if done else None
 
 
 # ----------------------------------------------------------------------------------------------------------- a chain
 
-_Staged = tuple[torch.nn.Module, list[Stage]]  # a layer and its stages
-
 
 class _Chain:
-    """Layers that follow each other as one call. The first and the last have stages."""
+    """Layers that follow each other as one call. All have stages, the first and the last at least one."""
 
-    def __init__(self, layers: Sequence[_Staged]) -> None:
+    def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
         self._layers = layers
-        self._stages = [stage for _, stages in layers for stage in stages]
-        self._input_dims = _input_dims(layers[0][0])
-        last: Any = layers[-1][0]
+        self._input_dims = _input_dims(layers[0])
+        last: Any = layers[-1]
         # Whether the backward pass reads the output, as a ReLU's does.
         self.saves_output = isinstance(last, torch.nn.ReLU) or (
             getattr(last, "activation", None) is not None and getattr(last, "max_pool", None) is None
         )
-        # Each parameter's place: the numbers of its stage and of its layer, the layer, and its name.
-        self._places: list[tuple[int, int, torch.nn.Module, str]] = []
-        number = 0
-        for i, (layer, stages) in enumerate(layers):
-            if isinstance(layer, WEIGHTED):
-                present = (name for name in PARAMETERS if layer._parameters[name] is not None)
-                self._places += [(number, i, layer, name) for name in present]
-            number += len(stages)
-        self._plans: dict[Any, _Plan] = {}
-        self._halves: dict[int, list[_Part]] = {}
+        # Each parameter's place: the number of its layer, the layer, and its name.
+        self._places = [
+            (number, layer, name)
+            for number, layer in enumerate(layers)
+            if isinstance(layer, WEIGHTED)
+            for name in PARAMETERS
+            if layer._parameters[name] is not None
+        ]
+        # By shape of the input and torch's switches, without a backward pass and with.
+        self._plans: dict[bool, dict[Any, _Plan]] = {False: {}, True: {}}
+        self._cuts: dict[int, list[_Part]] = {}
+        self._unread: dict[tuple[bool, ...], list[int]] = {}
 
     def __call__(self, input: Any) -> Any:
-        parameters: list[Any] = [layer._parameters[name] for _, _, layer, name in self._places]
+        parameters: list[Any] = [layer._parameters[name] for _, layer, name in self._places]
         way = self._way(input, parameters)
         if way == "record":
-            needed = [tensor.requires_grad for tensor in (input, *parameters)]
-            first = needed.index(True)
-            begin = 0 if first == 0 else self._places[first - 1][1]
+            begin = 0 if input.requires_grad else self._first_trained(parameters)
             if begin > 0:  # autograd sees nothing of the layers before it
-                return _through(self._halves_at(begin), input)
-        results = None if way is None else self._compute(input, parameters, way == "record")
-        if results is None:
-            return _through((layer for layer, _ in self._layers), input)
-        if way == "record":
-            return _ChainFunction.run(input, (self, *results), *parameters)
-        _, output, _ = results
-        return _as_layers_return(output, input, parameters)
+                return _through(self._cut_at(begin), input)
+            results = self._compute(input, parameters, backward_follows=True)
+            if results is not None:
+                return _ChainFunction.run((self, *results), input, *parameters)
+        elif way == "kernel":
+            results = self._compute(input, parameters, backward_follows=False)
+            if results is not None:
+                _, output, _, memory_format = results
+                return output if output.dim() == 2 else output.contiguous(memory_format=memory_format)
+        return _through(self._layers, input)
 
     def _way(self, input: Any, parameters: list[Tensor]) -> str | None:
-        """``"kernel"``, or ``"record"`` where autograd records the call; None where kernels do not serve it, or no plan
-        can express it."""
+        """``"kernel"``, or ``"record"`` where autograd records the call; None where kernels do not serve it."""
         if (
             forward_ad._current_level < 0
             and _hooks_on_saved_tensors(True) is None
             and (way := _C.quick_way(input, *parameters)) is not None
             and input.dim() == self._input_dims
             and input.numel() > 0
-            and not any(map(Tensor.is_neg, parameters))
+            and not any(map(Tensor.is_neg, parameters))  # no part of a tensor's layout, by which programs know it
         ):
             return way
         return None
 
-    def _halves_at(self, begin: int) -> list[_Part]:
-        """What the layers before `begin` are, and those from there on."""
-        if begin not in self._halves:
-            self._halves[begin] = [*_parts_from(self._layers[:begin]), *_parts_from(self._layers[begin:])]
-        return self._halves[begin]
+    def _first_trained(self, parameters: Sequence[Tensor]) -> int:
+        """The number of the first layer with a parameter that requires a gradient."""
+        for (number, _, _), parameter in zip(self._places, parameters, strict=True):
+            if parameter.requires_grad:
+                return number
+        raise AssertionError("autograd records a call without trained parameters")
+
+    def _cut_at(self, begin: int) -> list[_Part]:
+        """The parts of the layers before `begin`, and of those from there on."""
+        if begin not in self._cuts:
+            self._cuts[begin] = [*_parts_from(self._layers[:begin]), *_parts_from(self._layers[begin:])]
+        return self._cuts[begin]
 
     def _compute(
         self, input: Tensor, parameters: list[Tensor], backward_follows: bool
-    ) -> tuple[_Plan, Tensor, Tensor] | None:
-        """The plan for this call, the output, and memory with what the backward pass needs; None where the layers have
-        to say what does not fit."""
+    ) -> tuple[_Plan, Tensor, Tensor, torch.memory_format] | None:
+        """The plan for this call, the output, memory with what the backward pass needs, and the format of images that
+        the layers return; None where no plan can express the call, or the layers have to say what does not fit."""
+        memory_format = torch.contiguous_format
+        if self._input_dims == 4:
+            memory_format = result_format(*(layout_of(tensor) for tensor in (input, *parameters) if tensor.dim() == 4))
+        plans = self._plans[backward_follows]
+        key = input.shape, allows_tf32(input, "conv"), allows_tf32(input, "matmul")
+        plan = plans.get(key)
+        if plan is not None:
+            results = plan.forward(_as_read(input), parameters, memory_format)
+            if results is not None:
+                return plan, *results, memory_format
+        if len(set(parameters)) < len(parameters) or not all(map(lies_as_kernels_read, parameters)):
+            return None
         source = _as_read(input)
-        key = backward_follows, source.shape, allows_tf32(source, "conv"), allows_tf32(source, "matmul")
-        plan = self._plans.get(key)
-        results = None if plan is None else plan.forward(source, parameters)
-        if plan is None or results is None:
-            if len(set(parameters)) < len(parameters) or not all(map(lies_as_kernels_read, parameters)):
-                return None
-            numbered = [(number, p) for (number, *_), p in zip(self._places, parameters, strict=True)]
-            try:
-                plan = _Plan(self._stages, source, numbered, backward_follows, self.saves_output)
-            except (ValueError, IndexError, RuntimeError):
-                return None
-            results = plan.forward(source, parameters)
-            if len(self._plans) == MOST_PLANS:
-                self._plans.clear()
-            self._plans[key] = plan
-        return None if results is None else (plan, *results)
+        numbered = [(number, p) for (number, *_), p in zip(self._places, parameters, strict=True)]
+        try:
+            plan = _Plan(self._layers, source, numbered, backward_follows, self.saves_output)
+        except (ValueError, IndexError, RuntimeError):
+            return None
+        if key not in plans and len(plans) >= MOST_PLANS:
+            plans.clear()
+        plans[key] = plan
+        results = plan.forward(source, parameters, memory_format)
+        return None if results is None else (plan, *results, memory_format)
+
+    def unread_in(self, needed: tuple[bool, ...]) -> list[int]:
+        """Which of the input and the parameters the backward pass to these of them does not read: the numbers."""
+        if needed not in self._unread:
+            needs_input, needs_first_weight, *_ = needed
+            unread = [] if needs_first_weight else [0]
+            for i, (number, _, name) in enumerate(self._places, start=1):
+                if name == "bias" or (number == 0 and not needs_input):
+                    unread.append(i)
+            self._unread[needed] = unread
+        return self._unread[needed]
 
     def layer_by_layer(self, input: Tensor, *parameters: Tensor) -> Tensor:
         """The output by the layers' own operators, with these for their parameters."""
         named: list[dict[str, Tensor]] = [{} for _ in self._layers]
-        for (_, i, _, name), parameter in zip(self._places, parameters, strict=True):
-            named[i][name] = parameter
-        for (layer, _), own in zip(self._layers, named, strict=True):
+        for (number, _, name), parameter in zip(self._places, parameters, strict=True):
+            named[number][name] = parameter
+        for layer, own in zip(self._layers, named, strict=True):
             input = torch.func.functional_call(layer, own, (input,))
         return input
 
 
 class _ChainFunction(KernelFunction):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, done: tuple[_Chain, _Plan, Tensor, Tensor], *parameters: Tensor) -> Tensor:
-        chain, plan, output, activations = done
-        ctx.chain, ctx.plan = chain, plan
-        ctx.save_for_backward(input, *parameters, activations, output if chain.saves_output else None)
-        return _as_layers_return(output, input, parameters)
+    def forward(
+        ctx: Any, done: tuple[_Chain, _Plan, Tensor, Tensor, torch.memory_format], input: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        chain, plan, output, activations, memory_format = done
+        ctx.chain, ctx.plan = chain, plan.backward_pass
+        given = [input, *parameters]
+        saved: list[Tensor | None] = [*given, activations, output if chain.saves_output else None]
+        ctx.unread = unread = []
+        for i in chain.unread_in(ctx.needs_input_grad[1:]):
+            unread.append((i, given[i], None if given[i].is_inference() else given[i]._version))
+            saved[i] = None
+        ctx.save_for_backward(*saved)
+        return output if output.dim() == 2 else output.contiguous(memory_format=memory_format)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, *parameters, activations, output = ctx.saved_tensors
-        needed = ctx.needs_input_grad[0], *ctx.needs_input_grad[2:]
+        saved = [*ctx.saved_tensors]
+        for i, tensor, _ in ctx.unread:
+            saved[i] = tensor
+        input, *parameters, activations, output = saved
+        needed = ctx.needs_input_grad[1:]
         by_layers = goes_through_op(grad_output) or goes_through_torch(grad_output)
         grads: Sequence[Tensor | None] | None = None
         if not by_layers:
@@ -329,27 +403,30 @@ class _ChainFunction(KernelFunction):
                 needed = wanted_in_this_pass(ctx, needed, input)
             if not any(needed):  # the pass ends at the output, whose node runs all the same
                 return (None,) * len(ctx.needs_input_grad)
-            grads = ctx.plan.backward(needed, _as_read(grad_output), _as_read(input), parameters, output, activations)
+            grads = ctx.plan.run(needed, _as_read(grad_output), _as_read(input), parameters, output, activations)
         if grads is None:  # or a parameter is laid out in another way than it was
+            _check_unchanged(ctx.unread)
             grads = differentiable_backward(ctx.chain.layer_by_layer, (input, *parameters), needed, grad_output)
             grads = grads if by_layers else [None if grad is None else grad.detach() for grad in grads]
         grad_input, *rest = grads
         if grad_input is not None and grad_input.dim() == 4:
             grad_input = grad_input.contiguous(memory_format=result_format(layout_of(input), layout_of(parameters[0])))
-        return grad_input, None, *rest
+        return None, grad_input, *rest
+
+
+def _check_unchanged(tensors: Iterable[tuple[int, Tensor, int | None]]) -> None:
+    """What autograd asks of saved tensors, for those with their versions that the backward pass alone does not read."""
+    for _, tensor, version in tensors:
+        if version is not None and tensor._version != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"expected a tensor of shape {tuple(tensor.shape)} at version {version}, got {tensor._version}"
+            )
 
 
 def _as_read(tensor: Tensor) -> Tensor:
     """Images in channels_last, rows in row-major order."""
     return channels_last(tensor) if tensor.dim() == 4 else dense(tensor)
-
-
-def _as_layers_return(output: Tensor, input: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """A chain's output in the layout that its layers give it."""
-    if output.dim() == 2:
-        return output
-    images = (tensor for tensor in (input, *parameters) if tensor.dim() == 4)
-    return output.contiguous(memory_format=result_format(*map(layout_of, images)))
 
 
 # --------------------------------------------------------------------------------------------- a Sequential's chains
@@ -386,38 +463,41 @@ def _parts_of(model: torch.nn.Sequential) -> list[_Part]:
 
 def _split(layers: Iterable[Any]) -> Iterator[_Part]:
     """Chains, which a convolution or a linear layer begins, and the layers that are in none."""
-    chain: list[_Staged] = []
+    chain: list[torch.nn.Module] = []
     dims: int | None = None  # that the chain's output has
     for layer in layers:
         takes = _input_dims(layer)
-        try:
-            stages = stages_of(layer)
-        except ValueError:
-            stages = None
-        if any(isinstance(value, list) for value in arguments_of(layer)):  # it may change in place
-            stages = None
-        if stages is None or (takes is not None and takes != dims):
+        has_stages = _has_stages(layer)
+        if not has_stages or (takes is not None and takes != dims):
             yield from _parts_from(chain)
             chain = []
-        if stages is None or not (chain or isinstance(layer, WEIGHTED)):
+        if not has_stages or not (chain or isinstance(layer, WEIGHTED)):
             yield layer
             continue
-        chain.append((layer, stages))
+        chain.append(layer)
         dims = 2 if isinstance(layer, torch.nn.Flatten) else takes or dims
     yield from _parts_from(chain)
 
 
-def _parts_from(layers: Sequence[_Staged]) -> list[_Part]:
+def _has_stages(layer: Any) -> bool:
+    try:
+        stages_of(layer)
+    except ValueError:
+        return False
+    return True
+
+
+def _parts_from(layers: Sequence[torch.nn.Module]) -> list[_Part]:
     """A chain, if there is enough for one; what comes after its last kernel is called by itself."""
     end = len(layers)
-    while end > 0 and isinstance(layers[end - 1][0], (torch.nn.Flatten, torch.nn.Identity)):
+    while end > 0 and isinstance(layers[end - 1], (torch.nn.Flatten, torch.nn.Identity)):
         end -= 1
-    several = sum(bool(stages) for _, stages in layers[:end]) > 1
-    begin: list[_Part] = [_Chain(layers[:end])] if several else [layer for layer, _ in layers[:end]]
-    return [*begin, *(layer for layer, _ in layers[end:])]
+    several = sum(not isinstance(layer, torch.nn.Identity) for layer in layers[:end]) > 1
+    begin: list[_Part] = [_Chain(layers[:end])] if several else [*layers[:end]]
+    return [*begin, *layers[end:]]
 
 
-def _input_dims(layer: torch.nn.Module) -> int | None:
+def _input_dims(layer: Any) -> int | None:
     """The dimensions of the input that a layer's stages take; None where they take any."""
     if isinstance(layer, (torch.nn.Conv2d, torch.nn.MaxPool2d)):
         return 4

@@ -8,7 +8,8 @@ given: :mod:`fastnn.compiled` keeps real ones for its programs, :mod:`fastnn.seq
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from numbers import Integral
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +28,11 @@ __all__ = [
     "Memory",
     "NotCompilable",
     "Stage",
-    "arguments_of",
-    "everything_is_watched",
+    "conv2d_stages",
+    "has_stages",
+    "linear_stages",
+    "max_pool2d_stages",
+    "relu_stages",
     "stages_of",
     "state_of",
     "watched",
@@ -50,8 +54,9 @@ class Memory:
         """What kernels are called with for a parameter."""
         return parameter
 
-    def grad_of(self, parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else self.grads.get(parameter)
+    def grad_at(self, place: Tensor | None) -> Tensor | None:
+        """What the gradient is written to of the parameter for which `at` gave this, if it is wanted."""
+        return None if place is None else self.grads.get(place)
 
     def new(self, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
         """Uninitialised memory, row-major or channels_last."""
@@ -66,6 +71,7 @@ class Memory:
 Backward = Callable[[Tensor, bool], "Tensor | None"]
 # Given the input, returns the output and what computes the gradients.
 Stage = Callable[[Memory, Tensor], tuple[Tensor, Backward]]
+_Layer = TypeVar("_Layer", bound=torch.nn.Module)
 
 
 # A layer's parameters that kernels read.
@@ -74,14 +80,14 @@ WEIGHTED = (torch.nn.Conv2d, torch.nn.Linear)
 
 
 def _backward_with_weight(
-    kernel: Callable[..., None], memory: Memory, input: Tensor, weight: Tensor, bias: Tensor | None, *saved: Any
+    kernel: Callable[..., None], memory: Memory, input: Tensor, weight: Any, bias: Any, *saved: Any
 ) -> Backward:
-    """Calls ``kernel(grad_input, grad_weight, grad_bias, grad_output, input, weight, *saved)``."""
+    """Calls ``kernel(grad_input, grad_weight, grad_bias, grad_output, input, weight, *saved)``; weight and bias are
+    what ``memory.at`` gave."""
 
     def backward(grad_output: Tensor, needs_input: bool) -> Tensor | None:
         grad_input = memory.new_like(input) if needs_input else None
-        grads = grad_input, memory.grad_of(weight), memory.grad_of(bias)
-        kernel(*grads, grad_output, input, memory.at(weight), *saved)
+        kernel(grad_input, memory.grad_at(weight), memory.grad_at(bias), grad_output, input, weight, *saved)
         return grad_input
 
     return backward
@@ -116,13 +122,16 @@ def conv2d_stages(layer: Any) -> list[Stage]:
     def stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
         if input.dim() != 4:
             raise NotCompilable(f"{layer}: expected images, got shape {tuple(input.shape)}")
+        *_, height, width = output_shape(input.shape, layer.weight.shape, geometry, pool=False)
+        if fused and height > 0 and width > 0:  # where no output fits, the kernel's check says so
+            pool_size(height, width, *FUSED_POOL, dilation=(1, 1), ceil_mode=False)  # where no window fits, this one
         sizes = output_shape(input.shape, layer.weight.shape, geometry, fused)
-        shape = tuple(max(size, 0) for size in sizes)  # where no output fits, the kernel's check says so
+        shape = tuple(max(size, 0) for size in sizes)
         output = memory.new(shape, input.dtype, channels_last=True)
         winner = memory.new(shape, torch.uint8, channels_last=True) if fused and memory.backward_follows else None
-        weight, bias = layer.weight, layer.bias
+        weight, bias = memory.at(layer.weight), memory.at(layer.bias)
         precision = "tf32" if allows_tf32(input, "conv") else memory.precision
-        _C.conv2d_forward(output, winner, input, memory.at(weight), memory.at(bias), *geometry, relu, fused, precision)
+        _C.conv2d_forward(output, winner, input, weight, bias, *geometry, relu, fused, precision)
         saved = output if relu and not fused else None, winner, *geometry, "tf32" if precision == "tf32" else "fp32"
         return output, _backward_with_weight(_C.conv2d_backward, memory, input, weight, bias, *saved)
 
@@ -138,10 +147,10 @@ def linear_stages(layer: Any) -> list[Stage]:
     def stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
         if input.dim() != 2:
             raise NotCompilable(f"{layer}: expected rows, got shape {tuple(input.shape)}")
-        weight, bias = layer.weight, layer.bias
-        output = memory.new((len(input), len(weight)), input.dtype)
+        weight, bias = memory.at(layer.weight), memory.at(layer.bias)
+        output = memory.new((len(input), len(layer.weight)), input.dtype)
         tf32 = allows_tf32(input, "matmul")
-        _C.linear_forward(output, input, memory.at(weight), memory.at(bias), relu, tf32)
+        _C.linear_forward(output, input, weight, bias, relu, tf32)
         saved = output if relu else None, tf32
         return output, _backward_with_weight(_C.linear_backward, memory, input, weight, bias, *saved)
 
@@ -210,49 +219,66 @@ def relu_stages(layer: Any) -> list[Stage]:
     return [_relu_stage]
 
 
-def stages_of(layer: torch.nn.Module) -> list[Stage]:
-    """The stages of one layer of a Sequential; exact types alone, since a subclass may compute something else.
+def _flatten_stages(layer: Any) -> list[Stage]:
+    if (layer.start_dim, layer.end_dim) != (1, -1):
+        raise NotCompilable(f"{layer}: expected start_dim 1 and end_dim -1")
+    return [_flatten_stage]
+
+
+def _identity_stages(layer: Any) -> list[Stage]:
+    return []
+
+
+class _Kind(NamedTuple):
+    """How the layers of a class are stages, and the attributes that these are made from, besides the parameters."""
+
+    stages: Callable[[Any], list[Stage]]
+    arguments: tuple[str, ...]
+
+
+# By exact types: a subclass may compute something else.
+_KINDS: dict[type, _Kind] = {
+    torch.nn.Flatten: _Kind(_flatten_stages, ("start_dim", "end_dim")),
+    torch.nn.Identity: _Kind(_identity_stages, ()),
+}
+
+
+def has_stages(stages: Callable[[Any], list[Stage]], *arguments: str) -> Callable[[type[_Layer]], type[_Layer]]:
+    """Decorates a class of layers whose stages `stages` makes from these attributes and the parameters."""
+
+    def note(class_: type[_Layer]) -> type[_Layer]:
+        _KINDS[class_] = _Kind(stages, arguments)
+        return class_
+
+    return note
+
+
+def stages_of(layer: Any) -> list[Stage]:
+    """The stages of one layer of a Sequential.
 
     Raises:
         NotCompilable: for a layer that stages cannot express.
     """
+    kind = _KINDS.get(type(layer))
+    if kind is None:
+        raise NotCompilable(f"{layer}: expected a layer of fastnn.nn, Flatten or Identity")
     if watched(layer):
         raise NotCompilable(f"{layer}: expected a layer without hooks")
     if "forward" in vars(layer) or layer._compiled_call_impl is not None:
         raise NotCompilable(f"{layer}: expected a layer with the forward of its class")
-    if isinstance(layer, WEIGHTED) and not layer._parameters.keys() >= set(PARAMETERS):
+    if isinstance(layer, WEIGHTED) and (not layer._parameters.keys() >= set(PARAMETERS) or layer.weight is None):
         raise NotCompilable(f"{layer}: expected weight and bias that are its parameters")
-    if "_stages" in vars(type(layer)):  # see fastnn.nn
-        return layer._stages()  # type: ignore[operator]
-    if type(layer) is torch.nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
-        return [_flatten_stage]
-    if type(layer) is torch.nn.Identity:
-        return []
-    raise NotCompilable(f"{layer}: expected a layer of fastnn.nn, Flatten or Identity")
+    for name in kind.arguments:
+        if not _stays(vars(layer).get(name)):
+            raise NotCompilable(f"{layer}: expected a {name} that cannot change in place: a number, or a tuple of them")
+    return kind.stages(layer)
 
 
-# What the stages of a layer are made from, by its kind.
-_ARGUMENTS: dict[Any, tuple[str, ...]] = {
-    conv2d_stages: ("activation", "max_pool", "stride", "padding", "padding_mode", "dilation", "groups"),
-    linear_stages: ("activation",),
-    max_pool2d_stages: ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"),
-    relu_stages: (),
-}
-
-
-def _arguments_of(kind: type) -> tuple[str, ...] | None:
-    """What the stages of layers of exactly this class are made from; None where there are no stages."""
-    if kind is torch.nn.Flatten:
-        return "start_dim", "end_dim"
-    if kind is torch.nn.Identity:
-        return ()
-    return _ARGUMENTS.get(vars(kind).get("_stages"))
-
-
-def arguments_of(layer: torch.nn.Module) -> list[Any]:
-    """What a layer's stages are made from, besides its parameters."""
-    names = _arguments_of(type(layer)) or ()
-    return [*map(vars(layer).get, names)]
+def _stays(value: Any) -> bool:
+    """Whether a layer's argument is what it is until another takes its place."""
+    if isinstance(value, tuple):
+        return all(map(_stays, value))
+    return value is None or isinstance(value, (Integral, str))
 
 
 def everything_is_watched() -> bool:
@@ -271,11 +297,11 @@ def state_of(model: torch.nn.Module) -> list[tuple[Any, ...]]:
 
 
 def _state_of_layer(layer: Any) -> tuple[Any, ...]:
-    kind, attributes = type(layer), vars(layer)
-    arguments = _arguments_of(kind)
-    if arguments is None:
-        return layer, kind
-    parameters = layer._parameters
-    present = "weight" in parameters, parameters.get("bias") is None, len(parameters)
+    kind = _KINDS.get(type(layer))
+    if kind is None:
+        return layer, type(layer)
+    attributes, parameters = vars(layer), layer._parameters
+    present = "weight" in parameters, "bias" in parameters
+    absent = parameters.get("weight") is None, parameters.get("bias") is None
     replaced = "forward" in attributes, layer._compiled_call_impl
-    return layer, kind, has_hooks(layer), replaced, present, *map(attributes.get, arguments)
+    return layer, kind, has_hooks(layer), replaced, present, absent, *map(attributes.get, kind.arguments)

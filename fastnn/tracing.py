@@ -15,9 +15,10 @@ import sys
 import textwrap
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -53,12 +54,17 @@ class Calls:
     Attributes:
         sites: the nodes that call a layer, of every graph that was traced.
         layer: the name of the layer that a node calls.
-        unknown: layers that code which torch.fx cannot trace may call, and why it cannot.
+        unknown: layers that code which torch.fx cannot trace may call, and why it cannot; or that are called past
+            ``__call__``.
+        tensors_read: names of modules whose parameters or buffers a ``forward`` reads that is not their own.
+        graphs: all of them as text.
     """
 
     sites: dict[str, list[Node]] = field(default_factory=dict)
     layer: dict[Node, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
+    tensors_read: set[str] = field(default_factory=set)
+    graphs: list[str] = field(default_factory=list)
 
 
 def calls_of(model: torch.nn.Module) -> Calls:
@@ -72,7 +78,7 @@ def calls_of(model: torch.nn.Module) -> Calls:
     calls = Calls()
     names = {module: name for name, module in model.named_modules()}
     roots, opaque_types = [model], set[type]()
-    with _same_random_numbers_after(), warnings.catch_warnings():
+    with _same_random_numbers_after(), warnings.catch_warnings(), _noting_direct_calls(model) as called_directly:
         warnings.simplefilter("ignore")  # of user code that meets proxies; a call of the model gives its own
         for root in roots:  # grows
             if _is_layer(root):
@@ -80,12 +86,16 @@ def calls_of(model: torch.nn.Module) -> Calls:
             graphs, reason = _trace(root, opaque_types)
             found: list[torch.nn.Module] = []
             for graph in graphs:
+                calls.graphs.append(str(graph))
                 for node in graph.nodes:
                     if node.op == "call_module":
                         module = root.get_submodule(str(node.target))
                         found.append(module)
                         calls.layer[node] = names[module]
                         calls.sites.setdefault(names[module], []).append(node)
+                    elif node.op == "get_attr":
+                        owner = root.get_submodule(str(node.target).rpartition(".")[0])
+                        calls.tensors_read.add(names[owner])
             if reason:
                 reason = f"{type(root).__name__}.forward cannot be traced: {reason}"
                 for child, is_known in _children_of_opaque(root):
@@ -94,6 +104,7 @@ def calls_of(model: torch.nn.Module) -> Calls:
                     else:
                         calls.unknown.setdefault(names[child], reason)
             roots += [module for module in dict.fromkeys(found) if module not in roots and not _is_layer(module)]
+    calls.unknown |= {names[module]: "its forward is called directly, past its hooks" for module in called_directly}
     return calls
 
 
@@ -122,6 +133,32 @@ def _is_layer(module: torch.nn.Module) -> bool:
     origin = type(module).__module__.split(".")
     known = origin[:2] in (["torch", "nn"], ["fastnn", "nn"]) or origin[:3] == ["torch", "ao", "nn"]
     return known and not isinstance(module, _CONTAINERS)
+
+
+@contextmanager
+def _noting_direct_calls(model: torch.nn.Module) -> Iterator[set[torch.nn.Module]]:
+    """The layers whose ``forward`` runs meanwhile: for a call of the layer, torch.fx makes a node instead."""
+    called: set[torch.nn.Module] = set()
+
+    def noting(layer: torch.nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            called.add(layer)
+            return type(layer).forward(layer, *args, **kwargs)
+
+        return forward
+
+    watched = [
+        module
+        for module in model.modules()
+        if _is_layer(module) and not isinstance(module, torch.jit.ScriptModule) and "forward" not in vars(module)
+    ]
+    for layer in watched:
+        vars(layer)["forward"] = noting(layer)
+    try:
+        yield called
+    finally:
+        for layer in watched:
+            del vars(layer)["forward"]
 
 
 def _random_state() -> tuple[object, ...]:
@@ -214,8 +251,7 @@ def _trace(root: torch.nn.Module, opaque_types: set[type]) -> tuple[list[Graph],
     if "forward" in vars(root) or type(root).__call__ is not torch.nn.Module.__call__:
         return [], "the call does not lead to it"
     parameters = inspect.signature(type(root).forward).parameters.values()
-    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
-    variants = list(itertools.product((True, False), (True, False), (optional, {}) if optional else ({},)))
+    variants = list(itertools.product((True, False), (True, False), _arguments_given(parameters)))
     while True:
         tracer = _Tracer(opaque_types)
         try:
@@ -233,6 +269,19 @@ def _trace(root: torch.nn.Module, opaque_types: set[type]) -> tuple[list[Graph],
             if not tracer.entered:
                 return [], _first_line(error)
             opaque_types.add(type(tracer.entered[-1]))
+
+
+def _arguments_given(parameters: Iterable[inspect.Parameter]) -> list[dict[str, Any]]:
+    """The arguments of ``forward`` that are no proxies: none, all optional ones as by default, and these with another
+    one of few values in the place of each, which code may ask for by ``is``."""
+    optional = {p.name: p.default for p in parameters if p.default is not p.empty}
+    given: list[dict[str, Any]] = [{}]
+    if optional:
+        given.append(optional)
+    for name, default in optional.items():
+        of_few = (True, False) if isinstance(default, bool) else type(default) if isinstance(default, Enum) else ()
+        given += [optional | {name: value} for value in of_few if value is not default]
+    return given
 
 
 def _first_line(error: Exception) -> str:

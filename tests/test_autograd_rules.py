@@ -18,6 +18,9 @@ from dispatch_log import ran_kernels
 from tolerance import assert_identical
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastnn
 from fastnn import functional, reference
@@ -297,6 +300,46 @@ def test_torch_func(operator: Operator) -> None:
     assert_near(ours(*stacked), oracle(*stacked))
     ours, oracle = through(lambda f: lambda *t: torch.func.jvp(f, t, tuple(map(torch.ones_like, t))))
     assert_near(ours(*leaves), oracle(*leaves))
+
+
+@each_operator
+def test_forward_mode_where_a_mode_or_a_compiler_sees_ops(operator: Operator) -> None:
+    leaves = operator.make(torch.float64, requires_grad=False)
+    ones = tuple(map(torch.ones_like, leaves))
+
+    def tangent(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *t: torch.func.jvp(function, t, ones)[1]
+
+    def gradient(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.func.grad(lambda *t: function(*t).square().sum())
+
+    for transform in (tangent, gradient):
+        expected = transform(operator.oracle)(*leaves)
+        torch._dynamo.reset()
+        ours = transform(operator.ours)
+        assert_near(torch.compile(ours, backend="aot_eager")(*leaves), expected)
+        assert_near(make_fx(ours)(*leaves)(*leaves), expected)
+    expected = tangent(operator.oracle)(*leaves)
+    with FlopCounterMode(display=False), forward_ad.dual_level():
+        output = operator.ours(*map(forward_ad.make_dual, leaves, ones))
+        assert_near(forward_ad.unpack_dual(output).tangent, expected)
+
+
+@each_operator
+def test_a_dual_gradient_of_a_graph_from_before(operator: Operator) -> None:
+    if operator.name == "mse_loss":
+        pytest.skip("torch's own raises: it writes to a ZeroTensor")
+
+    def tangents(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = operator.make(torch.float64)
+        output = function(*leaves)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(torch.ones_like(output), torch.full_like(output, 2))
+            grads = torch.autograd.grad(output, leaves, dual)
+            return [forward_ad.unpack_dual(grad).tangent for grad in grads]
+
+    for actual, expected in zip(tangents(operator.ours), tangents(operator.oracle), strict=True):
+        assert_near(actual, expected)
 
 
 @each_operator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import pickle
 import random
 import threading
@@ -25,6 +26,10 @@ from fastnn.convert import ConversionReport
 pytestmark = pytest.mark.filterwarnings("ignore:TF32")  # said by the switch of oneDNN, of other devices
 
 IMAGES = (2, 1, 10, 10)
+
+
+class Mode(enum.Enum):
+    WHOLE, FEATURES = range(2)
 
 
 def small_net() -> nn.Sequential:
@@ -653,6 +658,72 @@ def test_a_model_that_cannot_be_copied_converts_in_place_unfused() -> None:
     assert type(model.conv) is fastnn.nn.Conv2d
 
 
+class Pair(nn.Module):
+    """A linear layer and a ReLU for it, called by a `forward` of the subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.relu = nn.Linear(3, 3), nn.ReLU()
+
+
+class Switched(Pair):
+    def forward(self, x: Tensor, features: bool = False, mode: Mode = Mode.WHOLE) -> Tensor:
+        x = self.linear(x)
+        return x if features is True or mode is Mode.FEATURES else self.relu(x)
+
+
+class LinearCalledDirectly(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.linear(x)) + self.linear.forward(x)
+
+
+class ReluCalledDirectly(Pair):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.linear(x)) - self.relu.forward(-x)
+
+
+class Collecting(nn.Module):
+    """Keeps what layers of one kind return, as feature extractors do."""
+
+    def __init__(self, kind: type) -> None:
+        super().__init__()
+        self.layers, self.kind = small_net()[:3], kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, self.kind):
+                found.append(x.sum())
+        return x.sum() + torch.stack(found).sum()
+
+
+@pytest.mark.parametrize("arguments", [(), (True,), (False, Mode.FEATURES)], ids=["default", "flag", "member"])
+def test_branches_by_the_identity_of_an_optional_argument_keep_what_they_call(arguments: tuple[Any, ...]) -> None:
+    model = Switched()
+    converted = convert(model)
+    assert_same_results(model, converted, images(4, 3), *arguments)
+    assert not conversion_report(converted).fused
+
+
+@pytest.mark.parametrize("kind", [LinearCalledDirectly, ReluCalledDirectly])
+def test_layers_whose_forward_is_called_directly_do_not_fuse(kind: type[Pair]) -> None:
+    model = kind()
+    converted = convert(model)
+    assert_same_results(model, converted, images(4, 3))
+    assert conversion_report(converted).not_fused["linear"] == "its forward is called directly, past its hooks"
+
+
+@pytest.mark.parametrize("kind", [nn.ReLU, nn.MaxPool2d])
+def test_models_that_ask_what_their_layers_are_keep_them(kind: type) -> None:
+    model = Collecting(kind)
+    converted = convert(model)
+    assert_same_results(model, converted, images())
+    report = conversion_report(converted)
+    assert not report.fused and report.replaced["layers.2"] == "MaxPool2d"
+    assert set(report.not_fused) == {"layers.0"}
+
+
 def test_converting_twice_changes_nothing_more() -> None:
     once = convert(small_net())
     twice = convert(once)
@@ -712,6 +783,30 @@ def test_one_batch_norm_behind_two_convolutions_folds_into_both() -> None:
     torch.testing.assert_close(folded(images()), model(images()))
 
 
+class Reading(nn.Module):
+    """A convolution and its batch norm, and a tensor of either that `forward` reads by itself."""
+
+    def __init__(self, owner: str, name: str) -> None:
+        super().__init__()
+        self.convolution, self.batch_norm = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
+        self.owner, self.name = owner, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensor = getattr(getattr(self, self.owner), self.name)
+        return self.batch_norm(self.convolution(x)).sum() * tensor.square().sum()
+
+
+@pytest.mark.parametrize("tensor", ["convolution.weight", "convolution.bias", "batch_norm.weight", "batch_norm.bias"])
+def test_a_batch_norm_does_not_fold_where_forward_reads_the_tensors(tensor: str) -> None:
+    model = Reading(*tensor.split(".")).eval()
+    model.batch_norm.running_mean.uniform_(-1, 1)
+    model.batch_norm.running_var.uniform_(0.5, 3)
+    folded = convert(model, fold_batch_norm=True)
+    assert type(folded.batch_norm) is nn.BatchNorm2d
+    assert_same_results(model, folded, images(2, 3, 8, 8))
+    assert "forward reads the tensors" in conversion_report(folded).not_fused["convolution"]
+
+
 def test_folding_needs_eval_mode_and_running_statistics() -> None:
     with pytest.raises(ValueError, match="fold_batch_norm: expected a model in eval mode, got one in training mode"):
         convert(normalised().train(), fold_batch_norm=True)
@@ -738,6 +833,20 @@ def test_revert_gives_back_torchs_layers_and_the_same_parameters() -> None:
     assert all(a is b for a, b in zip(revert(converted).parameters(), model.parameters(), strict=True))
     assert type(converted[0]) is fastnn.nn.Conv2d  # reverted was a copy
     assert revert(converted, inplace=True) is converted and str(converted) == str(model)
+
+
+def test_revert_keeps_a_parametrization_made_since() -> None:
+    converted = convert(small_net())
+    nn.utils.parametrizations.weight_norm(converted[0])
+    x = images()
+    reverted = revert(converted)
+    assert_same_results(converted, reverted, x)
+    assert [type(reverted[i]) for i in (1, 2, 4)] == [nn.ReLU, nn.MaxPool2d, nn.Linear]
+    folded = convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval(), fold_batch_norm=True)
+    nn.utils.parametrizations.weight_norm(folded[0])
+    with pytest.raises(ValueError, match=r"expected 0 to be as convert left it.*got a ParametrizedConv2d"):
+        revert(folded, inplace=True)
+    assert type(folded[1]) is nn.Identity
 
 
 def test_revert_keeps_layers_that_were_fastnns_before() -> None:

@@ -358,9 +358,9 @@ def test_all_ignored_is_torchs(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3), (9, 4, 0)], ids=str)
 def test_no_samples(shape: tuple[int, ...], reduction: str) -> None:
-    x, target = torch.zeros(shape), torch.zeros((0, *shape[2:]), dtype=torch.int64)
+    x, target = torch.zeros(shape), torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
     kwargs = {"reduction": reduction}
     expected = F.cross_entropy(x, target, reduction=reduction)
     for loss, statistics in (cross_entropy_forward(x, target, None, kwargs), nll_loss_forward(x, target, None, kwargs)):

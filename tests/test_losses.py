@@ -84,11 +84,22 @@ def test_all_ignored_is_torchs(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3)], ids=str)
-def test_empty_batch_is_torchs(shape: tuple[int, ...], reduction: str) -> None:
-    x, target = torch.zeros(shape), torch.zeros((0, *shape[2:]), dtype=torch.int64)
-    actual = functional.cross_entropy(x, target, reduction=reduction)
-    assert_identical(actual, F.cross_entropy(x, target, reduction=reduction))
+@pytest.mark.parametrize("kind", ["class numbers", "probabilities"])
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("shape", [(0, 4), (0, 4, 3), (9, 4, 0), (2, 4, 3, 0)], ids=str)
+def test_without_samples_losses_are_torchs(shape: tuple[int, ...], name: str, kind: str, reduction: str) -> None:
+    target = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+    if kind == "probabilities":
+        if name == "nll_loss":
+            pytest.skip("takes class numbers alone")
+        target = torch.zeros(shape)
+    outcomes = []
+    for module in (functional, F):
+        x = torch.zeros(shape, requires_grad=True)
+        loss = getattr(module, name)(x, target, reduction=reduction)
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss.sum(), x)))
+    for actual, expected in zip(*outcomes, strict=True):
+        assert_identical(actual, expected)
 
 
 def test_large_logits_do_not_overflow(isa: str, dtype: torch.dtype) -> None:

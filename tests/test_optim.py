@@ -20,7 +20,7 @@ from cases import generator, random
 from fuzzing import fuzz, running_on
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerance import assert_close_bound, unit_roundoff
+from tolerance import assert_close_bound, assert_identical, unit_roundoff
 
 import fastnn
 from fastnn import _C, optim, reference
@@ -688,3 +688,27 @@ def test_sgd_from_any_state(
             assert_close_bound(
                 optimizer.state[p]["momentum_buffer"], expected.momentum_buffer, 10 * u * held, "momentum_buffer"
             )
+
+
+def test_a_momentum_buffer_of_another_dtype_is_updated_by_torch() -> None:
+    outcomes = []
+    for module in (optim, torch.optim):
+        parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = module.SGD([parameter], lr=0.1, momentum=0.9)
+        parameter.grad = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        optimizer.step()
+        parameter.data = parameter.data.float()
+        parameter.grad = torch.tensor([3.0, 2.0, 1.0])
+        optimizer.step()
+        outcomes.append((parameter.detach(), optimizer.state[parameter]["momentum_buffer"]))
+    for actual, expected in zip(*outcomes, strict=True):
+        assert_identical(actual, expected)
+
+
+def test_differentiable_in_a_group_alone_updates_without_recording() -> None:
+    for module in (optim, torch.optim):
+        parameter = torch.nn.Parameter(torch.ones(3))
+        parameter.grad = torch.ones(3)
+        module.SGD([{"params": [parameter], "differentiable": True}], lr=0.5).step()
+        assert_identical(parameter.detach(), torch.full((3,), 0.5))
+        assert parameter.is_leaf and parameter.grad_fn is None

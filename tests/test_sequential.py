@@ -18,6 +18,7 @@ from tolerance import assert_identical
 
 import fastnn
 from fastnn import _C, nn, sequential
+from fastnn.compiled import CompiledForward
 
 NETWORKS: dict[str, tuple[Callable[[], list[torch.nn.Module]], tuple[int, ...]]] = {
     "digits": (
@@ -166,6 +167,106 @@ def test_without_autograd_a_chain_takes_the_memory_of_two_layers() -> None:
         taken[grad] = sum(size for size in sizes if size > 0) - output.nbytes
     assert taken[False] == 2 * x.nbytes
     assert taken[True] >= 9 * x.nbytes
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels_last"])
+@pytest.mark.parametrize("layers", ["one channel", "one pixel", "pooled channel"])
+def test_strides_of_one_channel_or_pixel(layers: str, memory_format: torch.memory_format, grad: bool) -> None:
+    """Memory that is both layouts at once; the strides say which of them the next layer keeps."""
+    last = {
+        "one channel": [nn.Conv2d(3, 1, 1)],
+        "one pixel": [nn.Conv2d(3, 5, 8)],
+        "pooled channel": [nn.Conv2d(3, 1, 1), nn.MaxPool2d(2), nn.Conv2d(1, 4, 1)],
+    }[layers]
+    plain = torch.nn.Sequential(nn.Conv2d(3, 3, 1), *last).to(DEVICE, memory_format=memory_format)
+    x = torch.randn(2, 3, 8, 8).to(DEVICE, memory_format=memory_format)
+    with torch.set_grad_enabled(grad):
+        ours, theirs = nn.Sequential(*plain)(x), plain(x)
+        torchs = fastnn.revert(fastnn.convert(plain))(x)
+    assert_same([ours.detach()], [theirs.detach()])
+    assert ours.stride() == torchs.stride()
+
+
+def test_plans_of_training_and_evaluation_do_not_crowd_each_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    make = sequential._Plan.__init__
+    monkeypatch.setattr(sequential._Plan, "__init__", lambda self, *args: (made.append(1), make(self, *args))[1])
+    model = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)).to(DEVICE)
+    for _ in range(3):
+        for grad in (True, False):
+            for n in range(1, sequential.MOST_PLANS + 1):
+                with torch.set_grad_enabled(grad):
+                    model(torch.zeros(n, 5, device=DEVICE))
+    assert len(made) == 2 * sequential.MOST_PLANS
+    model[0].weight.data = torch.zeros(5, 6, device=DEVICE).T  # a plan in the place of another
+    model(torch.zeros(3, 5, device=DEVICE))
+    assert len(model.__dict__[sequential.PARTS].made[1][0]._plans[True]) == sequential.MOST_PLANS
+
+
+def test_replaced_parameters_are_not_held() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 4)).to(DEVICE), torch.zeros(2, 5, device=DEVICE)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for layer in model:
+                output = model(x)
+                if grad:
+                    output.sum().backward()
+                old = weakref.ref(layer.weight)
+                layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight))
+                del output
+                assert old() is None
+    assert_identical(model(x).detach(), model[1].bias.detach().expand(2, 4))
+
+
+def test_a_weight_of_other_sizes_decides_anew_how_its_layer_pools() -> None:
+    layer = nn.Conv2d(9, 9, 3, groups=3, max_pool=2)
+    plain = torch.nn.Sequential(layer, nn.ReLU()).to(DEVICE)
+    model = nn.Sequential(*plain)
+    model(torch.randn(1, 9, 8, 8).to(DEVICE))
+    layer.weight, layer.bias = (torch.nn.Parameter(torch.randn(shape).to(DEVICE)) for shape in ((12, 4, 3, 3), (12,)))
+    x = torch.randn(1, 12, 8, 8).to(DEVICE)
+    assert_same(results(model, x, True), results(plain, x, True))
+
+
+@pytest.mark.parametrize("wants_input", [False, True], ids=["parameters", "input too"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameters_that_the_backward_pass_does_not_read_may_change_before_it(name: str, wants_input: bool) -> None:
+    plain, model, x = both(name)
+    expected = results(plain, x, wants_input)[1:]
+    x.requires_grad_(wants_input)
+    output = model(x)
+    with torch.no_grad():
+        for layer in plain:
+            if getattr(layer, "bias", None) is not None:
+                layer.bias.add_(1)
+        if not wants_input:
+            plain[0].weight.mul_(2)
+    model.zero_grad()
+    output.backward(torch.linspace(-1, 1, output.numel()).to(output).view_as(output))
+    assert_same([p.grad for p in model.parameters()] + ([x.grad] if wants_input else []), expected)
+
+
+def test_what_a_second_derivative_reads_may_not_change_before_it() -> None:
+    _, model, x = both("rows out of a ReLU")
+    output = model(x)
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: expected a tensor of shape \(5,\)"):
+        torch.autograd.grad(output.sum(), list(model.parameters()), create_graph=True)
+    model[0].weight.requires_grad_(False)
+    h = x.clone()
+    output = model(h)
+    h.add_(1)
+    output.sum().backward()
+
+
+def test_classes_that_look_like_layers_with_stages_are_called() -> None:
+    for stages in ([1, 2], 4, lambda self: []):
+        block = type("Block", (torch.nn.Module,), {"_stages": stages, "forward": lambda self, x: x + 1})
+        model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), block()).to(DEVICE)
+        x = torch.zeros(1, 5, device=DEVICE)
+        assert_identical(model(x).detach(), torch.nn.Sequential(*model)(x).detach())
 
 
 def test_parameters_that_are_not_trained_get_no_gradient() -> None:
@@ -324,6 +425,13 @@ def test_parameters_with_the_negative_bit() -> None:
 def test_layers_that_differ_from_what_they_say() -> None:
     """Arguments that change in place or hold what a constructor would not leave there, weights of another size."""
     plain, model, x = both("many kinds")
+    for pool in ([[2, 2], None, 0], ([2, 2], None, 0)):
+        model[5].max_pool = pool
+        assert_same(results(model, x, True), results(plain, x, True))
+    pool[0][0] = 1
+    model[8].weight = torch.nn.Parameter(torch.randn(5, 28).to(DEVICE))
+    assert_same(results(model, x, True), results(plain, x, True))
+    plain, model, x = both("many kinds")
     model[4].kernel_size = sizes = [2, 2]
     model[4].stride = None
     assert_same(results(model, x, True), results(plain, x, True))
@@ -379,6 +487,29 @@ def test_shared_layers_and_empty_batches() -> None:
     assert_same(results(nn.Sequential(*plain), x, True), results(plain, x, True))
     plain, model, x = both("digits")
     assert_same(results(model, x[:0], True), results(plain, x[:0], True))
+
+
+def test_errors_of_images_that_no_window_fits() -> None:
+    for last in (nn.Conv2d(4, 2, 3, max_pool=2), nn.Conv2d(4, 2, 3, activation="relu", max_pool=(3, 2, 0))):
+        plain = torch.nn.Sequential(nn.Conv2d(1, 4, 3), last, nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)).to(DEVICE)
+        model, x = nn.Sequential(*plain), torch.randn(1, 1, 5, 5).to(DEVICE)
+        for grad in (True, False):
+            messages = []
+            for network in (plain, model):
+                with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="height of at least") as error:
+                    network(x)
+                messages.append(str(error.value))
+            assert messages[0] == messages[1]
+        with pytest.raises(ValueError, match="height of at least"):
+            CompiledForward(model[:3]).on_batches(x, torch.zeros(1, dtype=torch.int64, device=DEVICE), 1)
+
+
+def test_layers_without_a_weight_say_so() -> None:
+    _, model, x = both("digits")
+    model(x)
+    model[3].weight = None
+    with pytest.raises(TypeError, match=r"weight: expected a torch\.Tensor, got None"):
+        model(x)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 10, 10), (3, 1, 3, 3), (3, 1, 30, 30), (1, 10), (2, 2, 2, 2, 2)])

@@ -83,14 +83,14 @@ def _route_with_care(operator: str, first: Tensor, *others: Tensor | None) -> st
             return _fall_back(operator, f"devices {first.device} and {tensor.device}")
     if not on_cpu and first.is_meta:
         plain = False
-    if _is_compiling() or not plain or _number_of_dispatch_modes() > 0:  # a TorchDispatchMode sees ops
-        return "op"
     if _are_functorch_transforms_active():
         return _fall_back(operator, "torch.func transform")
+    if forward_ad._current_level >= 0:  # the ops have no tangents
+        return _fall_back(operator, "forward-mode differentiation")
+    if _is_compiling() or not plain or _number_of_dispatch_modes() > 0:  # a TorchDispatchMode sees ops
+        return "op"
     if _is_tracing() is not None:
         return _fall_back(operator, "torch.jit tracing")
-    if forward_ad._current_level >= 0:
-        return _fall_back(operator, "forward-mode differentiation")
     return "record" if needs_grad(*tensors) else "kernel"
 
 
@@ -219,13 +219,15 @@ def define_op(
 
 def goes_through_op(grad_output: Tensor) -> bool:
     """Whether backward must call its op: for a compiler or a tracer, which runs it on tensors without memory, and for
-    a TorchDispatchMode, which sees ops."""
-    return type(grad_output) is not Tensor or _is_compiling() or _number_of_dispatch_modes() > 0
+    a TorchDispatchMode, which sees ops. These have no tangents."""
+    sees_ops = type(grad_output) is not Tensor or _is_compiling() or _number_of_dispatch_modes() > 0
+    return sees_ops and forward_ad._current_level < 0
 
 
 def goes_through_torch(grad_output: Tensor) -> bool:
-    """Whether backward must use torch's operations: its result is differentiated again, or vmap batches it."""
-    return torch.is_grad_enabled() or not _has_storage(grad_output)
+    """Whether backward must use torch's operations: its result is differentiated again, by either mode, or vmap batches
+    it."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or not _has_storage(grad_output)
 
 
 # Elements of input and weight from which on a gradient takes longer than the question whether anyone wants it.

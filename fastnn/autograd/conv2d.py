@@ -99,6 +99,16 @@ def result_format(*layouts: _Layout) -> torch.memory_format:
 
 
 @lru_cache(maxsize=1024)
+def channels_last_strides(shape: _Sizes, named: torch.memory_format) -> _Sizes:
+    """Of images in channels_last. Those of one channel or pixel lie in memory as in both formats; their strides are
+    those of `named`."""
+    images = torch.empty(shape, dtype=torch.uint8, device="meta", memory_format=torch.channels_last)
+    if images.is_contiguous():
+        images = torch.empty_like(images, memory_format=named)
+    return images.stride()
+
+
+@lru_cache(maxsize=1024)
 def _output_layout(
     input: _Layout, weight: _Layout, geometry: Geometry, pool: bool
 ) -> tuple[_Sizes, _Sizes, torch.memory_format]:
@@ -106,10 +116,7 @@ def _output_layout(
     strides of input and weight; kept, for they take as long to work out as a tiny image."""
     shape = output_shape(input[0], weight[0], geometry, pool)
     memory_format = result_format(input, weight)
-    output = torch.empty(shape, dtype=torch.uint8, device="meta", memory_format=torch.channels_last)
-    if output.is_contiguous():  # one channel or pixel: memory is the same in both formats, and strides name torch's
-        output = torch.empty_like(output, memory_format=memory_format)
-    return shape, output.stride(), memory_format
+    return shape, channels_last_strides(shape, memory_format), memory_format
 
 
 def _precision(input: Tensor) -> str:

@@ -92,11 +92,7 @@ def _output_layout(
 
 def _image_format(input: Tensor) -> torch.memory_format:
     """The format of torch's output."""
-    if input.is_contiguous():
-        return torch.contiguous_format
-    if input.is_contiguous(memory_format=torch.channels_last) or prefers_channels_last(input):
-        return torch.channels_last
-    return torch.contiguous_format
+    return torch.channels_last if prefers_channels_last(input) else torch.contiguous_format
 
 
 def _dense_image(input: Tensor, memory_format: torch.memory_format) -> Tensor:

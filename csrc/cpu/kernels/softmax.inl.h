@@ -34,7 +34,7 @@ enum class Pass { forward, backward };
 
 template <Pass pass>
 LineOrder line_order(const SoftmaxShape& shape) {
-  if (shape.inner > 1) return LineOrder::abreast;
+  if (shape.inner != 1) return LineOrder::abreast;  // of 0 lines, too
   const bool repays = shape.classes <= kShortLine && shape.outer >= kFewestTransposed;
   return pass == Pass::forward && repays ? LineOrder::transposed : LineOrder::along;
 }

@@ -230,6 +230,7 @@ class CNNClassifier(nn.Sequential):
             TrainingError: when the loss becomes NaN or infinite; the parameters are put back to the end of
                 the last complete epoch.
             ConnectionError: when another rank has ended.
+            OSError, ModelFileError: when the checkpoint cannot be written or, to resume, read.
             KeyboardInterrupt: when interrupted in the first epoch, with the parameters as they were. After
                 that an interrupt ends the training with a warning: the parameters are those of the last
                     complete epoch, and the history is returned.

@@ -121,7 +121,10 @@ DataOption = Annotated[
 ]
 ValidationSplitOption = Annotated[
     float | None,
-    typer.Option(help="Fraction of the images kept for testing, where the data has no test set of its own."),
+    typer.Option(
+        help="Fraction of the images kept for testing, where the data has no test set of its own: 0.2 of digits, 0.1 "
+        "of others when left out. The same for train and evaluate, or these test on images that were trained on."
+    ),
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, max=MAX_THREADS, help="Threads of the processor; all when left out.")
@@ -214,6 +217,7 @@ def train(
     Under torchrun all processes train one model together: each takes its share of every batch.
     """
     checkpoint = checkpoint_path(out)
+    check_place(curve_path(out), "--out: the picture of the training curve")
     chosen = choose_recipe(recipe, epochs=epochs, batch_size=batch_size, lr=lr, schedule=schedule)
     channels = parse_widths(conv_channels, "--conv-channels")
     widths = parse_widths(hidden, "--hidden")
@@ -269,7 +273,7 @@ def write_results(
     """Print the accuracy; write the model and the picture of its training."""
     accuracy = model.evaluate(test_set.images, class_names(test_set))["accuracy"]
     typer.echo(f"test accuracy {accuracy:.2%} ({round(accuracy * len(test_set))} of {len(test_set)} images)")
-    curve = out.with_suffix(".png")
+    curve = curve_path(out)
     model.save(out)
     save_picture(plot_history(history, train_set.name), curve)
     typer.echo(f"saved {out} and {curve}")
@@ -324,11 +328,21 @@ def checkpoint_path(out: Path) -> Path:
     """Where `train` keeps the state after each epoch; an impossible place is refused at once."""
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a file name that ends in .safetensors, got {str(out)!r}")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: the folder {str(out.parent)!r} does not exist")
-    if out.is_dir():
-        raise ValueError(f"--out: expected a file name, {str(out)!r} is a folder")
+    check_place(out, "--out")
     return out.with_name(f"{out.stem}.checkpoint.safetensors")
+
+
+def curve_path(out: Path) -> Path:
+    """Where `train` draws its progress."""
+    return out.with_suffix(".png")
+
+
+def check_place(path: Path, name: str) -> None:
+    """Refuse a place where no file can be, before the work whose results it is for."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{name}: the folder {str(path.parent)!r} does not exist")
+    if path.is_dir():
+        raise ValueError(f"{name}: expected a file name, {str(path)!r} is a folder")
 
 
 def make_model(
@@ -431,7 +445,8 @@ def evaluate(
 
 
 def check_picture(path: Path) -> None:
-    """Refuse a name that tells no format, before the work that the picture is to show."""
+    """Refuse a place where no file can be, and a name that tells no format, before the work that it is to show."""
+    check_place(path, "--picture")
     figure = require("matplotlib.figure", "the picture of the confusion matrix").Figure()
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
@@ -485,7 +500,10 @@ def predict(
     model_file: ModelArgument,
     files: Annotated[
         list[Path],
-        typer.Argument(help="PNG or JPEG pictures, IDX files or .npz archives.", show_default=False),
+        typer.Argument(
+            help="Pictures, IDX files or .npz archives; digits white on black, as those of the data sets.",
+            show_default=False,
+        ),
     ],
     top: Annotated[int, typer.Option(min=1, help="Show so many of the most probable classes.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON array.")] = False,

@@ -512,7 +512,7 @@ def _class_folders(folder: Path, least: int = 2) -> dict[str, list[Path]]:
         if child.is_dir() and not child.name.startswith("."):
             classes[child.name] = sorted(
                 path
-                for path in child.rglob("*")
+                for path in _files_below(child)
                 if path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
             )
             if not classes[child.name]:
@@ -523,6 +523,16 @@ def _class_folders(folder: Path, least: int = 2) -> dict[str, list[Path]]:
             f"{folder}: expected IDX files or at least {least} classes, each a folder of pictures; got {got}"
         )
     return classes
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Everything in the folder and those in it; OSError for one that cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(parent, name) for name in names)
 
 
 def _load_pictures(

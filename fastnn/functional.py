@@ -139,7 +139,8 @@ def conv2d(
 
         output = torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
         if activation == "relu": output = torch.relu(output)
-        if max_pool is not None: output = torch.nn.functional.max_pool2d(output, max_pool)
+        window = max_pool if isinstance(max_pool, tuple) else (max_pool,)
+        if max_pool is not None: output = torch.nn.functional.max_pool2d(output, *window)
     """
     relu = wants_relu(activation)
     pool = pool_arguments(max_pool)

@@ -825,6 +825,7 @@ class Checkpoint:
         for key, value in expected.items():
             other = stored_seed if key == "seed" else stored.get(key)
             if other != value:
+                other, value = _differing(other, value)
                 raise ValueError(
                     f"resume: {self.path} was written with {key}={_readable(other)}, this run has "
                     f"{key}={_readable(value)}"
@@ -840,6 +841,15 @@ class Checkpoint:
                 tensor.dtype,
             ):
                 raise ModelFileError(f"{self.path}: {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got other")
+
+
+def _differing(first: Any, second: Any) -> tuple[Any, Any]:
+    """Of two packed dicts the entries that differ, as dicts; else both as they are."""
+    if not all(isinstance(packed, dict) and "dict" in packed for packed in (first, second)):
+        return first, second
+    one, other = ({json.dumps(key): value for key, value in packed["dict"]} for packed in (first, second))
+    keys = [key for key in one | other if one.get(key) != other.get(key)]
+    return tuple({json.loads(key): entries.get(key) for key in keys} for entries in (one, other))  # type: ignore[return-value]
 
 
 def _readable(packed: Any) -> str:

@@ -494,8 +494,18 @@ def test_a_full_disk_leaves_the_old_model(small_npz: Path, tmp_path: Path, monke
 
 def test_a_picture_that_cannot_be_written_is_named(trained: tuple[Path, str], tmp_path: Path) -> None:
     error = error_of("evaluate", trained[0], "--picture", tmp_path / "gone" / "m.png")
-    assert "gone" in error
-    assert "no such folder" in error
+    assert error == f"error: --picture: the folder {str(tmp_path / 'gone')!r} does not exist"
+
+
+def test_a_folder_in_the_place_of_a_picture_is_refused_before_the_work(
+    trained: tuple[Path, str], tmp_path: Path
+) -> None:
+    (tmp_path / "m.png").mkdir()
+    error = error_of("evaluate", trained[0], "--data", "nope", "--picture", tmp_path / "m.png")
+    assert error == f"error: --picture: expected a file name, {str(tmp_path / 'm.png')!r} is a folder"
+    error = error_of("train", "--data", "nope", "--out", tmp_path / "m.safetensors")
+    assert error.startswith("error: --out: the picture of the training curve: expected a file name")
+    assert files_in(tmp_path) == ["m.png"]
 
 
 @pytest.mark.parametrize("name", ["confusion", "confusion.foo"])

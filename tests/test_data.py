@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import struct
@@ -11,6 +12,7 @@ import tracemalloc
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,6 +159,22 @@ def test_keras_npz_of_colour_images_and_named_labels(tmp_path: Path) -> None:
     assert train.classes == ("cat", "dog")
     assert train.images.shape == (4, 3, 5, 4)
     assert sorted(test.labels) == [0, 0, 1, 1]
+
+
+def test_a_folder_of_pictures_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, {"cat": 3, "dog": 4})
+    closed = tmp_path / "dog" / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path) == closed:  # mode 000 says nothing to root
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        data.load(tmp_path)
 
 
 def test_folders_of_pictures_with_their_own_split(tmp_path: Path) -> None:

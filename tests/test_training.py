@@ -568,8 +568,10 @@ def test_resume_refuses_other_settings(options: dict[str, Any], words: str, tmp_
 def test_resume_refuses_another_network(tmp_path: Path) -> None:
     path = tmp_path / "run.safetensors"
     fit(make_model(), epochs=1, checkpoint=path)
-    with pytest.raises(ValueError, match="this run has model="):
-        fit(CNNClassifier((1, 8, 8), CLASSES, conv_channels=(4,), hidden=()), checkpoint=path, resume=True)
+    model = make_model()
+    other = CNNClassifier((1, 8, 8), CLASSES, model.conv_channels, (3,))
+    with pytest.raises(ValueError, match=r'written with model={"hidden": .*}, this run has model={"hidden": \[3\]}$'):
+        fit(other, checkpoint=path, resume=True)
 
 
 def test_checkpoint_faults_come_before_the_training(tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ def _load_idx_folder(folder: Path, classes: tuple[str, ...] | None = None) -> tu
     test = None
     if "test images" in arrays:
         test = (_as_images(arrays["test images"], str(found["test images"])), arrays["test labels"])
-    return _from_label_values(train, test, folder.name, classes)
+    return _from_label_values(train, test, _title(folder), classes)
 
 
 # ------------------------------------------------------------------------------------------- Keras-style .npz
@@ -488,7 +488,7 @@ def _load_picture_folders(folder: Path, size: tuple[int, int] | None, progress: 
     tests = [folder / name for name in TEST_FOLDERS if (folder / name).is_dir()]
     if not (folder / "train").is_dir():
         classes = _class_folders(folder)
-        return _load_pictures(folder, classes, tuple(classes), None, size, folder.name, progress), None
+        return _load_pictures(folder, classes, tuple(classes), None, size, _title(folder), progress), None
     classes = _class_folders(folder / "train")
     names = tuple(classes)
     # A test set may lack classes.
@@ -496,12 +496,12 @@ def _load_picture_folders(folder: Path, size: tuple[int, int] | None, progress: 
     for name in test_classes:
         if name not in classes:
             raise DataError(f"{tests[0]}: class {name!r} is not among the training classes, {_listed(names)}")
-    title = f"{folder.name} (training)" if tests else folder.name
+    title = f"{_title(folder)} (training)" if tests else _title(folder)
     train = _load_pictures(folder / "train", classes, names, None, size, title, progress)
     if not tests:
         return train, None
     channels = train.images.shape[1]
-    title = f"{folder.name} (test)"
+    title = f"{_title(folder)} (test)"
     return train, _load_pictures(tests[0], test_classes, names, channels, size, title, progress)
 
 
@@ -523,6 +523,11 @@ def _class_folders(folder: Path, least: int = 2) -> dict[str, list[Path]]:
             f"{folder}: expected IDX files or at least {least} classes, each a folder of pictures; got {got}"
         )
     return classes
+
+
+def _title(folder: Path) -> str:
+    """What a folder's data set is called, be it given as "." or as "..", too."""
+    return folder.resolve().name
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

@@ -190,6 +190,14 @@ def test_folders_of_pictures_with_their_own_split(tmp_path: Path) -> None:
     np.testing.assert_array_equal(train.images[4], np.moveaxis(expected, 2, 0))
 
 
+def test_the_folder_that_is_the_current_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_idx_folder(tmp_path / "numbers")
+    write_pictures(tmp_path / "animals", {"cat": 3, "dog": 4})
+    for name in ("numbers", "animals"):
+        monkeypatch.chdir(tmp_path / name)
+        assert [part.name for part in data.load(".")] == [f"{name} (training)", f"{name} (test)"]
+
+
 def test_one_tree_of_pictures_is_split(tmp_path: Path) -> None:
     write_pictures(tmp_path, {"a": 10, "b": 20})
     train, test = data.load(tmp_path)

@@ -3,7 +3,7 @@
 To call layers as modules, with a node and tensors for each, takes a small network as long as half of its kernels. A
 chain of layers records the calls of its stages (:mod:`fastnn.stages`) once for each shape of input, in one program for
 the forward and one for the backward pass, and gives these the tensors of each call: no memory is kept between calls.
-Where autograd records nothing, the program is one that keeps nothing for a backward pass.
+Where autograd records nothing, a shape's second call makes a program that keeps nothing for a backward pass.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ class _Chain:
             if layer._parameters[name] is not None
         ]
         # By shape of the input and torch's switches, without a backward pass and with.
-        self._plans: dict[bool, dict[Any, _Plan]] = {False: {}, True: {}}
+        self._plans: dict[bool, dict[Any, _Plan | None]] = {False: {}, True: {}}
         self._cuts: dict[int, list[_Part]] = {}
         self._unread: dict[tuple[bool, ...], list[int]] = {}
 
@@ -327,7 +327,8 @@ class _Chain:
         self, input: Tensor, parameters: list[Tensor], backward_follows: bool
     ) -> tuple[_Plan, Tensor, Tensor, torch.memory_format] | None:
         """The plan for this call, the output, memory with what the backward pass needs, and the format of images that
-        the layers return; None where no plan can express the call, or the layers have to say what does not fit."""
+        the layers return; None where no plan can express the call or is worth its making, or the layers have to say
+        what does not fit."""
         memory_format = torch.contiguous_format
         if self._input_dims == 4:
             memory_format = result_format(*(layout_of(tensor) for tensor in (input, *parameters) if tensor.dim() == 4))
@@ -338,6 +339,11 @@ class _Chain:
             results = plan.forward(_as_read(input), parameters, memory_format)
             if results is not None:
                 return plan, *results, memory_format
+        if key not in plans and len(plans) >= MOST_PLANS:
+            plans.clear()
+        if key not in plans and not backward_follows:
+            plans[key] = None  # to make a plan takes longer than the layers do, and this may be the shape's only call
+            return None
         if len(set(parameters)) < len(parameters) or not all(map(lies_as_kernels_read, parameters)):
             return None
         source = _as_read(input)
@@ -346,8 +352,6 @@ class _Chain:
             plan = _Plan(self._layers, source, numbered, backward_follows, self.saves_output)
         except (ValueError, IndexError, RuntimeError):
             return None
-        if key not in plans and len(plans) >= MOST_PLANS:
-            plans.clear()
         plans[key] = plan
         results = plan.forward(source, parameters, memory_format)
         return None if results is None else (plan, *results, memory_format)

@@ -141,6 +141,9 @@ def test_without_autograd_chains_keep_nothing_and_give_the_same_bits(
     if x.dim() == 4:
         x = x.contiguous(memory_format=memory_format)
     flattened = isinstance(plain[-1], torch.nn.Flatten)
+    with torch.no_grad(), called_layers() as called:
+        assert_same([model(x)], [plain(x)])
+    assert called.count(model[0]) == 2  # a shape's first call has no plan
     for mode in (torch.no_grad, torch.inference_mode, torch.no_grad):
         with mode():
             with ran_kernels(dtype=dtype) as layers:
@@ -160,6 +163,8 @@ def test_without_autograd_a_chain_takes_the_memory_of_two_layers() -> None:
     model, x = nn.Sequential(*layers, nn.MaxPool2d(2)).to(DEVICE), torch.randn(2, 4, 32, 32).to(DEVICE)
     model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     taken: dict[bool, int] = {}
+    with torch.no_grad():
+        model(x)
     for grad in (False, True):
         with torch.set_grad_enabled(grad), torch.profiler.profile(profile_memory=True) as profile:
             output = model(x)
@@ -283,6 +288,7 @@ def test_parameters_that_are_not_trained_get_no_gradient() -> None:
         assert called == [model, *(model[number] for number in alone)]
     plain.requires_grad_(False)
     assert_same(results(model, x, True), results(plain, x, True))
+    model(x)
     with called_layers() as called:
         assert not model(x).requires_grad
     assert called == [model]

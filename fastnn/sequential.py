@@ -262,6 +262,7 @@ class _Chain:
     def __init__(self, layers: Sequence[torch.nn.Module]) -> None:
         self._layers = layers
         self._input_dims = _input_dims(layers[0])
+        self._returns_images = self._input_dims == 4 and not any(isinstance(x, torch.nn.Flatten) for x in layers)
         last: Any = layers[-1]
         # Whether the backward pass reads the output, as a ReLU's does.
         self.saves_output = isinstance(last, torch.nn.ReLU) or (
@@ -294,7 +295,7 @@ class _Chain:
             results = self._compute(input, parameters, backward_follows=False)
             if results is not None:
                 _, output, _, memory_format = results
-                return output if output.dim() == 2 else output.contiguous(memory_format=memory_format)
+                return output.contiguous(memory_format=memory_format)
         return _through(self._layers, input)
 
     def _way(self, input: Any, parameters: list[Tensor]) -> str | None:
@@ -326,11 +327,11 @@ class _Chain:
     def _compute(
         self, input: Tensor, parameters: list[Tensor], backward_follows: bool
     ) -> tuple[_Plan, Tensor, Tensor, torch.memory_format] | None:
-        """The plan for this call, the output, memory with what the backward pass needs, and the format of images that
-        the layers return; None where no plan can express the call or is worth its making, or the layers have to say
+        """The plan for this call, the output, memory with what the backward pass needs, and the format in which the
+        layers return it; None where no plan can express the call or is worth its making, or the layers have to say
         what does not fit."""
         memory_format = torch.contiguous_format
-        if self._input_dims == 4:
+        if self._returns_images:
             memory_format = result_format(*(layout_of(tensor) for tensor in (input, *parameters) if tensor.dim() == 4))
         plans = self._plans[backward_follows]
         key = input.shape, allows_tf32(input, "conv"), allows_tf32(input, "matmul")
@@ -391,7 +392,7 @@ class _ChainFunction(KernelFunction):
             unread.append((i, given[i], None if given[i].is_inference() else given[i]._version))
             saved[i] = None
         ctx.save_for_backward(*saved)
-        return output if output.dim() == 2 else output.contiguous(memory_format=memory_format)
+        return output.contiguous(memory_format=memory_format)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -471,11 +472,11 @@ def _split(layers: Iterable[Any]) -> Iterator[_Part]:
     dims: int | None = None  # that the chain's output has
     for layer in layers:
         takes = _input_dims(layer)
-        has_stages = _has_stages(layer)
-        if not has_stages or (takes is not None and takes != dims):
+        fits = _may_be_chained(layer)
+        if not fits or (takes is not None and takes != dims):
             yield from _parts_from(chain)
             chain = []
-        if not has_stages or not (chain or isinstance(layer, WEIGHTED)):
+        if not fits or not (chain or isinstance(layer, WEIGHTED)):
             yield layer
             continue
         chain.append(layer)
@@ -483,7 +484,7 @@ def _split(layers: Iterable[Any]) -> Iterator[_Part]:
     yield from _parts_from(chain)
 
 
-def _has_stages(layer: Any) -> bool:
+def _may_be_chained(layer: Any) -> bool:
     try:
         stages_of(layer)
     except ValueError:

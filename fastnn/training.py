@@ -849,7 +849,7 @@ def _differing(first: Any, second: Any) -> tuple[Any, Any]:
         return first, second
     one, other = ({json.dumps(key): value for key, value in packed["dict"]} for packed in (first, second))
     keys = [key for key in one | other if one.get(key) != other.get(key)]
-    return tuple({json.loads(key): entries.get(key) for key in keys} for entries in (one, other))  # type: ignore[return-value]
+    return {json.loads(key): one.get(key) for key in keys}, {json.loads(key): other.get(key) for key in keys}
 
 
 def _readable(packed: Any) -> str:

@@ -153,10 +153,10 @@ def _most_steps(device: torch.device) -> int:
 
 
 def _same(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
-    """Whether two tuples hold the same objects, or equal numbers and words."""
+    """Whether two tuples hold the same objects, or equal numbers, words and tuples of them."""
+    plain = (int, float, str, tuple)
     return len(first) == len(second) and all(
-        a is b or (isinstance(a, (int, float, str)) and isinstance(b, (int, float, str)) and a == b)
-        for a, b in zip(first, second, strict=True)
+        a is b or (isinstance(a, plain) and isinstance(b, plain) and a == b) for a, b in zip(first, second, strict=True)
     )
 
 
@@ -205,17 +205,20 @@ class _Compiled:
 
     def refresh(self) -> None:
         """Reads the model again where it is not what the programs were made from; NotCompilable as at first."""
-        state = self._current_state()
-        if state != self._state:
+        if self._current_state() != self._state:
             self._state = None
             self._read()
-            self._state = state
+            self._state = self._current_state()
 
     def _current_state(self) -> list[Any]:
         """What the programs are made from. The parameters are held, so that no other takes one's identity."""
         model = self._model
         parameters = (p for layer in model._modules.values() if layer is not None for p in layer._parameters.values())
-        places = [(id(p), p.data_ptr(), p.requires_grad, _is_hooked(p)) for p in parameters if p is not None]
+        places = [
+            (id(p), p.data_ptr(), p.dtype, p.shape, p.stride(), p.requires_grad, _is_hooked(p))
+            for p in parameters
+            if p is not None
+        ]
         return [runs_in_order(model) and not watched(model), state_of(model), places]
 
     def _read(self) -> None:
@@ -427,9 +430,9 @@ class _Rates:
             found.append(_plain_sgd(group))
             for param in group["params"]:
                 found += (param, param.grad)
-        for state in self._optimizer.state.values():
-            found += state.values()
-        return tuple(found)
+        values = [value for state in self._optimizer.state.values() for value in state.values()]
+        places = tuple([value.data_ptr() for value in values if isinstance(value, Tensor)])
+        return (*found, *values, places)
 
     @contextmanager
     def in_groups(self, step: int) -> Iterator[None]:
@@ -543,7 +546,8 @@ class CompiledStep(_Compiled):
         loss = self._loss
         weight = None if loss.weight is None else (id(loss.weight), loss.weight.data_ptr(), loss.weight.stride())
         options = loss.reduction, loss.ignore_index, loss.label_smoothing, watched(loss), "forward" in vars(loss)
-        return [*super()._current_state(), weight, options]
+        grads = [grad.data_ptr() for grad in self._grads.values()]
+        return [*super()._current_state(), weight, options, grads]
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         self.refresh()
@@ -636,6 +640,10 @@ class CompiledStep(_Compiled):
         schedule: Callable[[], object] = unscheduled,
     ) -> None:
         """Of each step gathers the batch, runs the programs and updates; all is replayed where it can be."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self._grads:
+                    parameter.grad = None
         for parameter, grad in self._grads.items():
             parameter.grad = grad
         rates = self._rates if self._replays_update() else None

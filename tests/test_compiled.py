@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -196,6 +196,70 @@ def test_parameters_that_moved_are_found_again() -> None:
     compiled[0].weight.data = compiled[0].weight.data.clone()
     for _ in range(2):
         assert torch.equal(step(images, targets)[0], autograd_step(eager, loss, optimizer, images, targets))
+
+
+def moved(tensors: Iterable[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gives each tensor other memory; returns the one they had, in which nobody may write, and a copy of it."""
+    copies = []
+    for tensor in tensors:
+        copies.append((tensor.data, tensor.data.clone()))
+        tensor.data = tensor.data.clone()
+    return copies
+
+
+MOVES: dict[str, Callable[[Any, Any, Any], Iterable[torch.Tensor]]] = {
+    "parameters": lambda model, other, optimizer: model.parameters(),
+    "gradients": lambda model, other, optimizer: [parameter.grad for parameter in model.parameters()],
+    "parameters of another model": lambda model, other, optimizer: other.parameters(),
+    "state": lambda model, other, optimizer: [
+        tensor for state in optimizer.state.values() for name, tensor in state.items() if name != "step"
+    ],
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_nobody_writes_where_tensors_were_before_they_moved(move: str) -> None:
+    (ours, theirs), (other, other_eager) = both(odd_sizes, torch.float32), both(odd_sizes, torch.float32)
+    loss = nn.CrossEntropyLoss()
+    images, targets = data((2, 11, 13), 3, 6, torch.float32)
+    optimizer, eager = (
+        optim.Adam([*a.parameters(), *b.parameters()]) for a, b in ((ours, other), (theirs, other_eager))
+    )
+    step, other_step = (compile_step(model, loss, optimizer) for model in (ours, other))
+    assert torch.equal(other_step(images, targets)[0], autograd_step(other_eager, loss, eager, images, targets))
+    for _ in range(3):
+        assert torch.equal(step(images, targets)[0], autograd_step(theirs, loss, eager, images, targets))
+    before = moved(MOVES[move](ours, other, optimizer))
+    for _ in range(3):
+        assert torch.equal(step(images, targets)[0], autograd_step(theirs, loss, eager, images, targets))
+    assert all(torch.equal(old, copy) for old, copy in before)
+
+
+def test_a_parameter_that_takes_another_shape_at_its_place_is_read_anew() -> None:
+    model = torch.nn.Sequential(nn.Linear(8, 8, activation="relu"), nn.Linear(8, 8))
+    step = compile_step(model, nn.CrossEntropyLoss(), optim.SGD(model.parameters(), lr=0.1))
+    images, targets = torch.rand(4, 8), torch.arange(4)
+    step(images, targets)
+    model[1].weight.data, model[1].bias.data = model[1].weight.data[:5], model[1].bias.data[:5]
+    expected = nn.CrossEntropyLoss()(model(images), targets)
+    assert torch.equal(step(images, targets)[0], expected)
+    model[0].weight.data = model[0].weight.data.t()
+    with pytest.raises(NotCompilable, match="contiguous or channels_last memory"):
+        step(images, targets)
+
+
+def test_gradients_of_before_move_nothing() -> None:
+    model = odd_sizes()
+    other = torch.nn.Parameter(torch.ones(3))
+    loss = nn.CrossEntropyLoss()
+    images, targets = data((2, 11, 13), 3, 6, torch.float32)
+    optimizer = optim.SGD([*model.parameters(), other], lr=0.1)
+    (loss(model(images), targets) + other.sum()).backward()
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.detach().clone()
+    compile_step(model, loss, optimizer)(images, targets)
+    assert torch.equal(model[0].weight, frozen) and model[0].weight.grad is None
+    assert torch.equal(other, torch.ones(3)) and other.grad is None
 
 
 def test_schedulers_hooks_and_targets_count_in_every_step() -> None:
@@ -604,7 +668,7 @@ def test_a_forward_pass_may_give_images() -> None:
         ({"output": torch.empty(4, 10)[:, ::2]}, "output: expected a dense tensor on the CPU"),
         ({"index": torch.arange(4, dtype=torch.int32)}, "index: expected int64, got int32"),
     ],
-    ids=str,
+    ids=["no rows", "half a batch", "a short output", "strides", "int32"],
 )
 def test_batches_of_programs_refuse_what_does_not_fit(changed: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {

@@ -141,14 +141,16 @@ def test_kill_while_saving_leaves_a_whole_model(tmp_path: Path) -> None:
             for model in models:
                 model.save(path)
 
-    moments = random.Random(0)
-    seen = []
-    for _ in range(12 * FACTOR):
-        assert killed_after(moments.uniform(0, 0.08), save_forever)
+    moments, longest = random.Random(0), 0.08
+    seen: list[tuple[bool, ...]] = []
+    while len(seen) < 12 * FACTOR or (len(set(seen)) < 2 and longest < 20):
+        assert killed_after(moments.uniform(0, longest), save_forever)
         found = parameters_of(path)
-        seen.append([same(found, parameters) for parameters in wanted])
+        seen.append(tuple(same(found, parameters) for parameters in wanted))
         assert any(seen[-1])
-    assert len({tuple(which) for which in seen}) == 2, "every kill came before the first save"
+        if len(set(seen)) < 2:  # the machine is busy: later
+            longest *= 1.2
+    assert len(set(seen)) == 2, "every kill came before the first save"
 
 
 @pytest.mark.fuzz

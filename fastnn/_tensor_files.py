@@ -44,7 +44,7 @@ def write_tensor_file(
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    content = safetensors.torch.save(copies, metadata={"format": "pt", "fastnn": header})
+    content = safetensors.torch.save(copies, metadata={"fastnn": header})  # of several keys the order is random
     with atomic_path(Path(path)) as temp:
         # Python's own write: a full disk is an OSError, where the package would raise its own.
         temp.write_bytes(content)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -26,9 +25,11 @@ from fastnn.training import (
     Loss,
     Scheduler,
     TrainingError,
+    epoch_hooks,
     evaluate,
     make_forward,
     make_loss,
+    modes_kept,
     train,
     whole_number,
 )
@@ -257,6 +258,10 @@ class CNNClassifier(nn.Sequential):
         if wants_bf16(precision):
             settings["precision"] = precision
         history = History()
+
+        def publish(*_: object) -> None:
+            self.classes_, self.history_ = classes, history
+
         with thread_limit(None if num_threads is None else whole_number(num_threads, "num_threads", 1, MAX_THREADS)):
             try:
                 return train(
@@ -266,7 +271,7 @@ class CNNClassifier(nn.Sequential):
                     optimizer=self._optimizer(optimizer, lr),
                     loss=loss,
                     validation=validation,
-                    callbacks=callbacks,
+                    callbacks=[publish, *epoch_hooks(callbacks)],  # which may predict and save
                     early_stopping=early_stopping,
                     scheduler=scheduler,
                     shuffle=shuffle,
@@ -280,8 +285,7 @@ class CNNClassifier(nn.Sequential):
                 )
             finally:
                 if history.epochs:
-                    self.classes_ = classes
-                    self.history_ = history
+                    publish()
 
     def predict(self, x: Any, *, batch_size: int | None = None) -> np.ndarray:
         """The most probable label of each image, as labels were given to `fit`: array (n,).
@@ -303,7 +307,8 @@ class CNNClassifier(nn.Sequential):
         classes = len(self._class_list())
         nothing = torch.empty(len(images), dtype=torch.int64)
         batches = Batches(images, nothing, self._evaluation_batch(batch_size), self._dtype, self._device)
-        with self._eval_mode():
+        with modes_kept(self):
+            self.eval()
             logits = make_forward(self, batches)(batches.rows())
         with without_spinning_threads():
             # Logits beyond the classes have never had an image.
@@ -404,15 +409,6 @@ class CNNClassifier(nn.Sequential):
     @property
     def _device(self) -> torch.device:
         return next(self.parameters()).device
-
-    @contextmanager
-    def _eval_mode(self) -> Iterator[None]:
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)
 
     def _optimizer(self, optimizer: str | torch.optim.Optimizer, lr: float) -> torch.optim.Optimizer:
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -557,7 +553,7 @@ def _check_finite(images: torch.Tensor, name: str) -> None:
 
 
 def _label_list(y: Any, name: str, count: int) -> list[Hashable]:
-    """One Python label per image; numpy's scalars become Python's, which a model file gives back."""
+    """One label per image. numpy's scalars become Python's, which a model file gives back."""
     if isinstance(y, torch.Tensor):
         y = y.detach().cpu().numpy()
     elif hasattr(y, "to_numpy"):
@@ -569,11 +565,13 @@ def _label_list(y: Any, name: str, count: int) -> list[Hashable]:
         if y.ndim != 1:
             hint = "; for one-hot labels pass y.argmax(1)" if y.ndim == 2 else ""
             raise ValueError(f"{name}: expected one label per image, shape ({count},), got shape {y.shape}{hint}")
-        labels = y.tolist()
+        if np.ma.is_masked(y):
+            raise ValueError(f"{name}: expected a label for each image, got masked ones")
+        labels = list(y) if y.dtype.kind in "mM" else y.tolist()
     elif isinstance(y, (str, bytes)) or not hasattr(y, "__iter__"):
         raise TypeError(f"{name}: expected a list or array of labels, got {type(y).__name__}")
     else:
-        labels = [label.item() if isinstance(label, (np.generic, torch.Tensor)) else label for label in y]
+        labels = [_label(label) for label in y]
     if len(labels) != count:
         raise ValueError(f"{name}: expected one label per image, {count}, got {len(labels)}")
     for index, label in enumerate(labels):
@@ -582,6 +580,12 @@ def _label_list(y: Any, name: str, count: int) -> list[Hashable]:
         if label != label:
             raise ValueError(f"{name}: expected labels, got NaN at index {index}")
     return labels
+
+
+def _label(label: Any) -> Any:
+    if isinstance(label, (np.datetime64, np.timedelta64)):  # Python's have no nanoseconds
+        return label
+    return label.item() if isinstance(label, (np.generic, torch.Tensor)) else label
 
 
 def _targets(labels: list[Hashable], classes: list[Hashable], name: str) -> torch.Tensor:
@@ -623,7 +627,8 @@ def _class_array(classes: list[Hashable]) -> np.ndarray:
         if repr(array.tolist()) == repr(classes):
             return array
     array = np.empty(len(classes), dtype=object)
-    array[:] = classes
+    for place, label in enumerate(classes):
+        array[place] = label
     return array
 
 

@@ -359,20 +359,30 @@ def make_forward(model: torch.nn.Module, batches: Batches) -> Callable[[torch.Te
     return lambda rows: forward.on_batches(batches.images, rows, batches.batch_size)
 
 
+@contextlib.contextmanager
+def modes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """After the block each module is in the mode, of training or not, in which it was before."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module, batches: Batches, loss: Loss, ranks: Ranks | None = None, classes: int | None = None
 ) -> tuple[float, float]:
-    """Mean loss and accuracy in eval mode; the model's mode is restored. `ranks` divide the images among them.
+    """Mean loss and accuracy in eval mode; the modules' modes are restored. `ranks` divide the images among them.
 
     Answers are the largest of the first `classes` logits, of all where it is left out; the loss is of all.
 
     The mean is over calls of `loss`, one for every 64 batches, each weighted by its number of images. Of a loss that
     weighs images differently (`weight=`, `ignore_index=`) it depends on the batch size.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         loss_sum = torch.zeros((), dtype=torch.float64, device=batches.device)
         correct = torch.zeros((), dtype=torch.int64, device=batches.device)
         forward = make_forward(model, batches)
@@ -383,8 +393,6 @@ def evaluate(
             with without_spinning_threads():
                 loss_sum += loss(logits, targets) * len(targets)
                 correct += (logits[:, :classes].argmax(1) == targets).sum()
-    finally:
-        model.train(was_training)
     if ranks is not None:
         ranks.add_up((loss_sum, correct))
     return loss_sum.item() / len(batches), correct.item() / len(batches)
@@ -405,13 +413,13 @@ class EarlyStopping:
     def reset(self) -> None:
         self.best = math.inf
         self.waited = 0
-        self.best_parameters: dict[str, torch.Tensor] | None = None
+        self.best_parameters: dict[str, Any] | None = None
 
     @property
     def stopped(self) -> bool:
         return self.waited >= self.patience
 
-    def update(self, record: Record, parameters: dict[str, torch.Tensor]) -> None:
+    def update(self, record: Record, parameters: dict[str, Any]) -> None:
         """Notes the epoch's result; `parameters` are kept, not copied."""
         value = record.get("val_loss", record["loss"])
         if value < self.best - self.min_delta:
@@ -436,7 +444,7 @@ class Snapshot:
     """Everything that the next epoch depends on, as it was at the end of `epoch` (0: before the first)."""
 
     epoch: int
-    model: dict[str, torch.Tensor]
+    model: dict[str, Any]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any] | None
     early_stopping: dict[str, Any] | None
@@ -472,8 +480,12 @@ class _Run:
         del self.history.epochs[snapshot.epoch :]
 
 
-def _copy_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def _copy_parameters(model: torch.nn.Module) -> dict[str, Any]:
+    """A copy of the state dict: parameters, buffers, and what get_extra_state gives, maybe no tensor."""
+    return {
+        name: value.detach().clone() if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+        for name, value in model.state_dict().items()
+    }
 
 
 def train(
@@ -506,7 +518,7 @@ def train(
     What a layer, loss, scheduler or callback raises comes out once parameters, optimizer and scheduler are as they were
     after the last complete epoch, or before the training.
     """
-    hooks = _hooks(callbacks)
+    hooks = epoch_hooks(callbacks)
     loss_function = make_loss(loss)
     early_stopping = _make_early_stopping(early_stopping)
     _check_trains(optimizer)
@@ -521,7 +533,7 @@ def train(
         epochs=epochs,
         resume=resume,
     )
-    ranks.copy_from_first(model.state_dict().values())
+    ranks.copy_from_first(value for value in model.state_dict().values() if isinstance(value, torch.Tensor))
     history = History() if history is None else history
     if early_stopping is not None:
         early_stopping.reset()
@@ -556,52 +568,51 @@ def train(
 
     step = make_step(model, loss_function, optimizer, batches, precision, ranks)
     bar = make_progress(progress and ranks.first)
-    was_training = model.training
     stopped = early_stopping is not None and early_stopping.stopped
-    try:
-        while complete.epoch < epochs and not stopped:
-            epoch = complete.epoch + 1
-            bar.start_epoch(epoch, epochs, len(batches))
-            model.train()
-            order = batches.order(history.seed if shuffle else None, epoch)
-            batch_scheduler = scheduler if isinstance(scheduler, BATCH_SCHEDULERS) else None
-            record = _train_epoch(step, order, batches, epoch, batch_scheduler, bar.advance)
-            with without_spinning_threads():
-                parameters = _copy_parameters(model)
-                _check_parameters(parameters, epoch, batches.steps)
-            if validation is not None:
-                record["val_loss"], record["val_accuracy"] = evaluate(model, validation, loss_function, ranks)
-            if scheduler is not None and batch_scheduler is None:
-                _step_scheduler(scheduler, record)
-            if early_stopping is not None:
-                early_stopping.update(record, parameters)
-                stopped = early_stopping.stopped
-            history.epochs.append(record)
-            with without_spinning_threads():
-                complete = run.snapshot(epoch, parameters)
-            if file is not None and ranks.first:
-                file.write(complete, history)
-            bar.end_epoch(record)
-            for hook in hooks:
-                answer = hook(model, dict(record))
-                stopped = stopped or (isinstance(answer, (bool, np.bool_)) and bool(answer))
-            stopped = ranks.any(stopped, batches.device)
-    except TrainingError as error:
-        run.restore(complete)
-        kept = f"the end of epoch {complete.epoch}" if complete.epoch else "before the training"
-        raise TrainingError(f"{error}; the parameters are again those of {kept}", error.epoch, error.step) from None
-    except KeyboardInterrupt:
-        run.restore(complete)
-        if not complete.epoch:
+    with modes_kept(model):
+        try:
+            while complete.epoch < epochs and not stopped:
+                epoch = complete.epoch + 1
+                bar.start_epoch(epoch, epochs, len(batches))
+                model.train()
+                order = batches.order(history.seed if shuffle else None, epoch)
+                batch_scheduler = scheduler if isinstance(scheduler, BATCH_SCHEDULERS) else None
+                record = _train_epoch(step, order, batches, epoch, batch_scheduler, bar.advance)
+                with without_spinning_threads():
+                    parameters = _copy_parameters(model)
+                    _check_parameters(parameters, epoch, batches.steps)
+                if validation is not None:
+                    record["val_loss"], record["val_accuracy"] = evaluate(model, validation, loss_function, ranks)
+                if scheduler is not None and batch_scheduler is None:
+                    _step_scheduler(scheduler, record)
+                if early_stopping is not None:
+                    early_stopping.update(record, parameters)
+                    stopped = early_stopping.stopped
+                history.epochs.append(record)
+                with without_spinning_threads():
+                    complete = run.snapshot(epoch, parameters)
+                if file is not None and ranks.first:
+                    file.write(complete, history)
+                bar.end_epoch(record)
+                for hook in hooks:
+                    answer = hook(model, dict(record))
+                    stopped = stopped or (isinstance(answer, (bool, np.bool_)) and bool(answer))
+                stopped = ranks.any(stopped, batches.device)
+        except TrainingError as error:
+            run.restore(complete)
+            kept = f"the end of epoch {complete.epoch}" if complete.epoch else "before the training"
+            raise TrainingError(f"{error}; the parameters are again those of {kept}", error.epoch, error.step) from None
+        except KeyboardInterrupt:
+            run.restore(complete)
+            if not complete.epoch:
+                raise
+            warnings.warn(f"training interrupted: keeping the state after epoch {complete.epoch}", stacklevel=3)
+            return history
+        except Exception:
+            run.restore(complete)
             raise
-        warnings.warn(f"training interrupted: keeping the state after epoch {complete.epoch}", stacklevel=3)
-        return history
-    except Exception:
-        run.restore(complete)
-        raise
-    finally:
-        bar.close()
-        model.train(was_training)
+        finally:
+            bar.close()
     if early_stopping is not None and early_stopping.best_parameters is not None:
         model.load_state_dict(early_stopping.best_parameters)
     return history
@@ -653,10 +664,10 @@ def _loss_error(recent: torch.Tensor, epoch: int, before: int, steps: int) -> Tr
     )
 
 
-def _check_parameters(parameters: Mapping[str, torch.Tensor], epoch: int, steps: int) -> None:
+def _check_parameters(parameters: Mapping[str, Any], epoch: int, steps: int) -> None:
     # An update that goes wrong shows in the next step's loss; only the epoch's last has no next step.
-    for name, tensor in parameters.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+    for name, value in parameters.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
             raise TrainingError(
                 f"parameter {name} became NaN or infinite at epoch {epoch}, step {steps} of {steps}",
                 epoch,
@@ -717,7 +728,8 @@ def _check_trains(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def _hooks(callbacks: Any) -> list[Callable[[torch.nn.Module, Record], Any]]:
+def epoch_hooks(callbacks: Any) -> list[Callable[[torch.nn.Module, Record], Any]]:
+    """What is called after each epoch; TypeError for what cannot be."""
     if not hasattr(callbacks, "__iter__"):
         raise TypeError(f"callbacks: expected a sequence such as [callback], got {callbacks!r}")
     hooks = []
@@ -831,15 +843,14 @@ class Checkpoint:
                     f"{key}={_readable(value)}"
                 )
 
-    def _check_parameters(self, stored: Any, expected: Mapping[str, torch.Tensor]) -> None:
+    def _check_parameters(self, stored: Any, expected: Mapping[str, Any]) -> None:
         if not isinstance(stored, dict) or stored.keys() != expected.keys():
             raise ModelFileError(f"{self.path}: expected the parameters {', '.join(expected)}, got others")
         for name, tensor in expected.items():
+            if not isinstance(tensor, torch.Tensor):  # of get_extra_state, and its module's to check
+                continue
             other = stored[name]
-            if not isinstance(other, torch.Tensor) or (other.shape, other.dtype) != (
-                tensor.shape,
-                tensor.dtype,
-            ):
+            if not isinstance(other, torch.Tensor) or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
                 raise ModelFileError(f"{self.path}: {name}: expected {tensor.dtype} {tuple(tensor.shape)}, got other")
 
 

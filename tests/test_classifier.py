@@ -297,6 +297,11 @@ LABELS: dict[str, tuple[list[Any], list[Any], Any]] = {
     "tuples": ([("b", 1), ("a", 2), ("c", 0)], [("a", 2), ("b", 1), ("c", 0)], tuple),
     "unsortable": (["x", 3, None], ["x", 3, None], object),
     "beyond int64 and uint64": ([2**63 + 1, -1, 5], [-1, 5, 2**63 + 1], int),
+    "dates": (
+        list(np.array(["2026-03-01", "2026-01-01", "2026-02-01T00:00:00.000000001"], "datetime64[ns]")),
+        list(np.array(["2026-01-01", "2026-02-01T00:00:00.000000001", "2026-03-01"], "datetime64[ns]")),
+        np.datetime64,
+    ),
     "NUL at the end": (["a\0", "a", "b"], ["a", "a\0", "b"], str),
 }
 
@@ -385,6 +390,33 @@ def test_same_seed_gives_the_same_bits() -> None:
     assert not torch.equal(runs[0], runs[2])
 
 
+def test_callbacks_of_the_first_epoch_predict_evaluate_and_save_with_the_labels_of_this_fit(tmp_path: Path) -> None:
+    images, places = small_data()
+    labels = np.array(["ant", "bee", "cow"])[places]
+    accuracies = []
+
+    def note(model: CNNClassifier, record: dict[str, float]) -> None:
+        assert set(model.predict(images)) <= set(labels)
+        assert model.history_.epochs == [record]
+        accuracies.append(model.evaluate(images, labels)["accuracy"])
+        model.save(tmp_path / "model")
+
+    fit(small_model(), images, labels, epochs=1, callbacks=[note])
+    loaded = CNNClassifier.load(tmp_path / "model")
+    assert loaded.classes_ == ["ant", "bee", "cow"]
+    assert [loaded.evaluate(images, labels)["accuracy"]] == accuracies
+
+
+def test_layers_that_were_frozen_between_two_fits_stay() -> None:
+    model = small_model()
+    fit(model, *small_data(), epochs=1)
+    model[0].requires_grad_(False)
+    frozen, trained = model[0].weight.detach().clone(), model[-1].weight.detach().clone()
+    fit(model, *small_data(), epochs=1)
+    assert torch.equal(model[0].weight, frozen)
+    assert not torch.equal(model[-1].weight, trained)
+
+
 def test_num_threads_holds_during_fit_only() -> None:
     seen = []
 
@@ -468,6 +500,15 @@ def test_saving_leaves_torchs_random_numbers_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     model.save(tmp_path / "model")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_same_network_makes_the_same_file(tmp_path: Path) -> None:
+    model = small_model(classes=["ant", "bee", "cow"])
+    files = set()
+    for _ in range(8):
+        model.save(tmp_path / "model")
+        files.add((tmp_path / "model").read_bytes())
+    assert len(files) == 1
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -735,6 +776,16 @@ BAD_LABELS: dict[str, tuple[Any, type[Exception], str]] = {
     "a string": ("abc", TypeError, "y: expected a list or array of labels, got str"),
     "unhashable": ([[0]] * 60, TypeError, "y: expected hashable labels, got list at index 0"),
     "NaN": ([1.0, float("nan")] * 30, ValueError, "y: expected labels, got NaN at index 1"),
+    "NaT": (
+        np.array(["2026-01-01", "NaT"] * 30, "datetime64[ns]"),
+        ValueError,
+        "y: expected labels, got NaN at index 1",
+    ),
+    "masked": (
+        np.ma.array([0, 1, 2] * 20, mask=[True] + [False] * 59),
+        ValueError,
+        "y: expected a label for each image, got masked ones",
+    ),
     "one class": ([2] * 60, ValueError, "y: expected at least two classes, got only 2"),
     "one class of strings": (["cat"] * 60, ValueError, "y: expected at least two classes, got only 'cat'"),
     "too many classes": (

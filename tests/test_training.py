@@ -98,6 +98,62 @@ class InterruptingLoss:
         return loss * self.value
 
 
+# ---- models of any kind
+
+
+class WithExtraState(torch.nn.Linear):
+    note = "as made"
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"note": self.note}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.note = state["note"]
+
+
+def test_extra_state_goes_into_the_checkpoint_and_back(tmp_path: Path) -> None:
+    images, targets = make_data()
+    batches = Batches(images.flatten(1), targets, 16)
+
+    def run(model: torch.nn.Module, epochs: int, resume: bool) -> None:
+        train(
+            model,
+            batches,
+            epochs=epochs,
+            optimizer=optim.Adam(model.parameters()),
+            early_stopping=5,
+            progress=False,
+            seed=0,
+            checkpoint=tmp_path / "checkpoint",
+            resume=resume,
+        )
+
+    model = torch.nn.Sequential(WithExtraState(64, CLASSES))
+    model[0].note = "changed"
+    run(model, 1, False)
+    resumed = torch.nn.Sequential(WithExtraState(64, CLASSES))
+    run(resumed, 2, True)
+    run(model, 2, True)
+    assert resumed[0].note == "changed"
+    assert torch.equal(parameters(resumed), parameters(model))
+
+
+def test_modules_are_in_their_modes_again_after_training_and_evaluation() -> None:
+    images, targets = make_data()
+    batches = Batches(images.flatten(1), targets, 16)
+    model = torch.nn.Sequential(nn.Linear(64, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, CLASSES))
+    model[1].eval()
+    evaluate(model, batches, make_loss("cross_entropy"))
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    optimizer = optim.Adam(model.parameters())
+    train(model, batches, epochs=1, optimizer=optimizer, validation=batches, progress=False)
+    assert [module.training for module in model.modules()] == [True, True, False, True]
+    classifier = make_model()
+    classifier[0].eval()
+    classifier.predict(images)
+    assert classifier.training and not classifier[0].training
+
+
 # ---- batches and their order
 
 

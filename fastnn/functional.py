@@ -157,7 +157,7 @@ def conv2d(
             input, weight, bias, stride, padding, dilation, groups, activation=activation, max_pool=max_pool
         )
     if input.dim() == 3:
-        return conv2d(
+        output = conv2d(
             input.unsqueeze(0),
             weight,
             bias,
@@ -168,6 +168,7 @@ def conv2d(
             activation=activation,
             max_pool=max_pool,
         ).squeeze(0)
+        return output if pool is None else output.contiguous()  # as torch pools (channels, height, width)
     stride, dilation = pair("stride", stride), pair("dilation", dilation)
     if isinstance(padding, str):
         input, padding = _resolve_padding(input, weight, stride, padding, dilation)
@@ -456,8 +457,7 @@ def cross_entropy(
     if way == "cast":
         options = {"ignore_index": ignore_index, "reduction": REDUCTIONS[number], "label_smoothing": label_smoothing}
         return in_autocast_dtype("cross_entropy", cross_entropy, input, target, weight, **options)
-    if target.dtype is torch.uint8:
-        target = target.long()
+    target = _class_numbers(target, input)
     if way == "op":
         if input.is_meta and not target.is_meta:
             raise ValueError(f"target: expected a tensor on meta as input, got one on {target.device}")
@@ -469,6 +469,15 @@ def cross_entropy(
 
 # Of class numbers, as in torch.
 _CLASS_DTYPES = (torch.int64, torch.uint8)
+
+
+def _class_numbers(target: Tensor, input: Tensor) -> Tensor:
+    """The target as kernels take it. torch has uint8 as well, and for the classes of one sample a vector of one."""
+    if target.dtype is torch.uint8:
+        target = target.long()
+    if input.dim() == 1 and target.dtype is torch.int64 and target.shape == (1,):
+        target = target.reshape(())
+    return target
 
 
 def nll_loss(
@@ -512,8 +521,7 @@ def nll_loss(
     if way == "cast":
         options = {"ignore_index": ignore_index, "reduction": REDUCTIONS[number]}
         return in_autocast_dtype("nll_loss", nll_loss, input, target, weight, **options)
-    if target.dtype is torch.uint8:
-        target = target.long()
+    target = _class_numbers(target, input)
     if way == "op":
         if input.is_meta and not target.is_meta:
             raise ValueError(f"target: expected a tensor on meta as input, got one on {target.device}")

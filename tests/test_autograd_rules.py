@@ -271,17 +271,25 @@ def test_create_graph(operator: Operator) -> None:
 
 
 @each_operator
-def test_second_derivative_of_the_input_alone(operator: Operator) -> None:
+@pytest.mark.parametrize("alone", [False, True], ids=["all_require", "one_requires"])
+def test_second_derivatives_of_each_gradient(operator: Operator, alone: bool) -> None:
     """Zeros where an input only says which values a ReLU or a maximum lets through; absent where it says nothing."""
-    results = []
-    for function in (operator.ours, operator.oracle):
-        x, *others = operator.make(torch.float64)
-        grad = torch.autograd.grad(function(x, *others).sum(), x, create_graph=True)[0]
-        results.append(torch.autograd.grad(grad.sum(), x, allow_unused=True)[0] if grad.requires_grad else None)
-    actual, expected = results
-    assert (actual is None) == (expected is None)
-    if actual is not None:
-        assert_near(actual, expected)
+    for i in range(len(operator.make(torch.float64))):
+        results = []
+        for function in (operator.ours, operator.oracle):
+            leaves = operator.make(torch.float64)
+            for j, leaf in enumerate(leaves):
+                leaf.requires_grad_(i == j or not alone)
+            grad = torch.autograd.grad(function(*leaves).sum(), leaves[i], create_graph=True)[0]
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            nothing = (None,) * len(wanted)
+            results.append(
+                torch.autograd.grad(grad.sum(), wanted, allow_unused=True) if grad.requires_grad else nothing
+            )
+        for actual, expected in zip(*results, strict=True):
+            assert (actual is None) == (expected is None)
+            if actual is not None:
+                assert_near(actual, expected)
 
 
 @each_operator

@@ -687,3 +687,31 @@ def test_a_bias_may_change_before_the_backward_pass() -> None:
                 for grads in (actual, expected)
             ]
             torch.testing.assert_close(*seconds)
+
+
+@pytest.mark.parametrize("max_pool", [2, 3, (3, 2, 1)], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_pooled_image_without_a_batch_is_contiguous(max_pool: Any, activation: str | None) -> None:
+    rng = generator("unbatched", str(max_pool))
+    input, weight = random((3, 13, 11), torch.float32, rng), random((8, 3, 3, 3), torch.float32, rng)
+    weight = weight.to(memory_format=torch.channels_last)
+    with ran_kernels("conv2d_forward"):
+        actual = functional.conv2d(input, weight, activation=activation, max_pool=max_pool)
+    expected = reference.conv2d(input, weight, activation=activation, max_pool=max_pool)
+    assert actual.stride() == expected.stride()
+    torch.testing.assert_close(actual, expected)
+
+
+def test_second_derivatives_of_one_channel_in_channels_last() -> None:
+    results = []
+    for conv2d in (functional.conv2d, F.conv2d):
+        leaves = [
+            random(shape, torch.float64, generator("one channel", str(shape)))
+            .to(memory_format=torch.channels_last)
+            .requires_grad_()
+            for shape in ((3, 4, 9, 8), (1, 4, 3, 3))
+        ]
+        grads = torch.autograd.grad(conv2d(*leaves).square().sum(), leaves, create_graph=True)
+        results.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CROSS_ENTROPY_CASES, DTYPES, NLL_CASES, LossCase, by_id, find, generator, random
-from dispatch_log import fell_back
+from dispatch_log import fell_back, ran_kernels
 from fuzzing import fuzz, running_on
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -194,6 +194,19 @@ def test_mse_loss_broadcasts_as_torch() -> None:
 def test_mse_loss_warns_when_it_broadcasts() -> None:
     with pytest.warns(UserWarning, match="target size"):
         functional.mse_loss(torch.zeros(3, 4), torch.zeros(4))
+
+
+def test_the_class_of_one_sample_may_be_a_vector_of_one() -> None:
+    x, target = random((5,), torch.float32, generator("one sample")), torch.tensor([3])
+    for name in ("cross_entropy", "nll_loss"):
+        for reduction in ("none", "mean", "sum"):
+            with ran_kernels(name):
+                loss = getattr(functional, name)(x, target, reduction=reduction)
+            expected = getattr(F, name)(x, target, reduction=reduction)
+            assert loss.shape == expected.shape
+            torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match=r"target: expected shape \(\) for input of shape \(5,\), got \(2,\)"):
+        functional.cross_entropy(x, torch.tensor([3, 4]))
 
 
 def test_other_dtypes_are_torchs() -> None:

@@ -283,7 +283,9 @@ def differentiable_backward(
     where one input was computed from another.
     """
     with torch.enable_grad():
-        aliases = [x.view_as(x) if need and x is not None else x for x, need in zip(inputs, needed, strict=True)]
+        aliases = [
+            torch.ops.aten.alias(x) if need and x is not None else x for x, need in zip(inputs, needed, strict=True)
+        ]
         sources = [x for x, need in zip(aliases, needed, strict=True) if need and x is not None]
         output = function(*aliases)
     grads = iter(torch.autograd.grad(output, sources, grad_output, create_graph=True))

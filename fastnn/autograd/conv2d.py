@@ -188,9 +188,10 @@ def conv2d_backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-    input, weight, _, stride, padding, dilation, groups, relu, pool = inputs
+    input, weight, bias, stride, padding, dilation, groups, relu, pool = inputs
     result, winner = output
     ctx.save_for_backward(input, weight, result if relu and not pool else None, winner if pool else None)
+    ctx.bias = bias if pool else None  # of which no value is read: it may change
     ctx.geometry = _geometry(stride, padding, dilation, groups)
 
 
@@ -198,12 +199,12 @@ def _before_activation(
     grad_output: Tensor,
     output: Tensor | None,
     winner: Tensor | None,
-    input: Tensor,
+    sources: Sequence[Tensor | None],
     shape: tuple[int, int, int, int],
 ) -> Tensor:
     """The gradient of the convolution, of this shape, from that of what ReLU and pooling left, by torch's operations.
 
-    `output` undoes a ReLU, `winner` pooling (and its ReLU), as a function of `input` whose derivative is zero.
+    `output` undoes a ReLU, `winner` pooling (and its ReLU), as a function of the `sources`, whose derivative is zero.
     """
     if winner is None:
         return before_relu(grad_output, output)
@@ -212,7 +213,8 @@ def _before_activation(
     lost = winner == 4
     places = (2 * rows.unsqueeze(1) + winner // 2) * shape[3] + 2 * columns + winner % 2
     planes = *shape[:2], winner.shape[2] * winner.shape[3]
-    shares = torch.where(lost, input[:0].sum(), grad_output).reshape(planes)
+    zero = torch.stack([source[:0].sum() for source in sources if source is not None]).sum()
+    shares = torch.where(lost, zero, grad_output).reshape(planes)
     zeros = grad_output.new_zeros(*shape[:2], shape[2] * shape[3])
     return zeros.scatter_add(2, places.masked_fill(lost, 0).reshape(planes), shares).reshape(shape)
 
@@ -227,7 +229,7 @@ def _backward(ctx: Any, grad_output: Tensor, _grad_winner: Tensor | None = None)
         return *wanted(grads, needed), *rest
     if goes_through_torch(grad_output):
         shape = output_shape(input.shape, weight.shape, geometry, pool=False)
-        grad = _before_activation(grad_output, output, winner, input, shape)
+        grad = _before_activation(grad_output, output, winner, (input, weight, ctx.bias), shape)
         grads = [None, None]
         if any(needed[:2]):
             grads = differentiable_backward(
@@ -254,8 +256,7 @@ class Conv2dFunction(KernelFunction):
     ) -> Tensor:
         geometry = Geometry(stride, padding, dilation, groups)
         output, winner = conv2d_forward(input, weight, bias, geometry, relu, pool)
-        ctx.save_for_backward(input, weight, output if relu and not pool else None, winner)
-        ctx.geometry = geometry
+        _save(ctx, (input, weight, bias, *geometry, relu, pool), (output, winner))
         return output
 
     backward = staticmethod(_backward)

@@ -34,7 +34,7 @@ def linear_backward(
     grad_output: Tensor, input: Tensor | None, weight: Tensor | None, output: Tensor | None, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, weight and bias, where needed; `output` is given where a ReLU is to be undone, `input` where
-    the weight's gradient is needed, `weight` where the input's is, and always one of them."""
+    the weight's gradient is needed, and `weight` where the input's is."""
     features = grad_output.shape[-1], _in_features(input, weight)
     grad_input = grad_output.new_empty(*grad_output.shape[:-1], features[1]) if needed[0] else None
     grad_weight = grad_output.new_empty(*features) if needed[1] else None
@@ -58,9 +58,9 @@ def linear_backward(
 
 
 def _in_features(input: Tensor | None, weight: Tensor | None) -> int:
+    """0 where neither is given: the bias's gradient knows nothing of them."""
     given = weight if input is None else input
-    assert given is not None
-    return given.shape[-1]
+    return 0 if given is None else given.shape[-1]
 
 
 def _differentiable_backward(
@@ -78,11 +78,7 @@ def _differentiable_backward(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, _, relu = inputs
     needs_input, needs_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(
-        input if needs_weight or not needs_input else None,
-        weight if needs_input or not needs_weight else None,
-        output if relu else None,
-    )
+    ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None, output if relu else None)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,6 +125,6 @@ linear_backward_op = define_op(
         empty_like_if(needed[2], grad_output, grad_output.shape[-1:]),
     ),
     flops=lambda grad_output, input, weight, output, needed, **_: (
-        2 * math.prod(grad_output) * (weight or input)[-1] * (needed[0] + needed[1])
+        2 * math.prod(grad_output) * (weight or input or [0])[-1] * (needed[0] + needed[1])
     ),
 )

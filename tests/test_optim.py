@@ -221,6 +221,17 @@ def test_a_small_gradient_survives_a_large_one_at_beta1_zero() -> None:
     assert optimizer.state[parameter]["exp_avg"].item() == pytest.approx(1e-3)
 
 
+def test_a_gradient_whose_square_overflows_keeps_a_finite_average() -> None:
+    parameter, reference = torch.nn.Parameter(torch.zeros(40)), torch.nn.Parameter(torch.zeros(40))
+    ours, theirs = optim.Adam([parameter], lr=0.1), torch.optim.Adam([reference], lr=0.1, fused=True)
+    for gradient in (1e20, 1.0, 1.0):
+        parameter.grad, reference.grad = (torch.full((40,), gradient) for _ in range(2))
+        ours.step()
+        theirs.step()
+    assert ours.state[parameter]["exp_avg_sq"].isfinite().all()
+    torch.testing.assert_close(parameter, reference)
+
+
 def test_steps_follow_the_default_dtype() -> None:
     torch.set_default_dtype(torch.float64)
     try:

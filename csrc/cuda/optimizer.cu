@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kLotThreads, kAdamBlocks)
       if (o.coupled_decay != 0) g += o.coupled_decay * p;  // not without decay: 0 * inf is NaN
       const C average = widen(exp_avgs.values[e]);
       const C m = (scale.from_average ? average : g) + (g - average) * scale.factor;
-      C v = widen(exp_avg_sqs.values[e]) * scale.beta2 + g * g * scale.one_minus_beta2;
+      C v = widen(exp_avg_sqs.values[e]) * scale.beta2 + scale.one_minus_beta2 * g * g;
       exp_avgs.values[e] = narrow<T>(m);
       exp_avg_sqs.values[e] = narrow<T>(v);
       if (t.max_exp_avg_sq) {

@@ -75,7 +75,7 @@ void adam_run(const AdamOptions& o, const AdamScales& scales, AdamTensor<T> t, i
     if (coupled != 0) g += coupled * p;  // not without decay: 0 * inf is NaN
     Vec<T> m = load_upto(t.exp_avg + i, n);
     m = small_weight ? m + (g - m) * one_minus_beta1 : g - (g - m) * beta1;
-    Vec<T> v = load_upto(t.exp_avg_sq + i, n) * beta2 + g * g * one_minus_beta2;
+    Vec<T> v = load_upto(t.exp_avg_sq + i, n) * beta2 + one_minus_beta2 * g * g;
     store_upto(t.exp_avg + i, m, n);
     store_upto(t.exp_avg_sq + i, v, n);
     if constexpr (amsgrad) {

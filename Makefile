@@ -70,4 +70,4 @@ $(VENV)/build: $(VENV)/test
 
 $(VENV)/check: $(VENV)/bin/pip $(SOURCES)
 	$(TEST_BUILD) $(PIP) -e '.[test,check]'
-	touch $@
+	touch $(VENV)/test $@

@@ -38,7 +38,7 @@ inline bool has_narrow_groups(const Conv2dShape& s) {
   const int64_t members = group_inputs(s), most = kVectorRegisters == 32 ? kLanes<T> : kLanes<T> - 1;
   if (s.groups == 1 || s.in_channels != s.out_channels || members == 0) return false;
   if (members == 1) return true;
-  if (sizeof(T) == 4 && dense_square_taps(s) != 0 && members >= kWinogradChannels) return false;
+  if (kHasWinograd<T> && dense_square_taps(s) != 0 && members >= kWinogradChannels) return false;
   return kPermutesLanes && members <= most && kLanes<T> % members == 0;
 }
 
@@ -83,36 +83,29 @@ inline const char* kernel_of_groups(int64_t groups, bool side_by_side, const Bod
 template <class T, class Products = FullProducts<T>>
 const char* winograd(const GatherConv<T>& conv, const WinogradKernels<T>& kernels, WinogradChoice choice, bool always) {
   bool finite = true;
+  const auto with_tiles_of_2 = [&](auto f) -> const char* {
+    using F = decltype(f);
+    if (finite || always) winograd_conv<T, Products, F>(conv, kernels, always, &finite);
+    return finite || always ? Products::template kName<F> : nullptr;
+  };
   if constexpr (Products::kMostPoints == 6) {
+    if (choice.taps == 5) return with_tiles_of_2(Winograd<2, 5>{});
     if (choice.tile == 4 && winograd_conv<T, Products, Winograd<4, 3>>(conv, kernels, false, &finite))
       return Products::template kName<Winograd<4, 3>>;
   }
-  const auto with_tiles_of_2 = [&](auto products, auto f) -> const char* {
-    using P = decltype(products);
-    using F = decltype(f);
-    if (finite || always) winograd_conv<T, P, F>(conv, kernels, always, &finite);
-    return finite || always ? P::template kName<F> : nullptr;
-  };
-  return choice.taps == 5 ? with_tiles_of_2(FullProducts<T>{}, Winograd<2, 5>{})
-                          : with_tiles_of_2(Products{}, Winograd<2, 3>{});
+  return with_tiles_of_2(Winograd<2, 3>{});
 }
 
-template <class T, class Products = FullProducts<T>>
-void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
-  const Conv2dShape s = as_computed<T>(as_given);
-  const AloneIfSmall scope(multiply_adds(s));
-  if (has_narrow_groups<T>(s) && !s.pool) {
-    trace<T>("conv2d_forward", grouped_name(s));
-    return grouped_forward<T>(s, t);
-  }
-  const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
-  const Scratch<int64_t> tap_places(2 * taps);
+// The forward pass of all groups; `tap_places` hold two numbers for each tap.
+template <class T>
+GatherConv<T> forward_conv(const Conv2dShape& s, const Conv2dForward<T>& t, int64_t* tap_places) {
+  const int64_t taps = kernel_taps(s);
   int64_t* tap_y = tap_places;
   int64_t* tap_x = tap_y + taps;
   list_taps(forward_taps(vertical_axis(s)), forward_taps(horizontal_axis(s)), tap_y, tap_x);
   const int64_t stored_height = s.pool ? s.out_height / 2 : s.out_height;
   const int64_t stored_width = s.pool ? s.out_width / 2 : s.out_width;
-  GatherConv<T> all_groups{
+  return {
       .batch = s.batch,
       .out_height = s.out_height,
       .out_width = s.out_width,
@@ -120,8 +113,8 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       .step_x = s.stride_width,
       .taps = {taps, tap_y, tap_x},
       .groups = s.groups,
-      .depth = inputs,
-      .columns = outputs,
+      .depth = group_inputs(s),
+      .columns = group_outputs(s),
       .source = t.input,
       .source_height = s.in_height,
       .source_width = s.in_width,
@@ -136,24 +129,48 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
       .out_image_stride = stored_height * stored_width * s.out_channels,
       .out_row_stride = stored_width * s.out_channels,
       .out_pixel_stride = s.out_channels,
-      .stream = !s.pool && worth_streaming(t.output, s.batch * s.out_height * s.out_width * s.out_channels, outputs),
+      .stream =
+          !s.pool && worth_streaming(t.output, s.batch * s.out_height * s.out_width * s.out_channels, group_outputs(s)),
       .pool = s.pool,
       .winner = t.winner,
   };
-  const bool row_serves = winograd_row_serves(all_groups);
-  all_groups.dots = !s.pool && dots_serve<T>(outputs, taps, inputs, row_serves);
+}
+
+// Computes it by Winograd where that serves, else returns false.
+template <class T, class Products>
+bool winograd_forward(const Conv2dShape& s, const Conv2dForward<T>& t, const GatherConv<T>& all_groups) {
+  const WinogradChoice choice = winograd_choice<T, Products>(all_groups);
+  if (choice.tile == 0) return false;
   const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
   const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
-  const WinogradChoice choice = winograd_choice<T, Products>(all_groups);
-  const bool side_by_side = small_groups_side_by_side(s);
-  if (choice.tile > 0) {
-    const char* variant = kernel_of_groups(s.groups, side_by_side, [&](int64_t group) {
-      const WinogradKernels<T> kernels{weight + group * outputs * taps * inputs, taps * inputs, 1,
-                                       s.kernel_width * inputs, inputs};
-      return winograd<T, Products>(all_groups.of_group(group), kernels, choice, true);
-    });
-    return trace<T>("conv2d_forward", variant);
+  const int64_t inputs = group_inputs(s), kernel = kernel_taps(s) * inputs;
+  const char* variant = kernel_of_groups(s.groups, small_groups_side_by_side(s), [&](int64_t group) {
+    const WinogradKernels<T> kernels{weight + group * group_outputs(s) * kernel, kernel, 1, s.kernel_width * inputs,
+                                     inputs};
+    return winograd<T, Products>(all_groups.of_group(group), kernels, choice, true);
+  });
+  trace<T>("conv2d_forward", variant);
+  return true;
+}
+
+template <class T>
+void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
+  const Conv2dShape s = as_computed<T>(as_given);
+  const AloneIfSmall scope(multiply_adds(s));
+  if (has_narrow_groups<T>(s) && !s.pool) {
+    trace<T>("conv2d_forward", grouped_name(s));
+    return grouped_forward<T>(s, t);
   }
+  const int64_t taps = kernel_taps(s), inputs = group_inputs(s), outputs = group_outputs(s);
+  const Scratch<int64_t> tap_places(2 * taps);
+  GatherConv<T> all_groups = forward_conv(s, t, tap_places);
+  if constexpr (kHasWinograd<T>) {
+    if (winograd_forward<T, FullProducts<T>>(s, t, all_groups)) return;
+  }
+  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
+  const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
+  const bool row_serves = winograd_row_serves(all_groups);
+  all_groups.dots = !s.pool && dots_serve<T>(outputs, taps, inputs, row_serves);
   if (all_groups.dots) {
     all_groups.panels = weight;
     gather_conv(all_groups);
@@ -162,9 +179,9 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   const Scratch<T> panels(all_groups.panel_elements());
   pack_forward_panels<T>(s.groups, outputs, inputs, taps, weight, panels);
   all_groups.panels = panels;
-  if constexpr (sizeof(T) == 4) {
+  if constexpr (kHasWinograd<T>) {
     if (row_serves) {
-      const char* variant = kernel_of_groups(s.groups, side_by_side, [&](int64_t group) {
+      const char* variant = kernel_of_groups(s.groups, small_groups_side_by_side(s), [&](int64_t group) {
         const GatherConv<T> conv = all_groups.of_group(group);
         if (winograd_row_conv(conv)) return "winograd_1x4";
         gather_conv(conv);
@@ -292,7 +309,7 @@ void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weig
         finite = pack(s.groups, outputs, inputs, taps, weight, count, places, panels + of_phase);
         all_groups.panels = panels + of_phase;
         if (finite) gather_conv(all_groups);
-      } else {
+      } else if constexpr (kHasWinograd<T>) {
         variant = kernel_of_groups(s.groups, side_by_side, [&](int64_t group) {
           // OHWI has a panel's columns side by side: nothing is packed.
           const WinogradKernels<T> kernels{weight + (group * outputs * taps + places[0]) * inputs, 1, taps * inputs,

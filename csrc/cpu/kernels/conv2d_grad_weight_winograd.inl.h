@@ -77,7 +77,7 @@ FASTNN_INLINE void winograd_add_products(int64_t tiles, int64_t outputs, const T
 template <class T>
 bool winograd_serves_grad_weight(const Conv2dShape& s) {
   const int taps = dense_square_taps(s);
-  if (sizeof(T) != 4 || taps == 0 || group_inputs(s) < kWinogradChannels || group_outputs(s) < kWinogradChannels)
+  if (!kHasWinograd<T> || taps == 0 || group_inputs(s) < kWinogradChannels || group_outputs(s) < kWinogradChannels)
     return false;
   constexpr int64_t places = Winograd<4, 3>::kPlaces;  // as many as of Winograd<2, 5>
   const int64_t bytes = places * group_inputs(s) * group_outputs(s) * 4, tile = 7 - taps;

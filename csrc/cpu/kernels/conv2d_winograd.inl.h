@@ -25,6 +25,9 @@ namespace {
 
 // Below 16 channels the transforms outweigh the multiplications saved.
 constexpr int64_t kWinogradChannels = 16;
+// Not for double, whose users want its digits.
+template <class T>
+constexpr bool kHasWinograd = sizeof(T) == 4;
 // What a weight costs at each place - to transform, to write and to read it -, in multiplications: where U is not much
 // larger than L2, where it is, and where it needs new pages on each call, being larger than the scratch memory kept.
 constexpr int64_t winograd_weight_cost(int64_t bytes) { return bytes <= 12 << 20 ? 16 : bytes <= 32 << 20 ? 64 : 320; }
@@ -68,12 +71,13 @@ struct WinogradChoice {
 template <class T, class Products>
 WinogradChoice winograd_choice(const GatherConv<T>& conv) {
   const int taps = dense_square_taps(conv);
-  const bool serves = sizeof(T) == 4 && taps != 0 && conv.depth >= kWinogradChannels && conv.columns >= kLanes<T> &&
+  const bool serves = kHasWinograd<T> && taps != 0 && conv.depth >= kWinogradChannels && conv.columns >= kLanes<T> &&
                       conv.out_height >= 2 && conv.out_width >= 2;
   if (!serves) return {0, taps};
   int best = 0;
   int64_t least = taps * taps * conv.batch * conv.out_height * conv.out_width;
-  const auto consider = [&](auto f, int64_t element_bytes) {
+  constexpr int64_t element_bytes = sizeof(typename Products::Element);
+  const auto consider = [&](auto f) {
     using F = decltype(f);
     if (F::kTaps != taps) return;
     const int64_t bytes = F::kPlaces * conv.depth * conv.columns * element_bytes;
@@ -82,9 +86,11 @@ WinogradChoice winograd_choice(const GatherConv<T>& conv) {
     const int64_t cost = products + F::kPlaces * winograd_weight_cost(bytes) * (taps == 5 ? 3 : 2) / 2;
     if (cost < least) least = cost, best = F::kTile;
   };
-  consider(Winograd<2, 3>{}, sizeof(typename Products::Element));
-  if constexpr (Products::kMostPoints == 6) consider(Winograd<4, 3>{}, sizeof(typename Products::Element));
-  consider(Winograd<2, 5>{}, sizeof(T));
+  consider(Winograd<2, 3>{});
+  if constexpr (Products::kMostPoints == 6) {
+    consider(Winograd<4, 3>{});
+    consider(Winograd<2, 5>{});
+  }
   return {best, taps};
 }
 

@@ -44,7 +44,7 @@ constexpr int kRowVectors = kVectorRegisters == 32 ? 2 : 1;
 template <class T>
 bool winograd_row_serves(const GatherConv<T>& conv) {
   const int64_t width = conv.pool ? conv.out_width / 2 * 2 : conv.out_width;
-  return sizeof(T) == 4 && dense_square_taps(conv) == 3 && 0 < conv.depth && conv.depth < kWinogradChannels &&
+  return kHasWinograd<T> && dense_square_taps(conv) == 3 && 0 < conv.depth && conv.depth < kWinogradChannels &&
          conv.taps.x[0] >= -4 && 4 * kRowPoints * ((width + 3) / 4) <= 3 * 3 * width;
 }
 

@@ -18,9 +18,10 @@ APP_BUILD := $(if $(shell command -v nvidia-smi),CMAKE_ARGS=-DCMAKE_CUDA_ARCHITE
 train: $(VENV)/app  ## Train the classifier on the bundled handwritten digits: model.safetensors, model.png
 	$(BIN)/fastnn train --data digits --epochs 20 --seed 0 --out model.safetensors
 
+# Two processes, since a test keeps one core busy as a rule.
 test: $(VENV)/test  ## The whole test suite, and once more the operators and training on the CUDA emulator
-	$(BIN)/pytest
-	FASTNN_CUDA_EMULATOR=1 $(BIN)/pytest tests/test_cuda_operators.py tests/test_sequential.py tests/test_training_devices.py
+	$(BIN)/pytest -n 2
+	FASTNN_CUDA_EMULATOR=1 $(BIN)/pytest -n 2 tests/test_cuda_operators.py tests/test_sequential.py tests/test_training_devices.py
 
 check: $(VENV)/check  ## Linters, types and formats
 	$(BIN)/ruff check .

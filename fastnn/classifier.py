@@ -627,8 +627,7 @@ def _class_array(classes: list[Hashable]) -> np.ndarray:
         if repr(array.tolist()) == repr(classes):
             return array
     array = np.empty(len(classes), dtype=object)
-    for place, label in enumerate(classes):
-        array[place] = label
+    array[:] = classes
     return array
 
 

@@ -640,7 +640,7 @@ class CompiledStep(_Compiled):
         schedule: Callable[[], object] = unscheduled,
     ) -> None:
         """Of each step gathers the batch, runs the programs and updates; all is replayed where it can be."""
-        for group in self._optimizer.param_groups:
+        for group in self._optimizer.param_groups:  # as zero_grad: gradients of before move nothing
             for parameter in group["params"]:
                 if parameter not in self._grads:
                     parameter.grad = None

@@ -569,7 +569,7 @@ def train(
     step = make_step(model, loss_function, optimizer, batches, precision, ranks)
     bar = make_progress(progress and ranks.first)
     stopped = early_stopping is not None and early_stopping.stopped
-    with modes_kept(model):
+    with modes_kept(model), contextlib.closing(bar):
         try:
             while complete.epoch < epochs and not stopped:
                 epoch = complete.epoch + 1
@@ -611,8 +611,6 @@ def train(
         except Exception:
             run.restore(complete)
             raise
-        finally:
-            bar.close()
     if early_stopping is not None and early_stopping.best_parameters is not None:
         model.load_state_dict(early_stopping.best_parameters)
     return history

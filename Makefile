@@ -23,10 +23,11 @@ test: $(VENV)/test  ## The whole test suite, and once more the operators and tra
 	$(BIN)/pytest -n 2
 	FASTNN_CUDA_EMULATOR=1 $(BIN)/pytest -n 2 tests/test_cuda_operators.py tests/test_sequential.py tests/test_training_devices.py
 
-check: $(VENV)/check  ## Linters, types and formats
+check: $(VENV)/check  ## Linters, types and formats, and whether a source distribution holds all files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-sdist
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 format: $(VENV)/check  ## Apply the formatters
@@ -56,13 +57,15 @@ clean:
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp per set of extras; the extension is rebuilt when its sources change.
+# One stamp per set of extras; the extension is rebuilt when its sources change, or the other of its two builds is there.
 $(VENV)/app: $(VENV)/bin/pip $(SOURCES)
 	$(APP_BUILD) $(PIP) -e '.[app]'
+	rm -f $(VENV)/test
 	touch $@
 
 $(VENV)/test: $(VENV)/bin/pip $(SOURCES)
 	$(TEST_BUILD) $(PIP) -e '.[test]'
+	rm -f $(VENV)/app
 	touch $@
 
 $(VENV)/build: $(VENV)/test
@@ -71,4 +74,5 @@ $(VENV)/build: $(VENV)/test
 
 $(VENV)/check: $(VENV)/bin/pip $(SOURCES)
 	$(TEST_BUILD) $(PIP) -e '.[test,check]'
+	rm -f $(VENV)/app
 	touch $(VENV)/test $@

@@ -1,13 +1,23 @@
 """Builds fastnn._C by running CMake; every compiler flag is in CMakeLists.txt."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
+
+
+class BuildAnew(build):
+    """Nothing that an earlier build left goes into the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class BuildWithCMake(build_ext):
@@ -25,11 +35,11 @@ class BuildWithCMake(build_ext):
             "FASTNN_VERSION": self.distribution.get_version(),
             "FASTNN_CUDA": os.environ.get("FASTNN_CUDA", "AUTO"),
         }
-        # Named anew each time: pip's build environments come and go, and the cache would keep a ninja that is gone.
-        options["CMAKE_MAKE_PROGRAM"] = shutil.which("ninja")
+        # Objects stay, but no option of an earlier build, nor the ninja of one of pip's environments, which is gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = ["cmake", "-S", source, "-B", build, "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in options.items()]
-        configure += os.environ.get("CMAKE_ARGS", "").split()
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build], check=True)
 
@@ -37,8 +47,9 @@ class BuildWithCMake(build_ext):
         """What an editable installation does with the module, and here with all that CMake put beside it."""
         super().copy_extensions_to_source()
         for path in Path(self.build_lib, "fastnn").iterdir():
-            if path.is_file():  # the emulator's module and tests, the report of CUDA's compiler
+            # the emulator's module and tests, the report of CUDA's compiler; the package's own files came from there
+            if path.is_file() and path.suffix not in (".py", ".pyi", ".typed"):
                 self.copy_file(str(path), str(Path("fastnn", path.name)))
 
 
-setup(ext_modules=[Extension("fastnn._C", sources=[])], cmdclass={"build_ext": BuildWithCMake})
+setup(ext_modules=[Extension("fastnn._C", sources=[])], cmdclass={"build": BuildAnew, "build_ext": BuildWithCMake})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, bench.Disagreement) else 2
     return 0
@@ -106,8 +107,10 @@ def run(options: argparse.Namespace) -> None:
     publishes = isa == fastnn.available_isas()[-1] and set(tables) <= set(TABLES)
     if publishes:  # an hour of measuring must not end at a missing marker
         rewritten(readme, dict.fromkeys(tables, ""))
-    for section in SECTIONS if options.only is None else (options.only,):
-        document[section] = measure(section, options)
+    sections = SECTIONS if options.only is None else (options.only,)
+    plan = training.plan_of(options) if "training" in sections else None
+    for section in sections:
+        document[section] = training.run(plan) if section == "training" else measure_operators(options)
         # After each half, so that an interrupt loses one at most.
         results.mkdir(parents=True, exist_ok=True)
         bench.write_json(path, {name: document[name] for name in SECTIONS if name in document})
@@ -125,9 +128,7 @@ def _table(isa: str, section: str) -> str:
     return f"{isa}-{section}"
 
 
-def measure(section: str, options: argparse.Namespace) -> dict[str, Any]:
-    if section == "training":
-        return training.run(options)
+def measure_operators(options: argparse.Namespace) -> dict[str, Any]:
     with keep_pages(), bench.threads_and_isa(options.threads):
         cases = bench.select(options.operator or list(OPERATORS), options.quick)
         seconds = bench.QUICK_ROUND_SECONDS if options.quick else bench.ROUND_SECONDS

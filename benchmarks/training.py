@@ -92,6 +92,7 @@ class Plan:
     rounds: int
     images: int | None
     quick: bool
+    rows: tuple[str, ...] = ()
     results: list[Result] = field(default_factory=list)
     loaded: dict[str, tuple[Images, Images]] = field(default_factory=dict)
 
@@ -512,8 +513,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures the rows and returns them with the machine and the settings, ready for JSON."""
+def plan_of(options: argparse.Namespace) -> Plan:
+    """The plan that options ask for, its images loaded: what cannot be read is an error before anything is measured."""
     if options.rounds < MIN_ROUNDS:
         raise ValueError(f"--rounds: expected at least {MIN_ROUNDS}, got {options.rounds}")
     for name in ("threads", "images"):
@@ -522,26 +523,33 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"--{name}: expected at least 1, got {value}")
     if options.keras_python is not None and shutil.which(options.keras_python) is None:
         raise ValueError(f"--keras-python: expected an interpreter, got {options.keras_python!r}")
-    with threads_and_isa(options.threads):
-        plan = Plan(
-            options.mnist,
-            options.cifar,
-            options.keras_python,
-            torch.get_num_threads(),
-            options.rounds,
-            QUICK_IMAGES if options.quick else options.images,
-            options.quick,
-        )
-        rows = [ROWS[name] for name in options.rows or ROWS]
-        for _, nets in rows:
-            for net in nets:
-                plan.data(net)  # before anything is measured: images that cannot be read are an error
+    plan = Plan(
+        options.mnist,
+        options.cifar,
+        options.keras_python,
+        options.threads or torch.get_num_threads(),
+        options.rounds,
+        QUICK_IMAGES if options.quick else options.images,
+        options.quick,
+        tuple(options.rows or ROWS),
+    )
+    for row in plan.rows:
+        for net in ROWS[row][1]:
+            plan.data(net)
+    return plan
+
+
+def run(plan: Plan) -> dict[str, Any]:
+    """Measures the rows and returns them with the machine and the settings, ready for JSON."""
+    with threads_and_isa(plan.threads):
         facts = machine.describe()
         print(machine.summary(facts), flush=True)
-        for measure, nets in rows:
+        for row in plan.rows:
+            measure, nets = ROWS[row]
             for net in nets:
                 measure(plan, net)
-    settings = {"rounds": plan.rounds, "quick": plan.quick, "loop": "hand-written, channels_last, fused Adam"}
+    loop = "hand-written, channels_last, fused Adam"
+    settings = {"rounds": plan.rounds, "quick": plan.quick, "images": plan.images, "loop": loop}
     return {"machine": facts, "settings": settings, "results": plan.results}
 
 
@@ -551,8 +559,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     options = parser.parse_args(arguments)
     try:
-        document = run(options)
-    except ValueError as error:
+        if options.json is not None and not options.json.parent.is_dir():
+            raise ValueError(f"--json: expected a file in a folder that exists, got {options.json}")
+        document = run(plan_of(options))
+    except (ValueError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json is not None:

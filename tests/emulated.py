@@ -13,12 +13,11 @@ import torch
 import fastnn  # noqa: F401 - loads torch's OpenMP first
 
 emulator: Any = pytest.importorskip("fastnn._C_emulator", reason="built without FASTNN_EMULATOR")
-# Workspace starts as NaN, like shared memory.
 emulator.initialise(
     torch.Tensor,
     torch.nn.Parameter,
     torch.get_num_threads,
-    lambda size, device: torch.full((size,), 0xFF, dtype=torch.uint8),
+    torch.OutOfMemoryError,
     torch.is_grad_enabled,
     (),
 )

@@ -35,8 +35,7 @@ for python in ${PYTHONS:-}; do
   $python -c 'import sys, torch; print("Python", sys.version.split()[0], "torch", torch.__version__)'
   tag=$($python -c 'import sys; print(sys.implementation.cache_tag)')
   PATH=$(dirname "$python"):$PATH
-  # Another build may have left options in the cache, and files that setuptools would put into the wheel.
-  rm -rf $work/"$tag" build/cmake-"$tag"/CMakeCache.txt build/lib.*
+  rm -rf $work/"$tag"
   $python -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir $work/"$tag"/built
   $python -m auditwheel repair --exclude libgomp.so.1 --wheel-dir $work/"$tag" $work/"$tag"/built/*.whl
   if $python -m zipfile --list $work/"$tag"/*.whl | grep libgomp; then

@@ -86,6 +86,14 @@ def test_relu_inplace(isa: str, dtype: torch.dtype) -> None:
     assert_identical(grad, (leaf > 0).to(dtype))
 
 
+def test_relu_inplace_outside_inference_mode_raises() -> None:
+    with torch.inference_mode():
+        x = torch.tensor([-1.0, 1.0])
+        functional.relu(x.clone(), inplace=True)
+    with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        functional.relu(x, inplace=True)
+
+
 def test_relu_inplace_on_a_leaf_raises() -> None:
     with pytest.raises(RuntimeError, match="in-place"):
         functional.relu(torch.ones(3, requires_grad=True), inplace=True)

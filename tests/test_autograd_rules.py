@@ -360,6 +360,7 @@ def test_batched_gradients(operator: Operator) -> None:
     wanted = torch.autograd.grad(expected, leaves, grads, is_grads_batched=True)
     for a, b in zip(actual, wanted, strict=True):
         assert_near(a, b)
+        assert not a.requires_grad
 
 
 @each_operator
@@ -411,6 +412,16 @@ def test_meta_and_fake_tensors(operator: Operator) -> None:
         fakes = [mode.from_tensor(leaf) for leaf in leaves]
         fake = operator.ours(*fakes)
     assert (fake.shape, fake.stride(), fake.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+@each_operator
+def test_backward_on_meta(operator: Operator) -> None:
+    if operator.others() is LABELS:
+        pytest.skip("its labels lie on the CPU")
+    leaves = [leaf.detach().to("meta").requires_grad_() for leaf in operator.make(torch.float32)]
+    operator.ours(*leaves).sum().backward()
+    for leaf in leaves:
+        assert leaf.grad is not None and leaf.grad.is_meta and leaf.grad.shape == leaf.shape
 
 
 @pytest.mark.parametrize("name", ["conv2d", "max_pool2d"])

@@ -26,7 +26,7 @@ from cases import (
     random,
 )
 from device import DEVICE, KERNEL_DTYPES, ON_CUDA
-from dispatch_log import ran_kernels
+from dispatch_log import fell_back, ran_kernels
 from operator_checks import (
     check_conv2d,
     check_cross_entropy,
@@ -38,7 +38,7 @@ from operator_checks import (
 )
 from tolerance import assert_close_bound, tf32_bound
 
-from fastnn import _C, functional
+from fastnn import _C, functional, nn
 
 pytestmark = pytest.mark.skipif(
     not ON_CUDA, reason="runs with FASTNN_TEST_DEVICE=cuda, or with FASTNN_CUDA_EMULATOR=1 on the emulator"
@@ -193,3 +193,12 @@ def test_autocast_runs_losses_and_softmax_in_float32(name: str, half: torch.dtyp
     (expected,) = torch.autograd.grad(exact, wide, torch.ones_like(exact))
     torch.testing.assert_close(y, exact)
     torch.testing.assert_close(grad, expected.to(half), rtol=torch.finfo(half).eps, atol=1e-6)
+
+
+def test_torch_serves_images_beyond_2_to_31_values() -> None:
+    x, weight = torch.ones(1, 2, 1, 1, device=DEVICE), torch.ones(2, 2, 1, 1, device=DEVICE)
+    with fell_back():
+        output = functional.conv2d(x, weight, None, 20_000, 20_000)
+    assert torch.equal(output, F.conv2d(x, weight, None, 20_000, 20_000))
+    layers = nn.Sequential(nn.Conv2d(2, 2, 1, 20_000, 20_000), nn.ReLU()).to(DEVICE)
+    assert layers(x).shape == (1, 2, 3, 3)

@@ -1,6 +1,7 @@
 #include "bindings/tensor.h"
 
 #include <atomic>
+#include <cstring>
 
 namespace py = pybind11;
 
@@ -101,6 +102,9 @@ Workspace allocate_workspace(size_t bytes, [[maybe_unused]] int device) {
     PyErr_SetString(torch_out_of_memory, why.c_str());
     throw py::error_already_set();
   }
+#ifdef FASTNN_CUDA_EMULATOR
+  std::memset(tensor->tensor.data, 0xFF, bytes);  // NaN, like shared memory
+#endif
   return Workspace(tensor);
 }
 

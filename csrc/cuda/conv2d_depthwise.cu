@@ -103,7 +103,8 @@ void depthwise_backward(const StageNames& names, const Queue& queue, const Conv2
   if (b.grad_weight) {
     trace<T>(queue, names.grad_weight, "depthwise");
     const int64_t pixels = geometry.out_pixels(), column_blocks = (s.out_channels + 31) / 32;
-    const int64_t parts = sum_parts(queue, pixels, column_blocks * geometry.taps);
+    // Of less than 2^31 pixels each, as the kernel counts them.
+    const int64_t parts = std::max(sum_parts(queue, pixels, column_blocks * geometry.taps), (pixels >> 30) + 1);
     Compute<T>* partials = queue.workspace<Compute<T>>(parts * s.out_channels * geometry.taps);
     launch(names.grad_weight, queue, depthwise_grad_weight_kernel<T>,
            dim3(column_blocks, parts, std::min(geometry.taps, kMostGridYZ)), kSumThreads,

@@ -40,23 +40,33 @@ struct Facts {
   char isa[8];
 };
 
+void ask(int device, Facts* f) {
+  const int hardware =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device);
+  std::snprintf(f->isa, sizeof f->isa, "sm_%d", hardware);
+  // A kernel is what its code was compiled for, which may be older than the device: PTX of another build.
+  const DeviceGuard guard(device);
+  cudaFuncAttributes probe{};
+  if (cudaFuncGetAttributes(&probe, probe_kernel) == cudaSuccess) f->capability = std::min(hardware, probe.ptxVersion);
+  f->has_code = f->capability > 0;
+  f->multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+  f->shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
+
 const Facts& facts(int device) {
   static Facts known[kMaxDevices];
   Facts& f = known[device % kMaxDevices];
   std::call_once(f.asked, [&] {
-    const int hardware = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                         attribute(cudaDevAttrComputeCapabilityMinor, device);
-    std::snprintf(f.isa, sizeof f.isa, "sm_%d", hardware);
-    // A kernel is what its code was compiled for, which may be older than the device: PTX of another build.
-    const DeviceGuard guard(device);
-    cudaFuncAttributes probe{};
-    if (cudaFuncGetAttributes(&probe, probe_kernel) == cudaSuccess)
-      f.capability = std::min(hardware, probe.ptxVersion);
-    else
-      cudaGetLastError();  // not the next launch's
-    f.has_code = f.capability > 0 || device >= device_count();
-    f.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
-    f.shared_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    int count = 0, driver = 0;
+    const cudaError_t counted = cudaGetDeviceCount(&count);
+    cudaDriverGetVersion(&driver);  // 0 where there is none
+    if (device < count) {
+      ask(device, &f);
+    } else {
+      // Only tensors without memory are on a device that is not there; but a driver older than the build shows it none.
+      f.has_code = counted != cudaErrorInsufficientDriver || driver == 0;
+    }
+    cudaGetLastError();  // not the next launch's
   });
   return f;
 }

@@ -1,6 +1,10 @@
 #include "cuda/fork.h"
 
+#include <algorithm>
 #include <array>
+#include <atomic>
+#include <mutex>
+#include <vector>
 
 #include "cuda/device.h"
 #include "cuda/launch.cuh"
@@ -15,9 +19,34 @@ namespace {
 struct Side {
   cudaStream_t stream = nullptr;
   cudaEvent_t event = nullptr;
-  // The streams whose next kernel is the first after a fork, or a join.
-  cudaStream_t forked = nullptr, joined = nullptr;
 };
+
+// The streams whose next kernel is the first after a fork or a join: of all threads, since the optimizer's may launch
+// what follows autograd's.
+class Waiting {
+ public:
+  void add(cudaStream_t stream) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    streams_.push_back(stream);
+    count_ = streams_.size();
+  }
+  bool remove(cudaStream_t stream) {
+    if (count_ == 0) return false;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto kept = std::remove(streams_.begin(), streams_.end(), stream);
+    const bool found = kept != streams_.end();
+    streams_.erase(kept, streams_.end());
+    count_ = streams_.size();
+    return found;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<cudaStream_t> streams_;
+  std::atomic<size_t> count_{0};
+};
+
+Waiting waiting;
 
 Side& side_of(int device) {
   thread_local std::array<Side, kMaxDevices> sides;
@@ -60,7 +89,7 @@ Fork::Fork(const Queue& queue, bool two) : queue_(queue), side_(queue) {
   const unsigned long long other = capture_of(side.stream);
   if (side.stream == stream || (other && other != capture)) return;
   order("fork", queue, stream, side.stream);
-  side.forked = side.stream;
+  waiting.add(side.stream);
   side_.stream = side.stream;
 }
 
@@ -68,18 +97,10 @@ void Fork::join() const {
   if (side_.stream == queue_.stream) return;
   const cudaStream_t stream = static_cast<cudaStream_t>(queue_.stream);
   order("join", queue_, static_cast<cudaStream_t>(side_.stream), stream);
-  side_of(queue_.device).joined = stream;
+  waiting.add(stream);
 }
 
-bool may_come_early(const Queue& queue) {
-  Side& side = side_of(queue.device);
-  for (cudaStream_t* waiting : {&side.forked, &side.joined})
-    if (*waiting && *waiting == queue.stream) {
-      *waiting = nullptr;
-      return false;
-    }
-  return true;
-}
+bool may_come_early(const Queue& queue) { return !waiting.remove(static_cast<cudaStream_t>(queue.stream)); }
 
 #else
 

@@ -218,9 +218,10 @@ def define_op(
 
 
 def goes_through_op(grad_output: Tensor) -> bool:
-    """Whether backward must call its op: for a compiler or a tracer, which runs it on tensors without memory, and for
-    a TorchDispatchMode, which sees ops. These have no tangents."""
-    sees_ops = type(grad_output) is not Tensor or _is_compiling() or _number_of_dispatch_modes() > 0
+    """Whether backward must call its op: for a compiler or a tracer, which runs it on tensors without memory, for
+    tensors on meta, and for a TorchDispatchMode, which sees ops. These have no tangents."""
+    has_memory = type(grad_output) is Tensor and not grad_output.is_meta
+    sees_ops = not has_memory or _is_compiling() or _number_of_dispatch_modes() > 0
     return sees_ops and forward_ad._current_level < 0
 
 
@@ -280,13 +281,15 @@ def differentiable_backward(
     """Gradients of `function` (plain PyTorch) that can be differentiated again: backward under create_graph=True.
 
     The function is evaluated anew on aliases of its inputs, so that each gradient is the partial derivative even
-    where one input was computed from another.
+    where one input was computed from another. Where vmap batches a backward pass that nobody differentiates again,
+    they require no gradient, like a kernel's.
     """
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         aliases = [
             torch.ops.aten.alias(x) if need and x is not None else x for x, need in zip(inputs, needed, strict=True)
         ]
         sources = [x for x, need in zip(aliases, needed, strict=True) if need and x is not None]
         output = function(*aliases)
-    grads = iter(torch.autograd.grad(output, sources, grad_output, create_graph=True))
+    grads = iter(torch.autograd.grad(output, sources, grad_output, create_graph=create_graph))
     return [next(grads) if need and x is not None else None for x, need in zip(inputs, needed, strict=True)]

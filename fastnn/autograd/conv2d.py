@@ -84,6 +84,17 @@ def output_shape(
     return input[0], weight[0], sizes[0], sizes[1]
 
 
+def fits_cuda(input: Sequence[int], weight: Sequence[int], geometry: Geometry) -> bool:
+    """Whether CUDA's kernels, which count an image's pixels and values in 32 bits, can hold these shapes (`check_sizes`
+    in csrc/cuda/conv2d.cuh)."""
+    if len(input) != 4 or len(weight) != 4 or min(geometry.stride) < 1:
+        return True  # the binding says what does not fit
+    _, outputs, *output_size = output_shape(input, weight, geometry, pool=False)
+    pixels = math.prod(input[2 + d] + 2 * geometry.padding[d] for d in range(2))
+    channels = max(input[1], outputs) if geometry.stride == (1, 1) else input[1]
+    return pixels < 1 << 30 and pixels * channels < 1 << 31 and math.prod(output_size) * outputs < 1 << 31
+
+
 _Sizes = tuple[int, ...]
 _Layout = tuple[_Sizes, _Sizes]  # shape and strides
 

@@ -141,8 +141,7 @@ template <class T, class Products>
 bool winograd_forward(const Conv2dShape& s, const Conv2dForward<T>& t, const GatherConv<T>& all_groups) {
   const WinogradChoice choice = winograd_choice<T, Products>(all_groups);
   if (choice.tile == 0) return false;
-  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
-  const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
+  const OhwiWeight<T> weight(s, t.weight);
   const int64_t inputs = group_inputs(s), kernel = kernel_taps(s) * inputs;
   const char* variant = kernel_of_groups(s.groups, small_groups_side_by_side(s), [&](int64_t group) {
     const WinogradKernels<T> kernels{weight + group * group_outputs(s) * kernel, kernel, 1, s.kernel_width * inputs,
@@ -167,8 +166,7 @@ void conv2d_forward(const Conv2dShape& as_given, const Conv2dForward<T>& t) {
   if constexpr (kHasWinograd<T>) {
     if (winograd_forward<T, FullProducts<T>>(s, t, all_groups)) return;
   }
-  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
-  const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
+  const OhwiWeight<T> weight(s, t.weight);
   const bool row_serves = winograd_row_serves(all_groups);
   all_groups.dots = !s.pool && dots_serve<T>(outputs, taps, inputs, row_serves);
   if (all_groups.dots) {
@@ -229,15 +227,14 @@ void undo_activation(const Conv2dShape& s, const Conv2dBackward<T>& t, T* grad) 
 
 template <class T>
 void conv2d_grad_input(const Conv2dShape& as_given, const T* grad, const T* weight_as_given, T* grad_input) {
-  const Scratch<T> ohwi(is_ohwi(as_given) ? 0 : weight_elements(as_given));
-  const T* weight = weight_to_ohwi<T>(as_given, weight_as_given, ohwi);
+  const OhwiWeight<T> weight(as_given, weight_as_given);
   const Conv2dShape s = with_image_as_pixel(as_given);
   const auto scatter = [&] {
     trace<T>("conv2d_grad_input", "scatter");
     scatter_grad_input<T>(s, grad, weight, grad_input);
   };
   if (has_narrow_groups<T>(s)) {
-    if (!all_finite(weight_elements(s), weight)) return scatter();
+    if (!all_finite<T>(weight_elements(s), weight)) return scatter();
     trace<T>("conv2d_grad_input", grouped_name(s));
     return grouped_grad_input<T>(s, grad, weight, grad_input);
   }

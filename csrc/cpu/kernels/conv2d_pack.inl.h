@@ -156,17 +156,25 @@ inline bool is_ohwi(const Conv2dShape& s) {
   return s.weight_channels_last || kernel_taps(s) == 1 || group_inputs(s) == 1;
 }
 
-// buffer holds weight_elements(shape) where is_ohwi() is false.
+// A weight as OHWI: itself where it lies so, else a copy.
 template <class T>
-const T* weight_to_ohwi(const Conv2dShape& shape, const T* weight, T* buffer) {
-  if (is_ohwi(shape)) return weight;
-  const int64_t taps = kernel_taps(shape), inputs = group_inputs(shape);
-  parallel_ranges(shape.out_channels, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o)
-      transpose_matrix(weight + o * inputs * taps, taps, inputs, taps, buffer + o * inputs * taps, inputs);
-  });
-  return buffer;
-}
+class OhwiWeight {
+ public:
+  OhwiWeight(const Conv2dShape& s, const T* weight)
+      : copy_(is_ohwi(s) ? 0 : weight_elements(s)), data_(is_ohwi(s) ? weight : copy_) {
+    if (is_ohwi(s)) return;
+    const int64_t taps = kernel_taps(s), inputs = group_inputs(s);
+    parallel_ranges(s.out_channels, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t o = begin; o < end; ++o)
+        transpose_matrix(weight + o * inputs * taps, taps, inputs, taps, copy_ + o * inputs * taps, inputs);
+    });
+  }
+  operator const T*() const { return data_; }
+
+ private:
+  const Scratch<T> copy_;
+  const T* data_;
+};
 
 // Writes panels_of(outputs) * taps * inputs * kTileColumns elements for each group, whose channels `inputs` and
 // `outputs` are.

@@ -158,11 +158,10 @@ bool sparse_grad_input(const Conv2dShape& s, const Conv2dBackward<T>& t) {
                 windows = pooled_height * pooled_width;
   const int64_t words = (s.out_channels + 63) / 64, inputs = s.in_channels, vectors = inputs / kLanes<T>;
   const int threads = max_threads();
-  const Scratch<T> ohwi(is_ohwi(s) ? 0 : weight_elements(s));
+  const OhwiWeight<T> weight(s, t.weight);
   const MadeWeights<T> packed(threads, weight_elements(s));
   const Scratch<bool> has_copy(threads);
   for (int thread = 0; thread < threads; ++thread) has_copy[thread] = false;
-  const T* weight = weight_to_ohwi<T>(s, t.weight, ohwi);
   const int64_t kernel_rows = s.out_channels * s.kernel_height;
   bool finite = true;
   const auto pack = [&](int64_t begin, int64_t end, T* to) {

@@ -94,6 +94,13 @@ def test_relu_inplace_outside_inference_mode_raises() -> None:
         functional.relu(x, inplace=True)
 
 
+def test_relu_inplace_counts_as_a_modification() -> None:
+    x = torch.tensor([-1.0, 1.0])
+    before = x._version
+    functional.relu(x, inplace=True)
+    assert x._version > before
+
+
 def test_relu_inplace_on_a_leaf_raises() -> None:
     with pytest.raises(RuntimeError, match="in-place"):
         functional.relu(torch.ones(3, requires_grad=True), inplace=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import json
 import mmap
@@ -28,6 +29,7 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # its scripts import each other by name
 
 import convert  # noqa: E402
+import gpu  # noqa: E402
 import nets  # noqa: E402
 import readme  # noqa: E402
 import run  # noqa: E402
@@ -583,3 +585,71 @@ def test_large_results_keep_their_pages() -> None:
         pytest.skip("the C library is not glibc")
     assert before > 16
     assert faults < 16
+
+
+# ------------------------------------------------------------------------------------------- torch at its best
+
+
+def test_torchs_optimizers_are_fused_and_foreach(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self.defaults)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    sides = next(iter(OPERATORS["adam"](quick=True))).make()
+    assert set(sides.calls) == {OURS, "torch fused", "torch foreach"}
+    assert [options["fused"] for options in made] == [True, None]
+    assert [options["foreach"] for options in made] == [None, True]
+
+
+@pytest.mark.parametrize("operator", ["conv2d", "max_pool2d"])
+def test_torchs_images_are_channels_last(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    function = getattr(torch.nn.functional, operator)
+
+    def spy(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given.append(input)
+        return function(input, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, operator, spy)
+    for case in OPERATORS[operator](quick=True):
+        case.make().calls["torch"]()
+    assert given
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in given)
+
+
+def test_torchs_training_loop_is_channels_last_and_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = []
+
+    def timed_loop(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> Any:
+        loops.append((model, optimizer))
+
+    monkeypatch.setattr(nets, "_timed_loop", timed_loop)
+    nets.torch_epoch(nets.CIFAR, nets.random_images(nets.CIFAR, 8, 0), 4)
+    ((model, optimizer),) = loops
+    assert type(optimizer) is torch.optim.Adam and optimizer.defaults["fused"]
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert weights
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+
+
+def test_nothing_is_collected_while_a_call_is_timed() -> None:
+    collecting = []
+    repeated(lambda: collecting.append(gc.isenabled()), 1e-6)()
+    assert collecting[-1] is False
+    assert gc.isenabled()
+
+
+def test_the_readme_shows_the_results() -> None:
+    tables = {}
+    for isa in ("avx2", "avx512"):
+        document = json.loads((BENCHMARKS / "results" / f"cpu-{isa}.json").read_text(encoding="utf-8"))
+        tables[f"{isa}-operators"] = run.operators_table(document["operators"])
+        tables[f"{isa}-training"] = run.training_table(document["training"])
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.rewrite(text, tables) == text
+    gpus = [json.loads(path.read_text(encoding="utf-8")) for path in (BENCHMARKS / "results").glob("nvidia-*.json")]
+    assert text in [readme.rewrite(text, {"gpu": gpu.table(document)}) for document in gpus]  # the last one measured

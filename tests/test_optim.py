@@ -286,6 +286,21 @@ def test_closure_and_hooks_run_once() -> None:
     torch.testing.assert_close(parameter.detach(), torch.full((3,), 0.8))
 
 
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_a_closure_records_gradients_under_no_grad(name: str) -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = getattr(optim, name)([parameter], lr=0.1)
+
+    def closure() -> torch.Tensor:
+        loss = (parameter**2).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        optimizer.step(closure)
+    assert (parameter < 1).all()
+
+
 def test_hooks_run_once_and_are_told_what_torchs_tell() -> None:
     class Halved(optim.Adam):
         def step(self, closure: Any = None) -> Any:
@@ -398,6 +413,26 @@ def test_torch_updates_what_no_kernel_serves(name: str) -> None:
     assert reason in log[0].reason
 
 
+UNSERVED_OPTIONS = [
+    ("Adam", {"lr": 0.1, "betas": (0.6, 0.7), "eps": 0.5, "weight_decay": 0.3, "amsgrad": True, "maximize": True}),
+    ("AdamW", {"lr": 0.1, "betas": (0.6, 0.7), "eps": 0.5, "weight_decay": 0.3}),
+    ("SGD", {"lr": 0.1, "momentum": 0.8, "dampening": 0.4, "weight_decay": 0.3, "maximize": True}),
+    ("SGD", {"lr": 0.1, "momentum": 0.8, "nesterov": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), UNSERVED_OPTIONS, ids=[identify(case) for case in UNSERVED_OPTIONS])
+def test_torch_updates_with_every_option(name: str, options: dict[str, Any]) -> None:
+    """Gradients of several sizes, so that eps, averages and buffers all count."""
+    ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.bfloat16)) for _ in range(2))
+    pair = [(getattr(optim, name)([ours], **options), ours), (getattr(torch.optim, name)([theirs], **options), theirs)]
+    for optimizer, parameter in pair:
+        for step in range(3):
+            parameter.grad = torch.tensor([2.0, -0.5, 0.1], dtype=torch.bfloat16) * (step + 1)
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
 def test_sparse_gradients_are_refused_by_adam_and_taken_by_sgd() -> None:
     parameter = torch.nn.Parameter(torch.ones(4, 2))
     parameter.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 2), (4, 2))
@@ -415,6 +450,18 @@ def test_an_update_counts_as_a_modification() -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.backward()
+
+
+def test_an_update_counts_as_a_modification_of_the_state() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = optim.Adam([weight])
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    state = optimizer.state[weight]
+    before = {key: value._version for key, value in state.items()}
+    optimizer.step()
+    assert before.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(state[key]._version > version for key, version in before.items())
 
 
 def test_the_thread_count_does_not_change_a_bit() -> None:

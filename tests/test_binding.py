@@ -176,6 +176,14 @@ def test_sparse_tensors_do_not_reach_the_kernels() -> None:
 # The record of kernels
 
 
+def test_a_record_within_a_record_is_refused() -> None:
+    with fastnn.explain_dispatch() as log:
+        with pytest.raises(RuntimeError, match="no enclosing explain_dispatch"), fastnn.explain_dispatch():
+            pass
+        functional.relu(torch.ones(3))
+    assert [record.operator for record in log] == ["relu_forward"]
+
+
 def test_kernels_of_a_graph_are_noted_at_its_replays_alone() -> None:
     x = torch.ones(3)
     with fastnn.explain_dispatch() as log:

@@ -233,14 +233,14 @@ def test_scaling_keeps_flat_areas_and_averages_when_it_shrinks(tmp_path: Path) -
 
 
 def test_picture_modes(tmp_path: Path) -> None:
-    deep = Image.fromarray(np.array([[0, 257 * 40], [65535, 257 * 200]], dtype=np.uint16))
+    deep = Image.fromarray(np.array([[0, 257 * 40], [65535, 256 * 255]], dtype=np.uint16))
     deep.save(tmp_path / "deep.png")
     Image.new("RGBA", (2, 2), (10, 20, 30, 0)).save(tmp_path / "clear.png")
     turned = Image.fromarray(np.array([[1, 2]], dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6  # turn a quarter clockwise to see it upright
     turned.save(tmp_path / "turned.png", exif=exif)
-    assert data._read_picture(tmp_path / "deep.png").tolist() == [[[0, 40], [255, 200]]]
+    assert data._read_picture(tmp_path / "deep.png").tolist() == [[[0, 40], [255, 254]]]
     assert data._read_picture(tmp_path / "clear.png")[:, 0, 0].tolist() == [10, 20, 30]
     assert data._read_picture(tmp_path / "turned.png").tolist() == [[[1], [2]]]
 

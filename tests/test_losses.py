@@ -191,6 +191,14 @@ def test_mse_loss_broadcasts_as_torch() -> None:
     torch.testing.assert_close(functional.mse_loss(x, t), F.mse_loss(x, t))
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weighted_mse_loss_broadcasts_as_torch(reduction: str) -> None:
+    x, weight, t = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0.5], [1.0], [4.0]]), torch.arange(4.0)[None]
+    ours, theirs = (module.mse_loss(x, t, reduction=reduction, weight=weight) for module in (functional, F))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_mse_loss_warns_when_it_broadcasts() -> None:
     with pytest.warns(UserWarning, match="target size"):
         functional.mse_loss(torch.zeros(3, 4), torch.zeros(4))

@@ -93,3 +93,15 @@ def test_every_other_window_pools(window: Any) -> None:
     (input,) = images()
     expected = torch.nn.MaxPool2d(*window)(torch.nn.functional.conv2d(input, layer.weight, layer.bias))
     torch.testing.assert_close(layer(input), expected)
+
+
+def test_max_pool2d_returns_indices() -> None:
+    (input,) = images()
+    ours, theirs = (module.MaxPool2d(2, return_indices=True)(input) for module in (nn, torch.nn))
+    for actual, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_fused_layers_show_what_is_fused() -> None:
+    assert "max_pool=2" in repr(nn.Conv2d(1, 1, 3, activation="relu", max_pool=2))
+    assert "activation='relu'" in repr(nn.Linear(1, 1, activation="relu"))

@@ -18,7 +18,7 @@ from torch import Tensor
 from fastnn import reference
 from fastnn.arguments import FUSED_POOL, Pair, pair, pool_arguments, pools_in_registers, wants_relu
 from fastnn.autograd.common import in_autocast_dtype, needs_grad, route
-from fastnn.autograd.conv2d import Conv2dFunction, Geometry, conv2d_forward, conv2d_op, fits_cuda
+from fastnn.autograd.conv2d import Conv2dFunction, Geometry, conv2d_forward, conv2d_op, kernels_can_count
 from fastnn.autograd.cross_entropy import (
     REDUCTIONS,
     CrossEntropyFunction,
@@ -31,7 +31,7 @@ from fastnn.autograd.mse_loss import MseLossFunction, mse_loss_forward, mse_loss
 from fastnn.autograd.nll_loss import NllLossFunction, nll_loss_forward, nll_loss_op
 from fastnn.autograd.relu import ReluFunction, ReluInplaceFunction, relu_forward, relu_inplace, relu_op
 from fastnn.autograd.softmax import SoftmaxOperator, log_softmax_operator, softmax_operator
-from fastnn.runtime import note_fallback, runs_on_cuda
+from fastnn.runtime import note_fallback
 
 __all__ = [
     "conv2d",
@@ -173,7 +173,7 @@ def conv2d(
     if isinstance(padding, str):
         input, padding = _resolve_padding(input, weight, stride, padding, dilation)
     geometry = Geometry(stride, pair("padding", padding), dilation, groups)
-    if way != "op" and runs_on_cuda(input) and not fits_cuda(input.shape, weight.shape, geometry):
+    if way != "op" and not kernels_can_count(input, weight, geometry):
         note_fallback("conv2d", "images of 2^31 values")
         return reference.conv2d(input, weight, bias, *geometry, activation=activation, max_pool=max_pool)
     fused = pool == FUSED_POOL and _leaves_a_window(input, weight, geometry) and pools_in_registers(weight, groups)

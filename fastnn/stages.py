@@ -17,9 +17,8 @@ from torch import Tensor
 from fastnn import _C
 from fastnn.arguments import FUSED_POOL, pair, pool_arguments, pools_in_registers, wants_relu
 from fastnn.autograd.common import allows_tf32
-from fastnn.autograd.conv2d import Geometry, fits_cuda, output_shape
+from fastnn.autograd.conv2d import Geometry, kernels_can_count, output_shape
 from fastnn.autograd.max_pool2d import pool_size, winners_dtype
-from fastnn.runtime import runs_on_cuda
 from fastnn.tracing import has_hooks
 
 __all__ = [
@@ -123,7 +122,7 @@ def conv2d_stages(layer: Any) -> list[Stage]:
     def stage(memory: Memory, input: Tensor) -> tuple[Tensor, Backward]:
         if input.dim() != 4:
             raise NotCompilable(f"{layer}: expected images, got shape {tuple(input.shape)}")
-        if runs_on_cuda(input) and not fits_cuda(input.shape, layer.weight.shape, geometry):
+        if not kernels_can_count(input, layer.weight, geometry):
             raise NotCompilable(f"{layer}: expected images of less than 2^31 values, got shape {tuple(input.shape)}")
         *_, height, width = output_shape(input.shape, layer.weight.shape, geometry, pool=False)
         if fused and height > 0 and width > 0:  # where no output fits, the kernel's check says so

@@ -715,3 +715,16 @@ def test_second_derivatives_of_one_channel_in_channels_last() -> None:
         results.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves))
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_hooks_of_saved_tensors_may_change_strides() -> None:
+    """As save_on_cpu(pin_memory=True) does."""
+    x = random((2, 3, 8, 8), torch.float32, generator("hooks"))
+    weight = random((8, 3, 3, 3), torch.float32, generator("hooks", "weight")).requires_grad_()
+
+    def gradient() -> torch.Tensor:
+        return torch.autograd.grad(functional.conv2d(x, weight, activation="relu", max_pool=2).sum(), weight)[0]
+
+    expected = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda saved: saved):
+        assert torch.equal(gradient(), expected)

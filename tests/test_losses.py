@@ -117,6 +117,17 @@ def test_nan_logit_gives_nan_loss(isa: str, dtype: torch.dtype) -> None:
     assert not losses[1].isnan()
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_infinite_weight_of_an_absent_class_changes_nothing(reduction: str, isa: str, dtype: torch.dtype) -> None:
+    x = random((5, 3), dtype, generator("absent")).requires_grad_()
+    arguments = torch.tensor([0, 1, 0, 0, 1]), torch.tensor([0.2, 0.5, float("inf")], dtype=dtype)
+    ours, theirs = (module.cross_entropy(x, *arguments, reduction=reduction) for module in (functional, F))
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(loss.sum(), x)[0] for loss in (ours, theirs)]
+    assert grads[0].isfinite().all()
+    torch.testing.assert_close(*grads)
+
+
 def test_class_weight_zero_hides_an_infinite_log() -> None:
     x = torch.tensor([[0.0, -float("inf")], [0.0, 1.0]])
     for target in (torch.tensor([0, 1]), torch.tensor([1, 1])):

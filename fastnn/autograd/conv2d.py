@@ -25,6 +25,7 @@ from fastnn.autograd.common import (
     wanted,
     wanted_in_this_pass,
 )
+from fastnn.runtime import runs_on_cuda
 
 
 class Geometry(NamedTuple):
@@ -84,14 +85,14 @@ def output_shape(
     return input[0], weight[0], sizes[0], sizes[1]
 
 
-def fits_cuda(input: Sequence[int], weight: Sequence[int], geometry: Geometry) -> bool:
-    """Whether CUDA's kernels, which count an image's pixels and values in 32 bits, can hold these shapes (`check_sizes`
-    in csrc/cuda/conv2d.cuh)."""
-    if len(input) != 4 or len(weight) != 4 or min(geometry.stride) < 1:
+def kernels_can_count(input: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether the kernels of the input's device hold images of this size: CUDA's count pixels and values in 32 bits
+    (`check_sizes` in csrc/cuda/conv2d.cuh)."""
+    if not runs_on_cuda(input) or input.dim() != 4 or weight.dim() != 4 or min(geometry.stride) < 1:
         return True  # the binding says what does not fit
-    _, outputs, *output_size = output_shape(input, weight, geometry, pool=False)
-    pixels = math.prod(input[2 + d] + 2 * geometry.padding[d] for d in range(2))
-    channels = max(input[1], outputs) if geometry.stride == (1, 1) else input[1]
+    _, outputs, *output_size = output_shape(input.shape, weight.shape, geometry, pool=False)
+    pixels = math.prod(input.shape[2 + d] + 2 * geometry.padding[d] for d in range(2))
+    channels = max(input.shape[1], outputs) if geometry.stride == (1, 1) else input.shape[1]
     return pixels < 1 << 30 and pixels * channels < 1 << 31 and math.prod(output_size) * outputs < 1 << 31
 
 
@@ -188,7 +189,7 @@ def conv2d_backward(
         source,
         kernel,
         None if output is None else channels_last(output),
-        winner,
+        None if winner is None else channels_last(winner),
         *geometry,
         _precision(input),
     )

@@ -13,13 +13,14 @@ namespace {
 // What label smoothing and weights make of a target.
 template <class T>
 struct Smoothing {
-  T keep;          // 1 - label_smoothing
-  T spread;        // label_smoothing / classes
-  T class_weight;  // sum of all weights
+  T keep;              // 1 - label_smoothing
+  T spread;            // label_smoothing / classes
+  T class_weight = 0;  // sum of all weights; without smoothing an infinite one counts nowhere
 
   Smoothing(const CrossEntropyShape& shape, const T* weight)
       : keep(static_cast<T>(1 - shape.label_smoothing)),
         spread(static_cast<T>(shape.label_smoothing / static_cast<double>(shape.lines.classes))) {
+    if (spread == 0) return;
     double sum = weight ? 0 : static_cast<double>(shape.lines.classes);
     for (int64_t c = 0; weight && c < shape.lines.classes; ++c) sum += weight[c];
     class_weight = static_cast<T>(sum);

@@ -12,7 +12,7 @@ constexpr int64_t kMseGrain = 1 << 14;
 // Sums side by side, so that additions do not wait for each other.
 constexpr int kMseSums = 4;
 
-// error(i, lanes): weight * (input - target)^2; weights(i, lanes) is 1 without weights.
+// weight * (input - target)^2 of the elements from i on.
 template <class T>
 FASTNN_INLINE Vec<T> squared_error(const MseLossForward<T>& t, int64_t i, int64_t lanes) {
   const Vec<T> difference = load_upto(t.input + i, lanes) - load_upto(t.target + i, lanes);

@@ -636,6 +636,16 @@ def test_torchs_training_loop_is_channels_last_and_fused(monkeypatch: pytest.Mon
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
+def test_the_batches_of_the_training_loop_are_channels_last() -> None:
+    given = []
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(36, 10))
+    model.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    images = nets.random_images(nets.Net("tiny", (3, 5, 5), (), (), 0), 8, 0)
+    nets._timed_loop(model, torch.optim.SGD(model.parameters()), images, 4)
+    assert given
+    assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch in given)
+
+
 def test_nothing_is_collected_while_a_call_is_timed() -> None:
     collecting = []
     repeated(lambda: collecting.append(gc.isenabled()), 1e-6)()

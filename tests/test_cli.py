@@ -255,6 +255,14 @@ def test_evaluate_scales_to_the_model_and_takes_a_subset_of_its_classes(
     assert (tmp_path / "m.png").exists()
 
 
+def test_evaluate_tests_on_the_part_of_the_images_that_is_asked_for(
+    trained: tuple[Path, str], small_npz: Path, tmp_path: Path
+) -> None:
+    common = ["evaluate", trained[0], "--data", small_npz, "--picture", tmp_path / "m.png"]
+    assert "of 8 images)" in run_well(*common)
+    assert "of 40 images)" in run_well(*common, "--validation-split", 0.5)
+
+
 def test_predict_prints_classes_and_probabilities(trained: tuple[Path, str], tmp_path: Path) -> None:
     _, test_set = data.load("digits")
     image = test_set.images[0, 0]

@@ -190,6 +190,14 @@ def test_folders_of_pictures_with_their_own_split(tmp_path: Path) -> None:
     np.testing.assert_array_equal(train.images[4], np.moveaxis(expected, 2, 0))
 
 
+@pytest.mark.parametrize("name", ["test", "val", "valid", "validation"])
+def test_the_test_pictures_have_a_folder_of_several_names(tmp_path: Path, name: str) -> None:
+    write_pictures(tmp_path / "train", {"cat": 3, "dog": 4})
+    write_pictures(tmp_path / name, {"dog": 2})
+    train, test = data.load(tmp_path)
+    assert (len(train), test.labels.tolist()) == (7, [1, 1])
+
+
 def test_the_folder_that_is_the_current_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_idx_folder(tmp_path / "numbers")
     write_pictures(tmp_path / "animals", {"cat": 3, "dog": 4})

@@ -102,6 +102,11 @@ def test_window_that_sees_padding_alone(isa: str, dtype: torch.dtype) -> None:
     assert torch.autograd.grad(y, x, torch.ones_like(y))[0].item() == 0
 
 
+def test_an_empty_stride_is_the_window() -> None:
+    x = torch.arange(48.0).reshape(1, 1, 6, 8)
+    assert torch.equal(functional.max_pool2d(x, 2, []), F.max_pool2d(x, 2, []))
+
+
 @fuzz(80)
 @given(
     case=pool_cases(),

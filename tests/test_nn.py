@@ -103,5 +103,5 @@ def test_max_pool2d_returns_indices() -> None:
 
 
 def test_fused_layers_show_what_is_fused() -> None:
-    assert "max_pool=2" in repr(nn.Conv2d(1, 1, 3, activation="relu", max_pool=2))
+    assert "activation='relu', max_pool=2" in repr(nn.Conv2d(1, 1, 3, activation="relu", max_pool=2))
     assert "activation='relu'" in repr(nn.Linear(1, 1, activation="relu"))

@@ -414,7 +414,7 @@ def test_torch_updates_what_no_kernel_serves(name: str) -> None:
 
 
 UNSERVED_OPTIONS = [
-    ("Adam", {"lr": 0.1, "betas": (0.6, 0.7), "eps": 0.5, "weight_decay": 0.3, "amsgrad": True, "maximize": True}),
+    ("Adam", {"lr": 1.0, "betas": (0.6, 0.7), "eps": 0.5, "weight_decay": 0.3, "amsgrad": True, "maximize": True}),
     ("AdamW", {"lr": 0.1, "betas": (0.6, 0.7), "eps": 0.5, "weight_decay": 0.3}),
     ("SGD", {"lr": 0.1, "momentum": 0.8, "dampening": 0.4, "weight_decay": 0.3, "maximize": True}),
     ("SGD", {"lr": 0.1, "momentum": 0.8, "nesterov": True}),
@@ -423,12 +423,12 @@ UNSERVED_OPTIONS = [
 
 @pytest.mark.parametrize(("name", "options"), UNSERVED_OPTIONS, ids=[identify(case) for case in UNSERVED_OPTIONS])
 def test_torch_updates_with_every_option(name: str, options: dict[str, Any]) -> None:
-    """Gradients of several sizes, so that eps, averages and buffers all count."""
+    """Gradients of several sizes that shrink, so that eps, averages, their maxima and buffers all count."""
     ours, theirs = (torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.bfloat16)) for _ in range(2))
     pair = [(getattr(optim, name)([ours], **options), ours), (getattr(torch.optim, name)([theirs], **options), theirs)]
     for optimizer, parameter in pair:
         for step in range(3):
-            parameter.grad = torch.tensor([2.0, -0.5, 0.1], dtype=torch.bfloat16) * (step + 1)
+            parameter.grad = torch.tensor([2.0, -0.5, 0.1], dtype=torch.bfloat16) * 0.5**step
             optimizer.step()
     assert torch.equal(ours, theirs)
 

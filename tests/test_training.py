@@ -232,6 +232,14 @@ def test_history_records_the_means_over_all_images() -> None:
     assert json.loads(history.to_json()) == {"seed": 5, "epochs": history.epochs}
 
 
+def test_torchs_seed_governs_the_seed_that_is_drawn() -> None:
+    model, seeds = make_model(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        seeds.append(fit(model, epochs=1, seed=None).seed)
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
 def test_train_serves_any_model_that_gives_logits() -> None:
     images, targets = make_data()
     torch.manual_seed(0)
@@ -534,6 +542,16 @@ def test_one_cycle_has_to_last_for_all_epochs(tmp_path: Path) -> None:
 def test_plateau_scheduler_sees_the_loss() -> None:
     scheduler = partial(lr_scheduler.ReduceLROnPlateau, factor=0.5, patience=0, threshold=1e9, threshold_mode="abs")
     assert learning_rates(scheduler=scheduler) == pytest.approx([1.0, 0.5, 0.25, 0.125])
+
+
+def test_plateau_scheduler_prefers_the_validation_loss() -> None:
+    images, targets = make_data()
+    scheduler = partial(lr_scheduler.ReduceLROnPlateau, factor=0.5, patience=0)
+    options: dict[str, Any] = {"scheduler": scheduler, "batch_size": 70}  # one step an epoch: the loss falls
+    assert learning_rates(**options) == [1.0] * 4
+    # Labels that are all wrong: what lowers the loss raises theirs.
+    validation = images, (targets + 1) % CLASSES
+    assert learning_rates(**options, validation_data=validation) == [1.0, 0.5, 0.25, 0.125]
 
 
 def test_scheduler_must_be_one_of_this_optimizer() -> None:

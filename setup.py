@@ -25,7 +25,7 @@ class BuildWithCMake(build_ext):
         import pybind11
 
         source = Path(__file__).parent.resolve()
-        build = source / "build" / f"cmake-{sys.implementation.cache_tag}"
+        objects = source / "build" / f"cmake-{sys.implementation.cache_tag}"
         library = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
@@ -36,12 +36,12 @@ class BuildWithCMake(build_ext):
             "FASTNN_CUDA": os.environ.get("FASTNN_CUDA", "AUTO"),
         }
         # Objects stay, but no option of an earlier build, nor the ninja of one of pip's environments, which is gone.
-        (build / "CMakeCache.txt").unlink(missing_ok=True)
-        configure = ["cmake", "-S", source, "-B", build, "-G", "Ninja"]
+        (objects / "CMakeCache.txt").unlink(missing_ok=True)
+        configure = ["cmake", "-S", source, "-B", objects, "-G", "Ninja"]
         configure += [f"-D{name}={value}" for name, value in options.items()]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", build], check=True)
+        subprocess.run(["cmake", "--build", objects], check=True)
 
     def copy_extensions_to_source(self) -> None:
         """What an editable installation does with the module, and here with all that CMake put beside it."""

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 import fastnn
-from fastnn.bench import QUICK_ROUND_SECONDS, ROUND_SECONDS, describe_spread, machine, threads_and_isa, write_json
+from fastnn.bench import (
+    QUICK_ROUND_SECONDS,
+    ROUND_SECONDS,
+    describe_spread,
+    file_to_write,
+    machine,
+    threads_and_isa,
+    write_json,
+)
 from fastnn.bench.timing import MIN_ROUNDS, OURS, Spread, check_outputs, compare, interleave, repeated
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
@@ -29,8 +37,9 @@ from models import NETWORKS, Network, first_result
 
 TORCH = "PyTorch"
 COMPILED = 'torch.compile(backend="fastnn")'
-# Largest difference of outputs and of losses, in their root mean square: tens of layers add in another order.
-TOLERANCE, LOSS_TOLERANCE = 1e-3, 2e-4
+# How many calls are compared, and the largest difference, in root mean squares: tens of layers add in another order.
+# The second loss of a training shows the update.
+CHECKS = {"training": (2, 2e-4), "prediction": (1, 1e-3)}
 
 Call = Callable[[], Tensor]
 
@@ -105,11 +114,12 @@ def forward(model: torch.nn.Module, x: Tensor) -> Call:
 def measure(network: Network, what: str, batch: int, rounds: int, round_seconds: float) -> list[dict[str, Any]]:
     """One row for each of our two sides."""
     calls = {"training": training, "prediction": prediction}[what](network, batch)
+    count, tolerance = CHECKS[what]
     outputs = {}
     for side, call in calls.items():
         torch.manual_seed(1)  # of dropout
-        outputs[side] = [call(), call()] if what == "training" else call()  # the second loss shows the update
-    check_outputs(outputs, LOSS_TOLERANCE if what == "training" else TOLERANCE)
+        outputs[side] = [call() for _ in range(count)]
+    check_outputs(outputs, tolerance)
     samples = interleave({side: repeated(call, round_seconds) for side, call in calls.items()}, rounds)
     rows = []
     for ours in (OURS, COMPILED):
@@ -140,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=MIN_ROUNDS, help=f"at least {MIN_ROUNDS}, the default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="short rounds, to see that it works")
-    parser.add_argument("--json", type=Path, help="file to write the results to")
+    parser.add_argument("--json", type=file_to_write, help="file to write the results to")
     options = parser.parse_args(arguments)
     print(f"{machine.summary(machine.describe())}; medians of {options.rounds} interleaved rounds")
     seconds = QUICK_ROUND_SECONDS if options.quick else ROUND_SECONDS

@@ -33,6 +33,7 @@ from fastnn.bench import (
     QUICK_ROUND_SECONDS,
     ROUND_SECONDS,
     describe_spread,
+    file_to_write,
     machine,
     threads_and_isa,
     write_json,
@@ -556,11 +557,9 @@ def run(plan: Plan) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add_options(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the results to this file")
     options = parser.parse_args(arguments)
     try:
-        if options.json is not None and not options.json.parent.is_dir():
-            raise ValueError(f"--json: expected a file in a folder that exists, got {options.json}")
         document = run(plan_of(options))
     except (ValueError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -313,10 +313,11 @@ def _relu_inplace(input: Tensor, way: str) -> Tensor:
             view = "" if leaf is input else "view of a "
             raise RuntimeError(f"a {view}leaf Variable that requires grad is being used in an in-place operation.")
         return ReluInplaceFunction.run(input)
-    if input.is_inference() and not torch.is_inference_mode_enabled():
+    counted = not input.is_inference()
+    if not counted and not torch.is_inference_mode_enabled():
         return reference.relu(input, inplace=True)  # which says why not
     relu_inplace(input)
-    if not input.is_inference():
+    if counted:
         torch.autograd.graph.increment_version(input)
     return input
 

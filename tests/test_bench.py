@@ -90,6 +90,13 @@ def test_a_round_repeats_short_calls_and_makes_long_ones_once(monkeypatch: pytes
         assert len(calls) == expected
 
 
+def test_nothing_is_collected_while_a_call_is_timed() -> None:
+    collecting = []
+    repeated(lambda: collecting.append(gc.isenabled()), 1e-6)()
+    assert collecting[-1] is False
+    assert gc.isenabled()
+
+
 def test_geometric_mean() -> None:
     assert timing.geometric_mean([2.0, 0.5, 8.0]) == pytest.approx(2.0)
 
@@ -322,6 +329,18 @@ def test_tables_are_rewritten_and_nothing_else() -> None:
     assert changed == README.replace("old\n| table |\n", "T1\nT2\n").replace("operators -->\n", "operators -->\nO\n")
     assert readme.rewrite(changed, tables) == changed
     assert readme.rewrite(changed, {"avx2-training": "T3"}) == changed.replace("T1\nT2\n", "T3\n")
+
+
+def test_the_readme_shows_the_results() -> None:
+    tables = {}
+    for isa in ("avx2", "avx512"):
+        document = json.loads((BENCHMARKS / "results" / f"cpu-{isa}.json").read_text(encoding="utf-8"))
+        tables[f"{isa}-operators"] = run.operators_table(document["operators"])
+        tables[f"{isa}-training"] = run.training_table(document["training"])
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.rewrite(text, tables) == text
+    gpus = [json.loads(path.read_text(encoding="utf-8")) for path in (BENCHMARKS / "results").glob("nvidia-*.json")]
+    assert text in [readme.rewrite(text, {"gpu": gpu.table(document)}) for document in gpus]  # the last one measured
 
 
 # Its tables are those of the processor at hand.
@@ -644,22 +663,3 @@ def test_the_batches_of_the_training_loop_are_channels_last() -> None:
     nets._timed_loop(model, torch.optim.SGD(model.parameters()), images, 4)
     assert given
     assert all(batch.is_contiguous(memory_format=torch.channels_last) for batch in given)
-
-
-def test_nothing_is_collected_while_a_call_is_timed() -> None:
-    collecting = []
-    repeated(lambda: collecting.append(gc.isenabled()), 1e-6)()
-    assert collecting[-1] is False
-    assert gc.isenabled()
-
-
-def test_the_readme_shows_the_results() -> None:
-    tables = {}
-    for isa in ("avx2", "avx512"):
-        document = json.loads((BENCHMARKS / "results" / f"cpu-{isa}.json").read_text(encoding="utf-8"))
-        tables[f"{isa}-operators"] = run.operators_table(document["operators"])
-        tables[f"{isa}-training"] = run.training_table(document["training"])
-    text = readme.README.read_text(encoding="utf-8")
-    assert readme.rewrite(text, tables) == text
-    gpus = [json.loads(path.read_text(encoding="utf-8")) for path in (BENCHMARKS / "results").glob("nvidia-*.json")]
-    assert text in [readme.rewrite(text, {"gpu": gpu.table(document)}) for document in gpus]  # the last one measured

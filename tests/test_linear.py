@@ -219,3 +219,15 @@ def test_only_what_gradients_need_is_kept(needed: tuple[int, int, int], activati
     torch.testing.assert_close(*seconds)
     for ours, theirs in zip(torch.autograd.grad(output, wanted, grad), firsts[1], strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_hooks_of_saved_tensors_may_change_strides() -> None:
+    x = random((5, 6), torch.float32, generator("hooks")).requires_grad_()
+    weight = random((7, 6), torch.float32, generator("hooks", "weight"))
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(functional.linear(x, weight, activation="relu").sum(), x)[0]
+
+    expected = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.t().contiguous().t(), lambda saved: saved):
+        assert torch.equal(gradient(), expected)

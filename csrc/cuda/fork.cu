@@ -1,10 +1,9 @@
 #include "cuda/fork.h"
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <mutex>
-#include <vector>
+#include <set>
 
 #include "cuda/device.h"
 #include "cuda/launch.cuh"
@@ -27,22 +26,20 @@ class Waiting {
  public:
   void add(cudaStream_t stream) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    streams_.push_back(stream);
+    streams_.insert(stream);
     count_ = streams_.size();
   }
   bool remove(cudaStream_t stream) {
     if (count_ == 0) return false;
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto kept = std::remove(streams_.begin(), streams_.end(), stream);
-    const bool found = kept != streams_.end();
-    streams_.erase(kept, streams_.end());
+    const bool found = streams_.erase(stream) > 0;
     count_ = streams_.size();
     return found;
   }
 
  private:
   std::mutex mutex_;
-  std::vector<cudaStream_t> streams_;
+  std::set<cudaStream_t> streams_;
   std::atomic<size_t> count_{0};
 };
 

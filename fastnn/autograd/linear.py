@@ -51,7 +51,7 @@ def linear_backward(
         dense(grad_output),
         dense(input),
         dense(weight),
-        output,
+        None if output is None else dense(output),
         allows_tf32(grad_output, "matmul"),
     )
     return grad_input, grad_weight, grad_bias

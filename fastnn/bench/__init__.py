@@ -40,6 +40,7 @@ __all__ = [
     "ROUND_SECONDS",
     "Disagreement",
     "describe_spread",
+    "file_to_write",
     "main",
     "measure",
     "run",
@@ -65,8 +66,6 @@ def main(args: Sequence[str]) -> int | None:
     if options.list:
         print("\n".join(case.name for case in cases))
         return None
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        raise ValueError(f"--json: the folder {str(options.json.parent)!r} does not exist")
     with keep_pages(), threads_and_isa(options.threads, options.isa):
         try:
             document = run(
@@ -97,7 +96,7 @@ def _parse(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=9, metavar="N", help=f"at least {MIN_ROUNDS}; %(default)s when left out"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the results to this file")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     options = parser.parse_args(args)
     if options.rounds < MIN_ROUNDS:
@@ -111,6 +110,14 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
     return number
+
+
+def file_to_write(text: str) -> Path:
+    """The type of an option for results: what cannot be written is told before anything is measured."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {str(path.parent)!r} does not exist")
+    return path
 
 
 def select(operators: Sequence[str], quick: bool) -> list[Case]:
